@@ -1,5 +1,6 @@
 """A site: one tensor of a network that can be observed or quantized."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 WEIGHT_TENSORS = ("weight", "weight.query", "weight.key", "weight.value")
@@ -24,6 +25,11 @@ class Site(NamedTuple):
         """Whether the tensor is a weight, or a part of a fused one."""
         return self.tensor.startswith("weight")
 
+    @property
+    def is_attention(self) -> bool:
+        """Whether the tensor lies inside an attention module, where no module of its own holds it."""
+        return self.tensor in ATTENTION_TENSORS
+
     def __str__(self) -> str:
         return f"{self.module}:{self.tensor}"
 
@@ -32,3 +38,31 @@ class Site(NamedTuple):
         """The site of `str(site)`; module names hold no colon."""
         module, _, tensor = text.rpartition(":")
         return cls(module, tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteInfo:
+    """What is known of a site of one network after one forward pass.
+
+    `shape` is a weight's own shape (of its rows, for a part of a fused one), an activation's shape of ONE image with
+    the batch axis left out where the model splits it (windows): then its leading axis is windows per image times 1.
+    `channel_axis` and `head_axis` count in the tensor as it flows (the batch axis included); -1 where there is none.
+    `macs` are multiply-accumulates of one image in the matrix product that this site owns: weights own theirs,
+    `query` owns query x key, `attention` owns attention x value; 0 for the others.
+    """
+
+    site: Site
+    kind: str
+    order: int
+    shape: tuple[int, ...]
+    numel: int
+    channel_axis: int = -1
+    channels: int = 0
+    head_axis: int = -1
+    heads: int = 0
+    rows: tuple[int, int] | None = None
+    macs: int = 0
+    edges: tuple[Site, ...] = ()
+    quantizable: bool = True
+    pinned: bool = False
+    note: str = ""

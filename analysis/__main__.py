@@ -1,0 +1,5 @@
+"""`python -m analysis`: the same as the command `qvw`."""
+
+from analysis.cli import main
+
+main()

@@ -1,0 +1,68 @@
+"""Logits of a model over a fixed list of batches, and figures that compare two sets of logits image by image."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quant.errors import InputError
+
+
+def all_logits(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+    """Logits (images, classes) of the model over the batches, float32 on the CPU."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    rows = []
+    with torch.inference_mode():
+        for images in batches:
+            output = model(images.to(device))
+            if not isinstance(output, Tensor) or output.ndim != 2:
+                what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+                raise InputError(f"the model returned {what}; expected logits of shape (images, classes).")
+            rows.append(output.float().cpu())
+    return torch.cat(rows)
+
+
+class Scores(NamedTuple):
+    """Figures of single images: (images,) float64 each; loss and hit are NaN where there is no label."""
+
+    loss: Tensor
+    hit: Tensor
+
+
+def scores(logits: Tensor, labels: Tensor) -> Scores:
+    """Cross-entropy in nats and top-1 hit (0 or 1) of each image; `labels` are -1 where unknown."""
+    known = labels >= 0
+    safe = labels.clamp(min=0)
+    if known.any() and int(safe.max()) >= logits.shape[1]:
+        raise InputError(f"label {int(safe.max())} is beyond the model's {logits.shape[1]} classes.")
+    loss = F.cross_entropy(logits.double(), safe, reduction="none")
+    hit = (logits.argmax(dim=1) == safe).double()
+    unknown = torch.full_like(loss, float("nan"))
+    return Scores(torch.where(known, loss, unknown), torch.where(known, hit, unknown))
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean and its standard error over images (sample standard deviation over sqrt(n)); NaN error for one image."""
+    error = values.std(correction=1).item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return values.mean().item(), error
+
+
+def compare_logits(logits: Tensor, reference: Tensor, labels: Tensor) -> dict[str, Any]:
+    """What changed against the reference logits, with standard errors of the paired differences of the images.
+
+    `delta_loss` and `delta_top1` keep their sign; `top1_se` is the error of `delta_top1`. `kl` is
+    KL(reference || logits) in nats, mean over images; `logit_nmse` the squared error over the reference's power.
+    """
+    now, before = scores(logits, labels), scores(reference, labels)
+    delta_loss, delta_loss_se = mean_and_error(now.loss - before.loss)
+    delta_top1, top1_se = mean_and_error(now.hit - before.hit)
+    log_p, log_q = reference.double().log_softmax(dim=1), logits.double().log_softmax(dim=1)
+    kl, kl_se = mean_and_error((log_p.exp() * (log_p - log_q)).sum(dim=1))
+    error = (logits.double() - reference.double()).square().sum()
+    return {
+        "images": len(labels), "loss": now.loss.mean().item(), "delta_loss": delta_loss,
+        "delta_loss_se": delta_loss_se, "top1": now.hit.mean().item(), "delta_top1": delta_top1, "top1_se": top1_se,
+        "kl": kl, "kl_se": kl_se, "logit_nmse": (error / reference.double().square().sum()).item(),
+    }  # fmt: skip

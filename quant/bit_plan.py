@@ -1,0 +1,243 @@
+"""The bit plan: how many bits each site gets, as a file that people read, compare and hand on."""
+
+import difflib
+import json
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+
+from quant.errors import InputError
+from quant.scheme import Granularity
+from quant.site import ALLOWED_BIT_WIDTHS, Site
+
+FORMAT: Literal["qvw-bit-plan"] = "qvw-bit-plan"
+VERSION: Literal[1] = 1
+
+
+def _allowed(bit_width: int) -> int:
+    if bit_width not in ALLOWED_BIT_WIDTHS:
+        raise ValueError(f"bit-width should be one of {', '.join(map(str, ALLOWED_BIT_WIDTHS))}")
+    return bit_width
+
+
+# Not a Literal: pydantic takes `true` for Literal[1].
+BitWidth = Annotated[int, AfterValidator(_allowed), Field(json_schema_extra={"enum": list(ALLOWED_BIT_WIDTHS)})]
+# Written out, because a type checker cannot read a Literal from a tuple; a test keeps it in step with quant/site.py.
+TensorName = Literal[
+    "weight", "weight.query", "weight.key", "weight.value", "input", "query", "key", "value", "attention"
+]
+Layout = Literal["paper", "strict"]
+
+_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedSite:
+    """The quantization of one tensor; a site that no plan names stays in floating point."""
+
+    __pydantic_config__ = _CONFIG
+
+    module: str
+    tensor: TensorName
+    bit_width: BitWidth
+    granularity: Granularity
+    signed: bool
+    offset: bool
+
+    @property
+    def site(self) -> Site:
+        """The tensor's name."""
+        return Site(self.module, self.tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanModel:
+    """The model that was measured: its timm name or factory, its arguments, the hash of its weights."""
+
+    __pydantic_config__ = _CONFIG
+
+    name: str
+    kwargs: dict[str, JsonValue]
+    weights_sha256: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanBudget:
+    """What a plan may cost at most; None leaves a cost free. Units as in `PlanTotals`."""
+
+    __pydantic_config__ = _CONFIG
+
+    weight_bits: Annotated[float, Field(gt=0)] | None = None
+    activation_bits: Annotated[float, Field(gt=0)] | None = None
+    size_bytes: Annotated[int, Field(gt=0)] | None = None
+    bitops: Annotated[int, Field(gt=0)] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a budget that no plan can have."""
+        for name, value in asdict(self).items():
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"The budget {name}={value} is not a positive number. Give one above 0.")
+
+    def as_dict(self) -> dict[str, float]:
+        """The budgets that are set, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanTotals:
+    """What a plan costs: mean bits per weight and per activation element, bytes, BitOps per image.
+
+    Counted by analysis/accounting.py. A mean is None where the plan names no tensor of that sort.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    weight_bits: float | None
+    activation_bits: float | None
+    size_bytes: Annotated[int, Field(ge=0)]
+    bitops: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSolver:
+    """Where a plan comes from (`highs`, `uniform`, ...) and its certificate; None where nothing was optimised.
+
+    `lower_bound` is in the unit of the objective: no plan within the budget has a smaller one.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    name: str
+    status: str
+    gap: float | None = None
+    lower_bound: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitPlan:
+    """Bits per site, with the model, budget and solver that they belong to; sites are in network order.
+
+    `predicted_delta_loss` is in nats, and None where no loss was measured (images without labels).
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    format: Literal["qvw-bit-plan"] = FORMAT
+    version: Literal[1] = VERSION
+    model: PlanModel
+    layout: Layout
+    budget: PlanBudget
+    sites: tuple[PlannedSite, ...]
+    totals: PlanTotals
+    predicted_delta_loss: float | None
+    solver: PlanSolver
+
+    def __post_init__(self) -> None:
+        """Refuse a site named twice."""
+        seen: set[Site] = set()
+        for planned in self.sites:
+            if planned.site in seen:
+                raise InputError(f"The site {planned.site} is named twice. Keep one of the two.")
+            seen.add(planned.site)
+
+    @property
+    def bits(self) -> dict[Site, int]:
+        """The bit-width of each planned site."""
+        return {planned.site: planned.bit_width for planned in self.sites}
+
+    def check_sites(self, known: Collection[Site]) -> None:
+        """Raise InputError if the plan names a site that is not in `known`."""
+        check_known_sites((planned.site for planned in self.sites), known)
+
+    def to_json(self) -> str:
+        """The text of the plan file: one site a line, so that two plans can be compared line by line."""
+        content = asdict(self) | {"budget": self.budget.as_dict()}
+        lines = [
+            f'  "{key}": ' + (_one_per_line(value) if key == "sites" else json.dumps(value, allow_nan=False))
+            for key, value in content.items()
+        ]
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
+        _ADAPTER.validate_json(text)  # a plan of ours that breaks its own schema is a defect, not an InputError
+        return text
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan.json") -> "BitPlan":
+        """The plan in `text`, or InputError with the place; `source` is the file's name for messages."""
+        try:
+            content = json.loads(
+                text, object_pairs_hook=_unique_keys, parse_constant=_refuse_number, parse_float=_finite_float
+            )
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{source} is not readable as JSON: {error}. Restore the file or plan again.") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise InputError(f'{source} is not a bit plan: "format" is not "{FORMAT}". Make one with `qvw plan`.')
+        if type(content.get("version")) is not int or content["version"] != VERSION:  # True equals 1
+            came = str(content.get("version"))[:40]
+            raise InputError(f"{source}: version is {came!r}, expected {VERSION}. Plan again with this qvw.")
+        try:
+            return _ADAPTER.validate_json(text)
+        except ValidationError as error:
+            raise InputError(f"{source}: {_describe(error)}. Mend the file (quant/bit_plan.schema.json).") from error
+        except UnicodeError as error:
+            raise InputError(f"{source} is not valid Unicode: {error}. Restore the file or plan again.") from error
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of the plan file, as published in quant/bit_plan.schema.json."""
+    schema = _ADAPTER.json_schema()
+    # Constants to us, so they have defaults; a file must carry them to be recognised.
+    schema["required"] = ["format", "version", *schema["required"]]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def check_known_sites(sites: Iterable[Site], known: Collection[Site]) -> None:
+    """Raise InputError, naming the nearest known site, if one of `sites` is not in `known`."""
+    unknown = [site for site in sites if site not in known]
+    if not unknown:
+        return
+    more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+    close = difflib.get_close_matches(str(unknown[0]), [str(site) for site in known], n=1, cutoff=0.0)
+    nearest = f"the nearest is {close[0]}" if close else "it has none"
+    raise InputError(f"The model has no site {unknown[0]}{more}; {nearest}. Check that the plan is for this model.")
+
+
+def _one_per_line(items: Iterable[dict[str, Any]]) -> str:
+    lines = ",\n".join(f"    {json.dumps(item, allow_nan=False)}" for item in items)
+    return f"[\n{lines}\n  ]" if lines else "[]"
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            place = f" of {content['module']}" if "module" in content else ""
+            raise ValueError(f"the key {key[:80]!r}{place} is given twice")
+        content[key] = value
+    return content
+
+
+def _refuse_number(text: str) -> float:
+    raise ValueError(f"{text} is not a number that JSON allows")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text[:40])
+
+
+def _describe(error: ValidationError) -> str:
+    """The first error as `place: what is wrong, got what came`."""
+    first, *others = error.errors(include_url=False)
+    place = ".".join(str(part) for part in first["loc"]) or "the file"
+    if isinstance(first.get("ctx", {}).get("error"), InputError):
+        return f"{place}: {first['ctx']['error']}".rstrip(".")
+    got = "" if not first["loc"] or isinstance(first["input"], dict | list) else f", got {str(first['input'])[:60]!r}"
+    more = f" (and {len(others)} more)" if others else ""
+    wrong = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {wrong[0].lower()}{wrong[1:]}{got}{more}"
+
+
+_ADAPTER = TypeAdapter(BitPlan)

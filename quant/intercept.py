@@ -1,0 +1,93 @@
+"""The one hook context manager: see, and replace, activations while a forward pass runs."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from quant.attention import AttentionMode, Handler, RunningModules, fused_where_offered
+from quant.site import Site
+from quant.trace import Trace
+
+
+@contextmanager
+def intercept(model: nn.Module, trace: Trace, handlers: Mapping[Site, Handler]) -> Iterator[None]:
+    """Call each handler with its activation (detached from nothing, not copied) while the block runs.
+
+    A handler returns the tensor that takes the activation's place, or None to leave it. Sites: `input` and `output` of
+    any module, `query`, `key`, `value`, `attention` of attention modules. Attention is computed by its formula only
+    where one of its own sites has a handler. Hooks and modes are removed on exit, also after an error.
+    """
+    attention: dict[str, dict[str, Handler]] = {}
+    functional: dict[str, dict[str, Handler]] = {}
+    handles = []
+    with ExitStack() as stack:
+        try:
+            for site, handler in handlers.items():
+                module = model.get_submodule(site.module)
+                if site.is_attention:
+                    attention.setdefault(site.module, {})[site.tensor] = handler
+                elif site.module in trace.functional:
+                    functional.setdefault(site.module, {})[site.tensor] = handler
+                elif site.tensor == "input":
+                    handles.append(module.register_forward_pre_hook(_before(handler), with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(_after(handler)))
+            if functional:
+                stack.enter_context(_FunctionalLinears(model, functional))
+            if attention:
+                running = RunningModules()
+                stack.enter_context(fused_where_offered(model, list(attention)))
+                stack.enter_context(running.followed(model, list(attention)))
+                stack.enter_context(AttentionMode(running, trace.attention, attention))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _before(handler: Handler) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            replaced = handler(args[0]) if isinstance(args[0], Tensor) else None
+            return None if replaced is None else ((replaced, *args[1:]), kwargs)
+        name = next(iter(kwargs), None)
+        replaced = handler(kwargs[name]) if name is not None and isinstance(kwargs[name], Tensor) else None
+        return None if replaced is None else (args, {**kwargs, name: replaced})
+
+    return hook
+
+
+def _after(handler: Handler) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return handler(output) if isinstance(output, Tensor) else None
+
+    return hook
+
+
+class _FunctionalLinears(TorchFunctionMode):
+    """Input and output of linears that are never called: BEiT, EVA and SwinV2 write F.linear(x, self.qkv.weight)."""
+
+    def __init__(self, model: nn.Module, handlers: Mapping[str, Mapping[str, Handler]]) -> None:
+        super().__init__()
+        self.modules = [(model.get_submodule(name), by_tensor) for name, by_tensor in handlers.items()]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.linear:
+            return func(*args, **kwargs)
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        handlers = next((h for module, h in self.modules if module.weight is weight), None)
+        if handlers is None:
+            return func(*args, **kwargs)
+        if "input" in handlers:
+            x = args[0] if args else kwargs["input"]
+            replaced = handlers["input"](x)
+            if replaced is not None:
+                args, kwargs = ((replaced, *args[1:]), kwargs) if args else (args, {**kwargs, "input": replaced})
+        result = func(*args, **kwargs)
+        replaced = handlers["output"](result) if "output" in handlers else None
+        return result if replaced is None else replaced

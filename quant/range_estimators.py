@@ -1,0 +1,124 @@
+"""The first scale (and offset) of a quantizer, from data: min-max, percentile, least squares."""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from quant.functional import fake_quantize, quantize
+from quant.scheme import QuantScheme
+
+Estimator = Literal["mse", "minmax", "percentile"]
+ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+
+DEGENERATE = 1e-6
+"""A group whose abs-max is below this share of the tensor's holds no signal that a scale could be fitted to."""
+PERCENTILE = 0.999
+_GRID = tuple(0.82**i for i in range(1, 16))
+_ITERATIONS = 25
+_TOLERANCE = 1e-5
+
+
+class Estimate(NamedTuple):
+    """Scales and offsets, (groups,) float32 each, and how many groups were degenerate."""
+
+    scale: Tensor
+    offset: Tensor | None
+    degenerate: int
+
+
+def estimate_range(x: Tensor, scheme: QuantScheme, estimator: Estimator) -> Estimate:
+    """The scale and offset of each group of `x`: (groups, values).
+
+    `minmax` covers every value, `percentile` the central 99.9 % of them, `mse` minimises the squared error. One signed
+    bit is binary and has a closed form, mean |x| (Rastegari et al., ECCV 2016, arXiv:1603.05279), whatever the
+    estimator. A degenerate group takes the median scale of the sound ones (all-zero tensors: 1).
+    """
+    x = x.float()
+    if scheme.bit_width == 1 and scheme.signed:
+        scale, offset = x.abs().mean(dim=1), None
+    elif estimator == "mse":
+        scale, offset = _least_squares(x, scheme)
+    else:
+        low, high = _bounds(x, None if estimator == "minmax" else PERCENTILE)
+        scale, offset = _covering(low, high, scheme)
+    return _mend_degenerate(x, scale, offset)
+
+
+def _bounds(x: Tensor, share: float | None) -> tuple[Tensor, Tensor]:
+    if share is None:
+        return x.amin(dim=1), x.amax(dim=1)
+    ordered = x.sort(dim=1).values
+    last = x.shape[1] - 1
+    tail = round((1 - share) / 2 * last)
+    return ordered[:, tail], ordered[:, last - tail]
+
+
+def _covering(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
+    """Scale and offset whose grid reaches from `low` to `high`."""
+    if scheme.offset:
+        return (high - low) / (scheme.quant_max - scheme.quant_min), low.clone()
+    if scheme.signed:
+        return torch.maximum(low.abs(), high.abs()) / scheme.quant_max, None
+    return high.clamp(min=0) / scheme.quant_max, None
+
+
+def _least_squares(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
+    """The best of a grid of scales, then alternating the codes and the straight line through them, by group.
+
+    For fixed codes q the best scale is <x, q> / <q, q>; with an offset, scale and offset are the regression of x on q. The
+    result is never worse than min-max, which is the first point of the grid.
+    """
+    full_scale, offset = _covering(x.amin(dim=1), x.amax(dim=1), scheme)
+    best = _Fit(full_scale, offset, _squared_error(x, full_scale, offset, scheme))
+    for share in _GRID:
+        scale = full_scale * share
+        best = _better(best, _Fit(scale, offset, _squared_error(x, scale, offset, scheme)))
+    scale, offset = best.scale, best.offset
+    for _ in range(_ITERATIONS):
+        previous = scale
+        scale, offset = _refit(x, scale, offset, scheme)
+        if ((scale - previous).abs() <= _TOLERANCE * previous).all():
+            break
+    best = _better(best, _Fit(scale, offset, _squared_error(x, scale, offset, scheme)))
+    return best.scale, best.offset
+
+
+class _Fit(NamedTuple):
+    scale: Tensor
+    offset: Tensor | None
+    error: Tensor
+
+
+def _better(old: _Fit, new: _Fit) -> _Fit:
+    """By group, the fit of least error."""
+    wins = new.error < old.error
+    offset = None if old.offset is None or new.offset is None else torch.where(wins, new.offset, old.offset)
+    return _Fit(torch.where(wins, new.scale, old.scale), offset, torch.where(wins, new.error, old.error))
+
+
+def _refit(x: Tensor, scale: Tensor, offset: Tensor | None, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    codes = quantize(x[None], safe, offset, scheme.bit_width, scheme.signed)[0]
+    if offset is None:
+        power = codes.square().sum(dim=1)
+        fitted = (x * codes).sum(dim=1) / power
+        return torch.where((power > 0) & (fitted > 0), fitted, scale), None
+    mean_x, mean_code = x.mean(dim=1), codes.mean(dim=1)
+    spread = (codes - mean_code[:, None]).square().sum(dim=1)
+    fitted = ((x - mean_x[:, None]) * (codes - mean_code[:, None])).sum(dim=1) / spread
+    sound = (spread > 0) & (fitted > 0)
+    fitted = torch.where(sound, fitted, scale)
+    return fitted, torch.where(sound, mean_x - fitted * mean_code, offset)
+
+
+def _squared_error(x: Tensor, scale: Tensor, offset: Tensor | None, scheme: QuantScheme) -> Tensor:
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (fake_quantize(x[None], safe, offset, scheme.bit_width, scheme.signed)[0] - x).square().sum(dim=1)
+
+
+def _mend_degenerate(x: Tensor, scale: Tensor, offset: Tensor | None) -> Estimate:
+    abs_max = x.abs().amax(dim=1)
+    sound = (abs_max >= DEGENERATE * abs_max.max()) & (scale > 0)
+    substitute = scale[sound].median() if sound.any() else scale.new_tensor(1.0)
+    return Estimate(torch.where(sound, scale, substitute), offset, int((~sound).sum()))
