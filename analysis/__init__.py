@@ -1,0 +1,1 @@
+"""Measurement: models and images in, tables and figures out."""

@@ -1,6 +1,6 @@
 """Logits of a model over a fixed list of batches, and figures that compare two sets of logits image by image."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from quant.errors import InputError
 
 
-def all_logits(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
-    """Logits (images, classes) of the model over the batches, float32 on the CPU."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    rows = []
+def logits_of(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Logits (images, classes), float32 on the CPU, and labels of the batches of (images, labels)."""
+    rows, labels = [], []
     with torch.inference_mode():
-        for images in batches:
-            output = model(images.to(device))
+        for images, batch_labels in batches:
+            output = model(images)
             if not isinstance(output, Tensor) or output.ndim != 2:
                 what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
                 raise InputError(f"the model returned {what}; expected logits of shape (images, classes).")
             rows.append(output.float().cpu())
-    return torch.cat(rows)
+            labels.append(batch_labels)
+    return torch.cat(rows), torch.cat(labels)
 
 
 class Scores(NamedTuple):

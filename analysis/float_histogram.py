@@ -108,13 +108,14 @@ class FloatHistogram:
         return (abs(value - self.centre) + shift) * RELATIVE_BIN_WIDTH * (1 + RELATIVE_BIN_WIDTH) + shift
 
     def fraction_below(self, value: float, minimum: float, maximum: float) -> tuple[float, float]:
-        """Share of the values below `value`, and the most that it can be off by: the share in doubt."""
+        """Share of the values below `value` (1 from `maximum` on), and the share in doubt: the most it is off by."""
         if value <= minimum:
             return 0.0, 0.0
-        if value > maximum:
+        if value >= maximum:
             return 1.0, 0.0
         left, right, count = self.bins()
-        inside = np.clip((value - left) / np.maximum(right - left, np.finfo(np.float64).tiny), 0.0, 1.0)
+        width = right - left  # 0 where values lie on the centre
+        inside = np.where(width > 0, (value - left) / np.where(width > 0, width, 1.0), value > left).clip(0.0, 1.0)
         shift = max((abs(value - centre) for centre in self.other_centres), default=0.0) * RELATIVE_BIN_WIDTH / 2
         doubt = (left <= value + shift) & (right >= value - shift)
         total = count.sum()

@@ -4,22 +4,15 @@
 measured metric; may be negative), granularity, signed, offset. `cost` is the frame of cost.parquet (see accounting).
 """
 
-import difflib
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
 
 from analysis import accounting
-from analysis.integer_program import BudgetRow, Unit, solve
-from quant.bit_plan import PlanBudget, PlannedSite, PlanTotals, check_known_sites
-from quant.errors import InputError
+from analysis.integer_program import solve
+from quant.bit_plan import PlanBudget, PlannedSite, PlanTotals
 from quant.site import Site
 
 PINNED_BITS = 8  # of the first convolution or patch embedding and the classifier, in layout `paper`

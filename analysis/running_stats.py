@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from analysis.float_histogram import FloatHistogram, centre_of
+from quant.functional import to_groups
 
 QUANTILES = {"q0001": 0.0001, "q001": 0.001, "q01": 0.01, "q50": 0.5, "q99": 0.99, "q999": 0.999, "q9999": 0.9999}
 OUTLIERS = {"outlier_fraction_3": 3.0, "outlier_fraction": 6.0}  # column -> number of standard deviations
 CPU_BLOCK, ACCELERATOR_BLOCK = 1 << 16, 1 << 24  # elements a step; 256 KiB and two buffers of it stay in the L2 cache
-SAFE_RANGE = 2.0**24  # fourth powers of float32 deviations within [1/SAFE_RANGE, SAFE_RANGE] neither over- nor underflow
+SAFE_RANGE = 2.0**24  # the fourth powers of deviations in [1/SAFE_RANGE, SAFE_RANGE] fit into float32
 
 
 class NonFiniteError(ValueError):
@@ -81,10 +82,10 @@ class RunningStats:
     mean 100 and std 1. float64 input is summed in float64. The same batches in another order or split give the same
     count, min and max, and moments within 1e-9.
 
-    Quantiles: from a `FloatHistogram`, so off by at most one bin, 2^-7 of their distance from its centre, half of it on
-    average (`quantile_error`). The centre is fixed by the first batch, 0 unless its mean exceeds one or two std; statistics
-    of different centres merge with the error stated there. Outlier fractions are off by at most the share of the bins
-    that hold the thresholds (`outlier_fraction_error`). `stats_of` gives both exactly, for weights.
+    Quantiles: from a `FloatHistogram`, so off by at most one bin, 2^-7 of their distance from its centre, commonly far
+    less (`quantile_error`). The centre is fixed by the first batch, and 0 unless its mean exceeds one or two std;
+    statistics of different centres merge with the error stated there. Outlier fractions are off by at most the share
+    of the bins that hold the thresholds (`outlier_fraction_error`). `stats_of` gives both exactly, for weights.
     """
 
     def __init__(self, groups: int = 1) -> None:
@@ -108,7 +109,8 @@ class RunningStats:
         if self.groups == 1 and x.ndim != 3:
             x = x.reshape(1, 1, -1)
         if x.ndim != 3 or x.shape[1] != self.groups or not x.is_floating_point():
-            raise ValueError(f"Expected a floating (outer, {self.groups}, inner) tensor, got {x.dtype} {tuple(x.shape)}.")
+            expected = f"a floating (outer, {self.groups}, inner) tensor"
+            raise ValueError(f"Expected {expected}, got {x.dtype} {tuple(x.shape)}.")
         if x.numel() == 0:
             return
         if x.transpose(1, 2).is_contiguous():  # channels last: the groups are columns already
@@ -144,12 +146,12 @@ class RunningStats:
         return "median channel is zero" if self.groups > 1 and np.median(self._group_abs_max()) == 0 else ""
 
     def row(self) -> dict[str, float | int | str]:
-        """The tensor's columns of stats.parquet, in the unit of the tensor; std divides by count; NaN as `note` says."""
+        """The tensor's columns of stats.parquet, in its own unit; std divides by count; `note` says why NaN."""
         names = ["mean", "std", "abs_mean", "min", "max", "skewness", "excess_kurtosis", "abs_max_over_std"]
         if self._moments is None:
             return {"count": 0} | dict.fromkeys([*names, *OUTLIERS, *QUANTILES], float("nan")) | {"note": self.note}
         row: dict[str, float | int | str] = {"count": self.count}
-        tensor = {name: float(value) for name, value in self._moments.pooled(0).figures().items()}
+        tensor = self._tensor_figures()
         row |= tensor
         row["abs_max_over_std"] = (
             max(-tensor["min"], tensor["max"]) / tensor["std"] if tensor["std"] > 0 else float("nan")
@@ -199,14 +201,17 @@ class RunningStats:
         assert self._moments is not None
         return np.maximum(-self._moments.minimum, self._moments.maximum)
 
+    def _tensor_figures(self) -> dict[str, float]:
+        assert self._moments is not None
+        return {name: float(value) for name, value in self._moments.pooled(0).figures().items()}
+
     def _approximate(self) -> tuple[dict[str, float], dict[str, float]]:
         """Outlier fractions and quantiles from the histogram, and the errors of the former."""
-        assert self._moments is not None
         assert self.histogram is not None
-        tensor = self._moments.pooled(0).figures()
-        mean, std, low, high = (float(tensor[name]) for name in ("mean", "std", "min", "max"))
-        figures, errors = {}, {}
-        for name, factor in OUTLIERS.items():
+        tensor = self._tensor_figures()
+        mean, std, low, high = (tensor[name] for name in ("mean", "std", "min", "max"))
+        figures, errors = dict.fromkeys(OUTLIERS, 0.0), dict.fromkeys(OUTLIERS, 0.0)
+        for name, factor in OUTLIERS.items() if std > 0 else ():
             below, below_error = self.histogram.fraction_below(mean - factor * std, low, high)
             above, above_error = self.histogram.fraction_below(mean + factor * std, low, high)
             figures[name], errors[name] = below + 1 - above, below_error + above_error
@@ -214,26 +219,25 @@ class RunningStats:
         return figures | dict(zip(QUANTILES, values.tolist(), strict=True)), errors
 
 
-def stats_of(tensor: Tensor, groups: int = 1) -> RunningStats:
+def stats_of(tensor: Tensor, axis: int = 0, groups: int = 1) -> RunningStats:
     """Statistics of a tensor that is all there, such as a weight: moments, quantiles and outliers exact in float64.
 
-    `tensor`: (outer, groups, inner), or any shape where there is one group. Raises NonFiniteError.
+    `axis` is split into `groups` channels or heads. Raises NonFiniteError.
     """
     stats = RunningStats(groups)
-    stats.update(tensor.detach().double())
-    values = tensor.detach().double().cpu().numpy().ravel()
-    if values.size:
-        row = stats.row()
-        distance = np.abs(values - row["mean"])
-        exact = {name: float((distance > factor * row["std"]).mean()) for name, factor in OUTLIERS.items()}
-        stats._exact = exact | dict(
-            zip(QUANTILES, np.quantile(values, list(QUANTILES.values())).tolist(), strict=True)
-        )
+    exact = tensor.detach().double()
+    stats.update(to_groups(exact, axis, groups))
+    if stats.count:
+        values = exact.cpu().numpy().ravel()
+        figures = stats._tensor_figures()
+        distance = np.abs(values - figures["mean"])
+        stats._exact = {name: float((distance > factor * figures["std"]).mean()) for name, factor in OUTLIERS.items()}
+        stats._exact |= zip(QUANTILES, np.quantile(values, list(QUANTILES.values())).tolist(), strict=True)
     return stats
 
 
 def _group_moments(x: Tensor) -> Moments:
-    """Moments of each group of a contiguous (outer, groups, inner) tensor; float64, (groups,). Raises NonFiniteError."""
+    """Moments of each group of a contiguous (outer, groups, inner) tensor, (groups,). Raises NonFiniteError."""
     outer, groups, inner = x.shape
     columns = inner < min(outer, 128)  # short rows are slow to reduce: take groups x inner as columns instead
     matrix, dim = (x.view(outer, groups * inner), 0) if columns else (x.view(outer * groups, inner), 1)
@@ -281,7 +285,8 @@ def _power_sums(matrix: Tensor, dim: int, scale: np.ndarray | None) -> tuple[np.
     dtype = matrix.dtype if matrix.dtype == torch.float64 else torch.float32
     out = torch.empty(8, len(starts), width, dtype=dtype, device=matrix.device)
     factor = None if scale is None else torch.from_numpy(scale).to(out)
-    buffers = torch.empty(2, step * min(lines, width), dtype=dtype, device=matrix.device)  # fresh pages cost more than sums
+    # Written over and over: fresh memory for each block costs more than the sums.
+    buffers = torch.empty(2, step * min(lines, width), dtype=dtype, device=matrix.device)
     for piece, start in enumerate(starts):
         for first in range(0, width, lines):
             block = matrix.narrow(dim, start, min(step, length - start))

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
-from analysis.evaluation import all_logits, compare_logits
-from quant.calibrate import ActivationSample, batchnorm_reestimated, batchnorms, make_quantizer, observe_activations
+from analysis.evaluation import compare_logits, logits_of
+from analysis.noise import MeasuredQuantizer, Noise, output_noise
+from quant.calibrate import batchnorm_reestimated, batchnorms, granularity_of, make_quantizer, observe_activations
 from quant.intercept import intercept
 from quant.prepare import quantized
 from quant.quantizer import Quantizer
@@ -25,7 +25,7 @@ SENSITIVITY_COLUMNS = (
     "estimator", "batchnorm", "images", "loss", "delta_loss", "delta_loss_se", "top1", "delta_top1", "top1_se", "kl",
     "kl_se", "logit_nmse", "sqnr_db", "sqnr_output_db", "rank_low", "rank_high", "note",
 )  # fmt: skip
-ROW_KEY = ("module", "tensor", "bit_width", "granularity_asked", "estimator", "batchnorm")
+ROW_KEY = ("module", "tensor", "group", "bit_width", "protocol", "granularity", "estimator", "batchnorm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,10 @@ def sweep_keys(model: nn.Module, sites: Sequence[SiteInfo], config: SweepConfig)
         {
             "module": info.site.module,
             "tensor": info.site.tensor,
+            "group": "",
             "bit_width": bit_width,
-            "granularity_asked": config.granularity or "default",
+            "protocol": "single",
+            "granularity": granularity_of(info, model, config.granularity),
             "estimator": config.estimator,
             "batchnorm": mode,
         }
@@ -68,13 +70,12 @@ def sweep(
     model: nn.Module,
     trace: Trace,
     sites: Sequence[SiteInfo],
-    images: Sequence[Tensor],
-    labels: Tensor,
+    batches: Sequence[tuple[Tensor, Tensor]],
     keys: Sequence[Mapping[str, Any]],
     *,
     name: str,
 ) -> Iterator[dict[str, Any]]:
-    """One row of sensitivity.parquet for each of `keys`, over `images` (a list of batches) and their labels.
+    """One row of sensitivity.parquet for each of `keys`, over `batches` of (images, labels).
 
     Protocol `single`: one site is quantized, its scale estimated on these same images, all else is floating point.
     Differences are taken against the floating-point model in the same form: sites inside attention against attention
@@ -82,61 +83,65 @@ def sweep(
     """
     by_site = {info.site: info for info in sites}
     wanted = {Site(key["module"], key["tensor"]) for key in keys}
-    granularities: dict[str, Granularity | None] = {key["granularity_asked"]: None for key in keys}
     samples = observe_activations(
-        model, trace, {s: i for s, i in by_site.items() if s in wanted}, images, count=len(images)
+        model, trace, {s: i for s, i in by_site.items() if s in wanted}, [x for x, _ in batches], count=len(batches)
     )
-    references = _References(model, trace, images)
+    references = _References(model, trace, batches)
     for key in keys:
         info = by_site[Site(key["module"], key["tensor"])]
-        asked = key["granularity_asked"]
-        granularities[asked] = None if asked == "default" else asked
         quantizer = make_quantizer(
             model, info, key["bit_width"], sample=samples.get(info.site), estimator=key["estimator"],
-            granularity=granularities[asked],
+            granularity=key["granularity"],
         )  # fmt: skip
         yield {
             **key,
             "model": name,
             "kind": info.kind,
             "order": info.order,
-            "group": "",
-            "protocol": "single",
-            "granularity": quantizer.scheme.granularity,
             "signed": quantizer.scheme.signed,
             "offset": quantizer.scheme.offset,
-            **_measure(model, trace, info, quantizer, images, labels, references, key["batchnorm"]),
+            **_measure(model, trace, info, quantizer, references, re_estimated=key["batchnorm"] == "re_estimated"),
             "rank_low": math.nan,
             "rank_high": math.nan,
         }
 
 
-def sensitivity_table(rows: Sequence[Mapping[str, Any]], keys: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """The frame of sensitivity.parquet, in the order of `keys`."""
-    order = {tuple(key[k] for k in ROW_KEY): i for i, key in enumerate(keys)}
-    ordered = sorted(rows, key=lambda row: order[tuple(row[k] for k in ROW_KEY)])
+def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What names a row of the table: two rows of the same key are the same measurement."""
+    return tuple(row[name] for name in ROW_KEY)
+
+
+def sensitivity_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The frame of sensitivity.parquet: sites in network order, bit-widths ascending."""
+    ordered = sorted(rows, key=lambda row: (row["order"], row["protocol"], *row_key(row)))
     return pd.DataFrame(ordered, columns=list(SENSITIVITY_COLUMNS))
 
 
 class _References:
     """Logits of the floating-point model: as it is, with attention by its formula, with BatchNorm re-estimated."""
 
-    def __init__(self, model: nn.Module, trace: Trace, images: Sequence[Tensor]) -> None:
-        self.model, self.trace, self.images = model, trace, images
+    def __init__(self, model: nn.Module, trace: Trace, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.model, self.trace, self.batches = model, trace, batches
         self.known: dict[tuple[bool, bool], Tensor] = {}
+
+    @contextmanager
+    def form(self, *, explicit_attention: bool) -> Iterator[None]:
+        """Let every attention module compute by its formula, as those with a quantized site do, or none."""
+        untouched = {Site(m, "attention"): _leave for m in self.trace.attention} if explicit_attention else {}
+        with intercept(self.model, self.trace, untouched):
+            yield
+
+    def batchnorm(self, re_estimated: bool) -> AbstractContextManager[None]:
+        """Let BatchNorm take its statistics from the images, or leave the stored ones."""
+        return batchnorm_reestimated(self.model, (x for x, _ in self.batches)) if re_estimated else nullcontext()
 
     def logits(self, *, explicit_attention: bool, re_estimated: bool) -> Tensor:
         """The reference of one form, computed at its first use."""
-        form = (explicit_attention, re_estimated)
-        if form not in self.known:
-            untouched = {Site(m, "attention"): _leave for m in self.trace.attention} if explicit_attention else {}
-            with intercept(self.model, self.trace, untouched), self.batchnorm(re_estimated):
-                self.known[form] = all_logits(self.model, self.images)
-        return self.known[form]
-
-    def batchnorm(self, re_estimated: bool) -> Any:
-        """A context that lets BatchNorm take its statistics from the images, or none."""
-        return batchnorm_reestimated(self.model, self.images) if re_estimated else nullcontext()
+        key = (explicit_attention, re_estimated)
+        if key not in self.known:
+            with self.form(explicit_attention=explicit_attention), self.batchnorm(re_estimated):
+                self.known[key], _ = logits_of(self.model, self.batches)
+        return self.known[key]
 
 
 def _leave(_x: Tensor) -> None:
@@ -144,101 +149,30 @@ def _leave(_x: Tensor) -> None:
 
 
 def _measure(
-    model: nn.Module,
-    trace: Trace,
-    info: SiteInfo,
-    quantizer: Quantizer,
-    images: Sequence[Tensor],
-    labels: Tensor,
-    references: _References,
-    batchnorm: str,
+    model: nn.Module, trace: Trace, info: SiteInfo, quantizer: Quantizer, references: _References, *, re_estimated: bool
 ) -> dict[str, Any]:
     """Figures of one quantized site, and a note on what could not be measured."""
-    site, re_estimated = info.site, batchnorm == "re_estimated"
-    measured = _Measured(quantizer)
+    site = info.site
+    measured = MeasuredQuantizer(quantizer)
     reference = references.logits(explicit_attention=site.is_attention, re_estimated=re_estimated)
     original = model.get_submodule(site.module)._parameters.get("weight")
-    with quantized(model, trace, {site: info}, {site: measured}), references.batchnorm(re_estimated):
-        if not site.is_weight:
+    with (
+        references.form(explicit_attention=site.is_attention),
+        quantized(model, trace, {site: info}, {site: measured}),
+        references.batchnorm(re_estimated),
+    ):
+        if not site.is_weight:  # what the passes for BatchNorm added is not of these logits
             measured.tensor_noise = Noise()
-        with _output_noise(model, site.module, original) as output_noise:
-            logits = all_logits(model, images)
+        with output_noise(model, site.module, original) as module_noise:
+            logits, labels = logits_of(model, references.batches)
     notes = [info.note] if info.note else []
     if quantizer.degenerate:
         notes.append(f"degenerate: {quantizer.degenerate} of {quantizer.groups} scales borrowed")
-    if not output_noise.seen:
+    if not module_noise.seen:
         notes.append("sqnr_output_db: the module's forward is not called")
     return {
         **compare_logits(logits, reference, labels),
         "sqnr_db": measured.tensor_noise.sqnr_db,
-        "sqnr_output_db": output_noise.sqnr_db,
+        "sqnr_output_db": module_noise.sqnr_db,
         "note": "; ".join(notes),
     }
-
-
-class Noise:
-    """Signal and noise power of a tensor and its quantized form, summed in float64."""
-
-    def __init__(self) -> None:
-        self.signal = self.noise = 0.0
-        self.seen = False
-
-    def add(self, clean: Tensor, noisy: Tensor) -> None:
-        """Add one tensor and its noisy form, of the same shape."""
-        self.seen = True
-        self.signal += torch.linalg.vector_norm(clean, dtype=torch.float64).item() ** 2
-        self.noise += torch.linalg.vector_norm(clean - noisy, dtype=torch.float64).item() ** 2
-
-    @property
-    def sqnr_db(self) -> float:
-        """10 log10(E[x^2] / E[(x - x_q)^2]); inf where nothing was lost, NaN where there was no signal."""
-        if self.signal == 0:
-            return math.nan
-        return math.inf if self.noise == 0 else 10 * math.log10(self.signal / self.noise)
-
-
-class _Measured:
-    """A quantizer that adds up what it does to its tensor."""
-
-    def __init__(self, quantizer: Quantizer) -> None:
-        self.quantizer, self.tensor_noise = quantizer, Noise()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x_q = self.quantizer(x)
-        self.tensor_noise.add(x, x_q)
-        return x_q
-
-
-@contextmanager
-def _output_noise(model: nn.Module, name: str, weight: nn.Parameter | None) -> Iterator[Noise]:
-    """Compare each output of a module with what it gives on the same, untouched input and `weight`.
-
-    The module's forward runs a second time, without hooks: its input is the clean one because no earlier site is
-    quantized.
-    """
-    module, noise = model.get_submodule(name), Noise()
-    clean: list[tuple[Any, Any]] = []
-
-    def keep(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        clean.append((args, kwargs))
-
-    def compare(module: nn.Module, _args: Any, output: Any) -> None:
-        args, kwargs = clean.pop()
-        if not isinstance(output, Tensor):
-            return
-        current = module._parameters.get("weight")
-        try:
-            if weight is not None:
-                module._parameters["weight"] = weight
-            noise.add(type(module).forward(module, *args, **kwargs), output)
-        finally:
-            if weight is not None:
-                module._parameters["weight"] = current
-
-    before = module.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
-    after = module.register_forward_hook(compare)
-    try:
-        yield noise
-    finally:
-        before.remove()
-        after.remove()

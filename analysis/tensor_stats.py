@@ -51,7 +51,9 @@ def collect_stats(
             try:
                 measured[info.site] = stats_of(weight, *_axis_and_groups(info))
             except NonFiniteError as error:
-                raise InputError(f"the weight of {info.site.module} holds NaN or Inf; look for another file.") from error
+                raise InputError(
+                    f"the weight of {info.site.module} holds NaN or Inf; look for another file."
+                ) from error
     if batches is not None:
         running = {info.site: RunningStats(_axis_and_groups(info)[1]) for info in sites if not info.site.is_weight}
         handlers = {info.site: _updater(running[info.site], info) for info in sites if info.site in running}

@@ -1,0 +1,1 @@
+"""Mechanism: tensors in, tensors out."""

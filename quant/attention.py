@@ -92,7 +92,7 @@ class AttentionMode(TorchFunctionMode):
         super().__init__()
         self.running, self.forms, self.handlers = running, forms, handlers
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self.running.stack:
             return func(*args, **kwargs)
@@ -117,7 +117,9 @@ class AttentionMode(TorchFunctionMode):
 
 def is_product_of_activations(args: tuple[Any, ...]) -> bool:
     """Whether a matrix product's operands are two activations: stacks of matrices, neither a parameter."""
-    return len(args) == 2 and all(isinstance(a, Tensor) and a.ndim >= 3 and not isinstance(a, nn.Parameter) for a in args)
+    return len(args) == 2 and all(
+        isinstance(a, Tensor) and a.ndim >= 3 and not isinstance(a, nn.Parameter) for a in args
+    )
 
 
 def _handled(handlers: Mapping[str, Handler], tensor: str, x: Tensor) -> Tensor:
@@ -141,9 +143,7 @@ def explicit_attention(
 
     Shapes: query (..., heads, queries, d), key and value (..., heads, keys, d). Arguments as torch's own function.
     """
-    query, key, value = (
-        _handled(handlers, name, x) for name, x in (("query", query), ("key", key), ("value", value))
-    )
+    query, key, value = (_handled(handlers, name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     if enable_gqa:
         key = key.repeat_interleave(query.size(-3) // key.size(-3), dim=-3)
         value = value.repeat_interleave(query.size(-3) // value.size(-3), dim=-3)

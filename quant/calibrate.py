@@ -75,13 +75,16 @@ def observe_activations(
         if not sample.parts:
             raise InputError(f"{site} was not executed on the calibration images; leave it out with --exclude.")
         if not torch.isfinite(sample.values).all():
-            raise InputError(f"{site} holds NaN or Inf on the calibration images; look for the cause before quantizing.")
+            raise InputError(
+                f"{site} holds NaN or Inf on the calibration images; look for the cause before quantizing."
+            )
     return samples
 
 
 def granularity_of(info: SiteInfo, model: nn.Module, granularity: Granularity | None) -> Granularity:
-    """The granularity asked for, which concerns weights, or the default one."""
-    if granularity is not None and info.site.is_weight:
+    """The granularity asked for, which concerns weights that have such an axis, else the site's default."""
+    has_axis = {"per_tensor": True, "per_channel": info.channels > 0, "per_head": info.heads > 0}
+    if granularity is not None and info.site.is_weight and has_axis[granularity]:
         return granularity
     return default_granularity(info, model.get_submodule(info.site.module))
 

@@ -19,7 +19,10 @@ def weight_of(model: nn.Module, info: SiteInfo) -> Tensor:
 
 @contextmanager
 def quantized(
-    model: nn.Module, trace: Trace, sites: Mapping[Site, SiteInfo], quantizers: Mapping[Site, Callable[[Tensor], Tensor]]
+    model: nn.Module,
+    trace: Trace,
+    sites: Mapping[Site, SiteInfo],
+    quantizers: Mapping[Site, Callable[[Tensor], Tensor]],
 ) -> Iterator[None]:
     """Fake-quantize the given sites of `model` while the block runs, without training.
 

@@ -14,7 +14,8 @@ ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 DEGENERATE = 1e-6
 """A group whose abs-max is below this share of the tensor's holds no signal that a scale could be fitted to."""
 PERCENTILE = 0.999
-_GRID = tuple(0.82**i for i in range(1, 16))
+_COARSE = tuple(0.82**i for i in range(1, 16))
+_FINE = tuple(0.82 ** (i / 6) for i in range(-5, 6) if i)
 _ITERATIONS = 25
 _TOLERANCE = 1e-5
 
@@ -64,16 +65,18 @@ def _covering(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, T
 
 
 def _least_squares(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
-    """The best of a grid of scales, then alternating the codes and the straight line through them, by group.
+    """The best of a coarse and a fine grid of scales, then alternating the codes and the straight line through them, by group.
 
     For fixed codes q the best scale is <x, q> / <q, q>; with an offset, scale and offset are the regression of x on q. The
     result is never worse than min-max, which is the first point of the grid.
     """
     full_scale, offset = _covering(x.amin(dim=1), x.amax(dim=1), scheme)
     best = _Fit(full_scale, offset, _squared_error(x, full_scale, offset, scheme))
-    for share in _GRID:
-        scale = full_scale * share
-        best = _better(best, _Fit(scale, offset, _squared_error(x, scale, offset, scheme)))
+    for grid in (_COARSE, _FINE):  # fine: at 8 bits the alternation alone stays where it starts
+        centre = best.scale
+        for share in grid:
+            scale = centre * share
+            best = _better(best, _Fit(scale, offset, _squared_error(x, scale, offset, scheme)))
     scale, offset = best.scale, best.offset
     for _ in range(_ITERATIONS):
         previous = scale

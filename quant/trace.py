@@ -50,9 +50,7 @@ class _Probe(TorchFunctionMode):
         super().__init__()
         self.trace = trace
         self.frames: list[_Frame] = []
-        self.weights = {
-            id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Linear)
-        }
+        self.weights = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
     def owner(self) -> _Frame | None:
         """The innermost running module that owns parameters: the softmax of a bare `nn.Softmax` is its parent's."""

@@ -1,0 +1,150 @@
+"""`qvw demo`: a ResNet and a Swin trained on scikit-learn's digits, then measured, planned, evaluated and compared."""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from analysis.data import ImageData, batches, load_data, resolve_input
+from analysis.evaluation import logits_of, scores
+from analysis.models import ModelSource, load_model
+from analysis.plan_step import PlanRequest, run_plan
+from analysis.quantized_eval import run_eval
+from analysis.runs import write_atomic
+from analysis.setup import Setup
+from analysis.steps import run_compare, run_sensitivity, run_stats
+
+WEIGHT_DECAY, WARM_UP = 0.05, 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A small timm model and how it is trained on the digits; the batch is 32 images."""
+
+    name: str
+    model: str
+    kwargs: dict[str, Any]
+    learning_rate: float
+    epochs: int
+    least_top1: float
+
+
+RECIPES = (
+    Recipe(
+        name="resnet", model="resnet18", learning_rate=2e-3, epochs=6, least_top1=0.97,
+        kwargs={"layers": [2, 2, 1, 1], "num_classes": 10, "in_chans": 1, "stem_width": 16,
+                "channels": [16, 32, 48, 64], "zero_init_last": False},
+    ),
+    Recipe(
+        name="swin", model="swin_tiny_patch4_window7_224", learning_rate=1e-3, epochs=14, least_top1=0.96,
+        kwargs={"img_size": 32, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 48, "depths": [2, 2],
+                "num_heads": [3, 6], "window_size": 4, "drop_path_rate": 0.0, "weight_init": "jax"},
+    ),
+)  # fmt: skip
+
+
+def run_demo(path: Path, *, quiet: bool = False) -> None:
+    """Everything of the demo in `path`; what an earlier, interrupted call finished is kept."""
+    started = time.monotonic()
+    for number, recipe in enumerate(RECIPES):
+        _headline(f"{recipe.name}: {number + 1} of {len(RECIPES)}", quiet)
+        run = path / recipe.name
+        weights = run / "weights.safetensors"
+        if not weights.exists():
+            top1 = _train(recipe, weights, quiet=quiet)
+            _say(f"trained to {100 * top1:.1f} % of the validation digits", quiet)
+        setup = Setup(
+            run=run, model=recipe.model, model_kwargs=recipe.kwargs, weights=weights, data="digits", quiet=quiet,
+            num_workers=0,
+        )  # fmt: skip
+        run_stats(setup)
+        run_sensitivity(
+            setup, bit_widths=(2, 3, 4, 8), tensors=("weight", "input", "attention"), granularity=None,
+            estimator="mse", batchnorm="stored",
+        )  # fmt: skip
+        run_plan(run, PlanRequest(weight_bits=3, activation_bits=4, quiet=quiet))
+        for choice in ({}, {"plan_file": run / "plan.json"}, {"uniform": "w3a4"}):
+            run_eval(setup, **{**_EVAL, **choice})
+    _headline("comparison", quiet)
+    run_compare([path / recipe.name for recipe in RECIPES], path / "compare", quiet=quiet)
+    seconds = time.monotonic() - started
+    click.echo(f"Done in {seconds:.0f} s. Look first at {path / 'compare' / 'variation_weight.png'},")
+    click.echo(f"then at sensitivity.png, distribution.png and plan.png in {path / 'resnet'} and {path / 'swin'}.")
+
+
+_EVAL: dict[str, Any] = {
+    "plan_file": None, "uniform": None, "layout": "paper", "calibration_images": 256, "estimator": "mse",
+    "batchnorm": "re-estimate",
+}  # fmt: skip
+
+
+def _headline(text: str, quiet: bool) -> None:
+    _say(f"\n== {text}", quiet)
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        click.echo(text)
+
+
+def _train(recipe: Recipe, weights: Path, *, quiet: bool) -> float:
+    """Train, save the weights, and return top-1 of the validation digits."""
+    model = load_model(ModelSource(model=recipe.model, kwargs=recipe.kwargs))
+    config = resolve_input(model, "digits")
+    train, val = (
+        load_data("digits", split=split, images=None, seed=0, input_config=config, num_classes=10)
+        for split in ("train", "val")
+    )
+    images, labels = (torch.cat(parts) for parts in zip(*batches(train, batch_size=256), strict=True))
+    fit_(model, images, labels, recipe, quiet=quiet)
+    top1 = _top1(model, val)
+    if top1 < recipe.least_top1:
+        raise RuntimeError(f"{recipe.name} reached {top1:.3f} of the validation digits, expected {recipe.least_top1}.")
+    write_atomic(weights, lambda path: save_file(model.state_dict(), path, metadata={"recipe": json.dumps(recipe.kwargs)}))
+    return top1
+
+
+def fit_(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, *, quiet: bool) -> None:
+    """Train in floating point: AdamW, warm-up then cosine to 0, no augmentation, shuffled by a fixed seed."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
+        lr=recipe.learning_rate,
+    )
+    per_epoch = math.ceil(len(images) / 32)
+    total = per_epoch * recipe.epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / total))
+    generator = torch.Generator().manual_seed(0)
+    model.train()
+    with tqdm(total=total, desc=f"train {recipe.name}", unit=" step", disable=True if quiet else None, leave=False) as bar:
+        for _ in range(recipe.epochs):
+            for chosen in torch.randperm(len(images), generator=generator).split(32):
+                loss = F.cross_entropy(model(images[chosen]), labels[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+    model.eval()
+
+
+def _rate(progress: float) -> float:
+    """Share of the peak learning rate at `progress` (0 to 1) of the training."""
+    if progress < WARM_UP:
+        return progress / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
+
+
+def _top1(model: nn.Module, data: ImageData) -> float:
+    logits, labels = logits_of(model, batches(data, batch_size=256))
+    return scores(logits, labels).hit.mean().item()

@@ -1,0 +1,274 @@
+"""Load the network to be measured: a timm name, or a factory in the user's own file."""
+
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import logging
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from quant.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a model comes from, as the user typed it."""
+
+    model: str  # a timm name, or path/to/file.py:factory
+    pretrained: bool = False
+    weights: str | None = None  # a .safetensors, .pt, .pth or .bin file
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # arguments of the constructor, from JSON
+    seed: int = 0  # an untrained model's weights depend on it
+
+    @property
+    def factory(self) -> tuple[Path, str] | None:
+        """The file and the function of a user's factory; None for a timm name."""
+        file, _, function = self.model.rpartition(":")
+        if file.endswith(".py"):
+            return Path(file), function
+        return (Path(self.model), "") if self.model.endswith(".py") else None
+
+
+def load_model(source: ModelSource) -> nn.Module:
+    """The model in eval mode on the CPU; the global random state is left as it was.
+
+    Raises InputError for a name, a factory, arguments or weights that cannot be used.
+    """
+    if source.pretrained and source.weights is not None:
+        raise InputError("`--pretrained` and `--weights` were both given. Choose one of them.")
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.default_generator.manual_seed(source.seed)
+        model = _timm_model(source) if source.factory is None else _factory_model(source, *source.factory)
+    model = model.cpu()
+    if source.weights is not None:
+        _load_weights_(model, Path(source.weights))
+    return model.eval()
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hexadecimal SHA-256 over the names, dtypes, shapes and bytes of the state dict, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):  # a module's extra state may be any object
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def model_names(pattern: str | None = None) -> list[str]:
+    """The timm names that match `pattern`, where * and ? are wildcards; without them it matches as a substring."""
+    if pattern and not set("*?[") & set(pattern):
+        pattern = f"*{pattern}*"
+    return timm.list_models(pattern or "")
+
+
+def num_classes(model: nn.Module) -> int | None:
+    """The number of classes of the model's head; None where it does not say or has no head."""
+    count = getattr(model, "num_classes", None)
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """The dotted names of the classifier layers; empty where the model does not say."""
+    modules = dict(model.named_modules())
+    configuration = getattr(model, "pretrained_cfg", None)
+    told = configuration.get("classifier") if isinstance(configuration, dict) else None
+    told = (told,) if isinstance(told, str) else tuple(told or ())
+    names = tuple(name for name in told if name in modules and not isinstance(modules[name], nn.Identity))
+    if names or not callable(getattr(model, "get_classifier", None)):
+        return names
+    heads: Any = model.get_classifier()  # type: ignore[operator]  # nn.Module's attributes are Tensor | Module to mypy
+    heads = heads if isinstance(heads, (tuple, list, nn.ModuleList)) else (heads,)
+    layers = {id(head) for head in heads if not isinstance(head, nn.Identity)}
+    return tuple(name for name, module in modules.items() if id(module) in layers)
+
+
+def _timm_model(source: ModelSource) -> nn.Module:
+    """A model of timm's; names such as `hf-hub:user/model` go to timm unchecked."""
+    architecture = source.model.partition(".")[0]
+    if ":" not in source.model and not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"The nearest: {', '.join(near)}" if near else "`qvw models` lists them"
+        raise InputError(
+            f"timm has no model {source.model!r}. {hint}. A model of your own is written path/to/file.py:factory."
+        )
+    try:
+        return timm.create_model(source.model, pretrained=source.pretrained, **source.kwargs)
+    except TypeError as error:
+        raise InputError(f"{source.model} refuses `--model-kwargs`: {_one_line(error)}.") from error
+    except Exception as error:
+        if source.pretrained or ":" in source.model:
+            raise InputError(
+                f"The pretrained weights of {source.model} could not be had: no network, or unknown "
+                f"({_one_line(error)}). Fetch them elsewhere and give `--weights FILE.safetensors`."
+            ) from error
+        if source.kwargs:
+            raise InputError(
+                f"{source.model} cannot be built with `--model-kwargs` {dict(source.kwargs)}: "
+                f"{type(error).__name__}: {_one_line(error)}."
+            ) from error
+        raise
+
+
+def _factory_model(source: ModelSource, path: Path, function: str) -> nn.Module:
+    """What the function of the user's file returns."""
+    if source.pretrained:
+        raise InputError(f"`--pretrained` needs a timm name, got {source.model}. Use `--weights FILE.safetensors`.")
+    if not path.is_file():
+        raise InputError(f"There is no file {path} (from the model {source.model!r}). Check the path.")
+    with _importable_from(path.resolve().parent):
+        module = _executed(path)
+        factory = getattr(module, function, None) if function else None
+        if not callable(factory):
+            names = [n for n, f in vars(module).items() if _is_factory(f, module) and not n.startswith("_")]
+            raise InputError(f"{path} has no function {function!r}. It has: {', '.join(names) or 'none'}.")
+        _check_arguments(factory, source)
+        try:
+            model = factory(**source.kwargs)
+        except (Exception, SystemExit) as error:
+            raise InputError(f"{source.model} raised {type(error).__name__}: {_one_line(error)}.") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{source.model} must return a torch.nn.Module, got {type(model).__name__}.")
+    return model
+
+
+def _executed(path: Path) -> ModuleType:
+    """The user's file as a module, executed anew."""
+    name = f"qvw_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None  # the name ends in .py
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{path} raised {type(error).__name__}: {_one_line(error)}.") from error
+    return module
+
+
+def _is_factory(value: object, module: ModuleType) -> bool:
+    """Whether the user's file defines this function or class itself."""
+    return (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == module.__name__
+
+
+def _check_arguments(factory: Callable[..., object], source: ModelSource) -> None:
+    """Raise InputError where the arguments do not fit the function's signature."""
+    try:
+        inspect.signature(factory).bind(**source.kwargs)
+    except TypeError as error:
+        raise InputError(f"{source.model} refuses `--model-kwargs`: {_one_line(error)}.") from error
+    except ValueError:
+        return  # a callable of C that has no signature
+
+
+def _load_weights_(model: nn.Module, path: Path) -> None:
+    """Fill the model from the file; every tensor must fit and be finite."""
+    given, own = _read_weights(path), model.state_dict()
+    # Checkpoints older than torch 0.4.1 lack this counter, which eval mode never reads.
+    missing = [n for n in own if n not in given and not n.endswith("num_batches_tracked")]
+    unexpected = [name for name in given if name not in own]
+    for name, expected in own.items():
+        if name in missing:
+            raise InputError(
+                f"{path} does not fit {type(model).__name__}: {name!r} is missing ({len(missing)} missing, "
+                f"{len(unexpected)} unexpected{_nearest(name, unexpected)}). Is it another model's file?"
+            )
+        if name in given:
+            _check_tensor(name, given[name], expected, path)
+    if unexpected:
+        raise InputError(
+            f"{path} does not fit {type(model).__name__}: {unexpected[0]!r} is not in the model ({len(unexpected)} "
+            f"unexpected{_nearest(unexpected[0], own)}). Is it another model's file?"
+        )
+    model.load_state_dict(given, strict=False)
+
+
+def _check_tensor(name: str, value: object, expected: Tensor, path: Path) -> None:
+    """Raise InputError unless the value is a finite tensor of the expected shape and sort of number."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor. Save the model's state_dict.")
+    if value.shape != expected.shape:
+        raise InputError(
+            f"{path}: {name!r} has shape {tuple(value.shape)}, the model expects {tuple(expected.shape)}. "
+            "Check the model's name and `--model-kwargs`."
+        )
+    if value.is_floating_point() != expected.is_floating_point():
+        raise InputError(f"{path}: {name!r} is {value.dtype}, the model expects {expected.dtype}.")
+    wrong = int((~torch.isfinite(value.to(expected.dtype))).sum())
+    if wrong:
+        raise InputError(f"{path}: {name!r} holds {wrong} NaN or infinite values. The file cannot be used.")
+
+
+def _read_weights(path: Path) -> Mapping[str, object]:
+    """The tensors of a weights file by name; a dictionary below `state_dict` or `model` is unwrapped."""
+    if not path.is_file():
+        raise InputError(f"There is no weights file {path}. Check `--weights`.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix in (".pt", ".pth", ".bin"):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            for key in ("state_dict", "model"):
+                if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+                    loaded = loaded[key]
+            if isinstance(loaded, Mapping):
+                return loaded
+            raise InputError(f"{path} holds a {type(loaded).__name__}, not a state_dict.")
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read ({_one_line(error)}): cut short, or not a {path.suffix} file. Fetch it again."
+        ) from error
+    raise InputError(f"{path} has the suffix {path.suffix!r}. Weights are .safetensors, .pt, .pth or .bin.")
+
+
+def _nearest(name: str, names: Mapping[str, object] | list[str]) -> str:
+    """A remark on the name most like this one, where there is one."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; the nearest is {near[0]!r}" if near else ""
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line of an exception's text, without its full stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200].rstrip(".") if lines else type(error).__name__
+
+
+@contextmanager
+def _importable_from(folder: Path) -> Iterator[None]:
+    """Let the user's file import its neighbours."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the remarks of timm and the hub from the user's screen: what matters comes as an exception."""
+    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

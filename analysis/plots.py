@@ -1,0 +1,252 @@
+"""Figures: a tidy frame in, Axes out; nothing is computed or saved here. Sizes in inches fit a paper's columns."""
+
+import math
+import re
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap, SymLogNorm
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogFormatter, StrMethodFormatter
+
+from quant.site import ALLOWED_BIT_WIDTHS, ATTENTION_TENSORS, WEIGHT_TENSORS
+
+COLUMN, PAGE = 3.3, 6.8  # inches: widths of one column and of a page
+STYLE: dict[Any, Any] = {
+    "font.size": 7, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
+    "legend.fontsize": 7, "legend.frameon": False, "axes.linewidth": 0.6, "lines.linewidth": 1.0,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "hatch.linewidth": 0.4, "axes.axisbelow": True,
+}  # fmt: skip
+TENSOR_CLASSES = {"weight": WEIGHT_TENSORS, "input": ("input",), "attention": ATTENTION_TENSORS}
+LABELS = {
+    "delta_loss": "loss increase (nats)",
+    "delta_top1": "top-1 change (points)",
+    "kl": "KL of the logits (nats)",
+    "logit_nmse": "logit error (share of power)",
+    "sqnr_db": "SQNR of the tensor (dB)",
+    "sqnr_output_db": "SQNR of the output (dB)",
+    "abs_mean": "absolute mean (tensor's unit)",
+    "std": "standard deviation (tensor's unit)",
+    "excess_kurtosis": "excess kurtosis (0: Gaussian)",
+    "outlier_fraction": "share beyond 6 std",
+    "abs_max_over_std": "largest magnitude (std)",
+    "channel_range_ratio": "largest / median channel range",
+    "channel_std_cv": "variation of channel std",
+    "head_std_cv": "variation of head std",
+}
+ROW_HEIGHT, LETTER_WIDTH = 0.105, 0.05  # inches: a line of 6 pt text with its gap; one letter of it
+BIT_SHADES = {1: 0.0, 2: 0.12, 3: 0.36, 4: 0.56, 5: 0.66, 6: 0.74, 7: 0.8, 8: 0.88, 16: 1.0}  # far apart below 5 bit
+_SHORT = ((r"\b(l)ayers\.(\d+)", r"\1\2"), (r"\b(b)locks\.(\d+)", r"\1\2"), (r"\b(s)tages\.(\d+)", r"\1\2"),
+          (r"\bpatch_embed\b", "patch"), (r"\bdownsample\b", "down"))  # fmt: skip
+
+
+def shorten(name: str) -> str:
+    """A module's name as every figure writes it: `layers.0.blocks.1.mlp.fc1` becomes `l0.b1.mlp.fc1`.
+
+    `layers.N`, `blocks.N` and `stages.N` become `lN`, `bN`, `sN`; `patch_embed` and `downsample` become `patch` and
+    `down`; all else stays. Different modules stay different unless a network uses both spellings itself.
+    """
+    for pattern, replacement in _SHORT:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def shorten_site(module: str, tensor: str) -> str:
+    """The label of a site: the part of a fused weight or the attention tensor follows the module's short name."""
+    part = tensor.removeprefix("weight.") if tensor != "weight" else ""
+    return shorten(module) if tensor in ("weight", "input") else f"{shorten(module)} {part}"
+
+
+def heatmap_size(rows: int) -> tuple[float, float]:
+    """Width and height in inches of a heatmap of `rows` sites, every one of them labelled."""
+    return COLUMN, 1.1 + ROW_HEIGHT * max(rows, 4)
+
+
+@mpl.rc_context(STYLE)
+def plot_sensitivity_heatmap(
+    sensitivity: pd.DataFrame, *, value: str = "delta_loss", tensors: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """One row per site in network order, one column per bit-width; colour is `value` on a symmetric-log scale.
+
+    `sensitivity` has one row per (module, tensor, bit_width): choose the protocol and the BatchNorm treatment before.
+    `tensors` keeps one of `TENSOR_CLASSES`. Changes (`delta_...`) have a diverging scale about 0. Cells that were not
+    measured are hatched.
+    """
+    table = _of_class(sensitivity, tensors)
+    if table.duplicated(["module", "tensor", "bit_width"]).any():
+        raise ValueError("Several rows for one (module, tensor, bit_width): choose one protocol and treatment first.")
+    grid = table.pivot(index=["order", "module", "tensor"], columns="bit_width", values=value).sort_index()
+    ax = _axes(ax, heatmap_size(len(grid)))
+    cells = np.ma.masked_invalid(grid.to_numpy(dtype=np.float64))
+    signed = value.startswith("delta_") or (cells.count() and cells.min() < 0)
+    limit = _round_up(float(np.abs(cells).max()) if cells.count() else 0.0)
+    norm = SymLogNorm(limit / 1000, vmin=-limit if signed else 0, vmax=limit, base=10)
+    mesh = ax.pcolormesh(cells, norm=norm, cmap="RdBu_r" if signed else "viridis", edgecolors="white", linewidth=0.3)
+    ax.patch.set(facecolor="0.92", edgecolor="0.6", hatch="//////")
+    ax.set_xticks(np.arange(grid.shape[1]) + 0.5, [str(bits) for bits in grid.columns])
+    labels = [shorten_site(module, tensor) for _, module, tensor in grid.index]
+    ax.set_yticks(np.arange(len(grid)) + 0.5, labels, fontsize=6)
+    ax.tick_params(length=0)
+    ax.invert_yaxis()
+    ax.set(xlabel=f"bits ({tensors})" if tensors else "bits", ylabel="")
+    sns.despine(ax=ax, left=True, bottom=True)
+    height = ax.bbox.height / ax.figure.dpi
+    bar = ax.figure.colorbar(
+        mesh, cax=ax.inset_axes((0, 1 + 0.08 / height, 1, 0.09 / height)), orientation="horizontal"
+    )
+    steps = (limit / 100, limit)
+    ticks = sorted([0.0, *steps, *(-step for step in steps if signed)])
+    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], fontsize=6)
+    bar.ax.minorticks_off()
+    bar.ax.xaxis.set_ticks_position("top")
+    bar.ax.set_title(LABELS.get(value, value), fontsize=7)
+    bar.outline.set_visible(False)
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def plot_distribution(stats: pd.DataFrame, *, tensor: str = "weight", ax: Axes | None = None) -> Axes:
+    """Where the values of each site lie, in units of its own standard deviation about its mean, in network order.
+
+    For each site: the band of quantiles 0.01 to 0.99 (dark) and 0.0001 to 0.9999 (light), the median, and min and max
+    as points. `stats` has rows of stats.parquet; `tensor` is one of `TENSOR_CLASSES` or `output`. The scale is linear
+    within 4 std and logarithmic beyond.
+    """
+    sites = _of_class(stats, tensor).sort_values("order", kind="stable")
+    sites = sites[sites["std"] > 0]
+    labels = [shorten_site(module, role) for module, role in zip(sites["module"], sites["tensor"], strict=True)]
+    ax = _axes(ax, (PAGE, 2.4 + LETTER_WIDTH * max(map(len, labels), default=1)))
+    x = np.arange(len(sites))
+    scaled = {name: ((sites[name] - sites["mean"]) / sites["std"]).to_numpy() for name in
+              ("q0001", "q01", "q50", "q99", "q9999", "min", "max")}  # fmt: skip
+    dark, light, point = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[9], "0.25"
+    width = 0.8 if len(sites) < 60 else 1.0
+    ax.bar(x, scaled["q9999"] - scaled["q0001"], width, scaled["q0001"], color=light, label="0.01 % to 99.99 %")
+    ax.bar(x, scaled["q99"] - scaled["q01"], width, scaled["q01"], color=dark, label="1 % to 99 %")
+    ax.hlines(scaled["q50"], x - width / 2, x + width / 2, color="white", linewidth=1.0)
+    size = 6 if len(sites) < 60 else 2.5
+    ax.scatter(x, scaled["max"], s=size, color=point, linewidths=0, label="min, max")
+    ax.scatter(x, scaled["min"], s=size, color=point, linewidths=0)
+    ax.axhline(0, color="0.5", linewidth=0.4, zorder=0)
+    reach = max((float(np.abs(scaled[name]).max()) for name in ("min", "max")), default=4.0) if len(sites) else 4.0
+    ax.margins(y=0.06)
+    if reach > 10:
+        ax.set_yscale("symlog", linthresh=4, linscale=1.2)
+        low = float(scaled["min"].min())
+        marks = [mark for mark in (2, 4, 10, 30, 100, 300, 1000, 3000, 10_000) if mark <= max(reach, 4)]
+        ticks = [-mark for mark in reversed(marks) if mark <= max(-low, 2)] + [0, *marks]
+        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+    _label_sites(ax, labels)
+    ax.set(ylabel=f"{tensor}, about its mean (std)")
+    ax.grid(axis="y", color="0.9", linewidth=0.4)
+    handles = [Patch(color=light), Patch(color=dark), Line2D([], [], color=point, marker="o", markersize=2.5, ls="")]
+    names = ["0.01 % to 99.99 %", "1 % to 99 %, median in white", "min, max"]
+    ax.legend(handles, names, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1)
+    sns.despine(ax=ax)
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def plot_variation_by_depth(frame: pd.DataFrame, *, value: str = "abs_mean", ax: Axes | None = None) -> Axes:
+    """One line per model over relative depth (0 the first layer, 1 the last); logarithmic where all are positive.
+
+    `frame` is that of `comparison.depth_frame`. Zeros among positive values lie on a linear stretch at the bottom.
+    """
+    ax = _axes(ax, (COLUMN, 2.4))
+    shown = frame.dropna(subset=[value])
+    colours, markers, dashes = sns.color_palette("colorblind"), "osD^vPX*", ("-", "--", "-.", ":")
+    for i, (model, group) in enumerate(shown.groupby("model", sort=False)):
+        ax.plot(
+            group["relative_depth"], group[value], color=colours[i % len(colours)], ls=dashes[i % len(dashes)],
+            marker=markers[i % len(markers)], markersize=2.5, linewidth=0.8, label=str(model),
+        )  # fmt: skip
+    if (shown[value] > 0).all():
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
+    elif (shown[value] >= 0).all() and (shown[value] > 0).any():
+        ax.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(shown.loc[shown[value] > 0, value].min())))
+    elif shown[value].abs().max() > 10:
+        ax.set_yscale("symlog", linthresh=1)
+    ax.set(xlabel="relative depth (0 first layer, 1 last)", ylabel=LABELS.get(value, value), xlim=(-0.03, 1.03))
+    ax.grid(axis="y", color="0.9", linewidth=0.4)
+    if len(shown):
+        columns = 1 if shown["model"].map(str).str.len().max() > 22 else 2
+        ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    sns.despine(ax=ax)
+    return ax
+
+
+@mpl.rc_context(STYLE)
+def plot_bits(plan_frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Bits of each site of a plan: modules in network order across, tensors down, colour and digit are the bit-width.
+
+    `plan_frame` is that of `comparison.bits_frame`: module, tensor, bit_width, kind, order. Sites that are not in the
+    plan are left white.
+    """
+    if plan_frame.empty:
+        raise ValueError("The plan names no site: there is nothing to draw.")
+    sites = plan_frame.sort_values("order", kind="stable")
+    modules = sites["module"].unique().tolist()
+    tensors = [t for t in (*WEIGHT_TENSORS, "input", *ATTENTION_TENSORS) if (sites["tensor"] == t).any()]
+    labels = [shorten(module) for module in modules]
+    ax = _axes(ax, (PAGE, 0.8 + 0.18 * len(tensors) + LETTER_WIDTH * max(map(len, labels), default=1)))
+    grid = sites.pivot(index="tensor", columns="module", values="bit_width").reindex(index=tensors, columns=modules)
+    used = [bits for bits in ALLOWED_BIT_WIDTHS if (sites["bit_width"] == bits).any()]
+    palette = [mpl.colormaps["viridis_r"](BIT_SHADES[bits])[:3] for bits in used]  # the same in every figure
+    position = grid.map(lambda bits: used.index(int(bits)) if bits == bits else np.nan).to_numpy(dtype=np.float64)
+    norm = BoundaryNorm(np.arange(len(used) + 1) - 0.5, len(used))
+    ax.pcolormesh(
+        np.ma.masked_invalid(position), cmap=ListedColormap(palette), norm=norm, edgecolors="white",
+        linewidth=0.4 if len(modules) < 100 else 0.1,
+    )  # fmt: skip
+    if len(modules) <= 60:
+        for row, column in np.argwhere(np.isfinite(position)):
+            index = int(position[row, column])
+            dark = sum(palette[index]) < 1.5
+            ax.text(column + 0.5, row + 0.5, f"{used[index]}", ha="center", va="center", fontsize=6,
+                    color="white" if dark else "black")  # fmt: skip
+    ax.set_yticks(np.arange(len(tensors)) + 0.5, tensors)
+    ax.invert_yaxis()
+    _label_sites(ax, labels, offset=0.5)
+    ax.tick_params(length=0)
+    handles = [Patch(color=colour) for colour, _ in zip(palette, used, strict=False)]
+    ax.legend(handles, [f"{bits} bit" for bits in used], ncols=len(used), loc="lower left",
+              bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1)  # fmt: skip
+    sns.despine(ax=ax, left=True, bottom=True)
+    return ax
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 5, 10, ... times a power of ten; 1 for 0."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next((step * power for step in (1, 2, 5) if value <= step * power), 10 * power)
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+
+
+def _of_class(frame: pd.DataFrame, name: str | None) -> pd.DataFrame:
+    if name is None:
+        return frame
+    return frame[frame["tensor"].isin(TENSOR_CLASSES.get(name, (name,)))]
+
+
+def _label_sites(ax: Axes, labels: list[str], *, offset: float = 0.0) -> None:
+    """Name the sites along x; where they are too many for the width, one in two, three, ..."""
+    room = ax.figure.bbox.width / ax.figure.dpi * 0.9 / ROW_HEIGHT
+    every = math.ceil(len(labels) / room) if labels else 1
+    at = np.arange(0, len(labels), every)
+    ax.set_xticks(at + offset, [labels[i] for i in at], rotation=90, fontsize=6)
+    ax.set_xlim(offset - 0.6, len(labels) - 0.4 + offset) if offset == 0 else ax.set_xlim(0, max(len(labels), 1))
+    ax.set_xlabel("module, in network order" + (f" (one in {every} is named)" if every > 1 else ""))

@@ -1,0 +1,402 @@
+"""The run folder: tables, files and the record of how each was made; written whole or not at all."""
+
+import errno
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import TypeAdapter, ValidationError
+
+from quant.errors import InputError
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_PACKAGES = ("torch", "timm", "numpy", "pandas", "scipy", "quantization-variation-workbench")
+_MADE_BY = {
+    "stats": "qvw stats", "channels": "qvw stats", "histograms": "qvw stats", "variation": "qvw stats --data DATA",
+    "sensitivity": "qvw sensitivity", "cost": "qvw sensitivity", "proxies": "qvw sensitivity --proxies",
+    "plan": "qvw plan", "pareto": "qvw plan --pareto", "verify": "qvw eval",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """The model that a run folder's results belong to."""
+
+    typed: str  # as the user typed it
+    name: str  # what the tables call it
+    weights_sha256: str  # of the state dict: analysis.models.weights_sha256
+    parameters: int
+    factory: str | None = None  # file:function with its absolute path; None for a timm name
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    weights: str | None = None  # the file's path
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """How one step was run, and how it ended."""
+
+    command: str
+    options: dict[str, Any]
+    inputs: dict[str, Any]  # all that fixes the result
+    files: list[str]  # while it runs all that it may write, afterwards what it left, relative to the run folder
+    seed: int
+    versions: dict[str, str]
+    device: str
+    git_commit: str | None  # of the project's checkout, `-dirty` where it has changes
+    status: Literal["running", "done", "interrupted", "failed"]
+    started: str  # ISO 8601, UTC
+    finished: str | None = None
+    seconds: float | None = None  # of the last start, where a step was resumed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What run.json holds."""
+
+    format: Literal["qvw-run"] = "qvw-run"
+    version: Literal[1] = 1
+    model: ModelRecord | None = None
+    data: dict[str, Any] = field(default_factory=dict)  # the options that name the images, as last given
+    steps: dict[str, StepRecord] = field(default_factory=dict)
+
+
+class Run:
+    """A run folder; it is created on the first write."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"The run folder {self.path} is a file. Choose another `--run`.")
+
+    @property
+    def record(self) -> RunRecord:
+        """What run.json holds now; empty where there is none."""
+        if not (self.path / "run.json").exists():
+            return RunRecord()
+        try:
+            return TypeAdapter(RunRecord).validate_python(self.read_json("run"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the whole"
+            raise InputError(
+                f"{self.path / 'run.json'} is not a record of a run: {where}: {first['msg']}. "
+                "Mend it, or choose another `--run`."
+            ) from error
+
+    def set_model(self, record: ModelRecord, *, overwrite: bool = False) -> None:
+        """Note the model; raises InputError where the folder holds another one's results.
+
+        With `overwrite` the other model's results are removed.
+        """
+        now = self.record
+        if now.model is not None:
+            keys = ("name", "kwargs", "parameters", "weights_sha256")
+            changes = _changes({k: getattr(now.model, k) for k in keys}, {k: getattr(record, k) for k in keys})
+            if changes and now.steps:
+                if not overwrite:
+                    raise InputError(
+                        f"{self.path} holds the results of another model ({changes}). "
+                        "Choose another `--run`, or remove those results with `--overwrite`."
+                    )
+                self._remove([file for step in now.steps.values() for file in step.files])
+                now = RunRecord()
+        if now.model != record:
+            self._write(replace(now, model=record))
+
+    def set_data(self, options: Mapping[str, Any]) -> None:
+        """Note the options that name the images, for later steps that leave them out; none changes nothing."""
+        now = self.record
+        if options and now.data != _plain(options):
+            self._write(replace(now, data=_plain(options)))
+
+    def is_done(self, name: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether the step was finished with these inputs and what it wrote is still there."""
+        step = self.record.steps.get(name)
+        if step is None or step.status != "done" or _changes(step.inputs, inputs):
+            return False
+        return all((self.path / file).exists() for file in step.files)
+
+    def start_step(
+        self,
+        name: str,
+        *,
+        command: str,
+        options: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        seed: int,
+        device: str,
+        files: Sequence[str],
+        overwrite: bool = False,
+    ) -> AbstractContextManager[None]:
+        """Note that a step runs; the context returned notes how it ended: done, interrupted or failed.
+
+        `inputs` is all that fixes the result. Where the folder holds the step with other inputs, finished or not,
+        raises InputError that lists them. `overwrite` removes what the step left. `files` are all that it may write,
+        those for resuming too, relative to the run folder.
+        """
+        old = self.record.steps.get(name)
+        changes = _changes(old.inputs, inputs) if old is not None else ""
+        if changes and not overwrite:
+            raise InputError(
+                f"{self.path} holds {name} with other inputs ({changes}). "
+                "Choose another `--run`, or start the step anew with `--overwrite`."
+            )
+        if overwrite:
+            self._remove([*files, *(old.files if old is not None else [])])
+        now = self.record
+        step = StepRecord(
+            command=command,
+            options=_plain(options),
+            inputs=_plain(inputs),
+            files=list(files),
+            seed=seed,
+            versions=_versions(),
+            device=device,
+            git_commit=_git_commit(),
+            status="running",
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        self._write(replace(now, steps={**now.steps, name: step}))
+        return self._watched(name, step)
+
+    def write_table(self, name: str, frame: pd.DataFrame) -> None:
+        """Write NAME.parquet."""
+        write_atomic(self.path / f"{name}.parquet", lambda path: frame.to_parquet(path, index=False))
+
+    def has_table(self, name: str) -> bool:
+        """Whether there is a NAME.parquet."""
+        return (self.path / f"{name}.parquet").is_file()
+
+    def read_table(self, name: str) -> pd.DataFrame:
+        """The table of NAME.parquet; raises InputError where it is missing or unreadable."""
+        path = self._existing(f"{name}.parquet")
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            raise InputError(f"{path} cannot be read: {_first_line(error)}. Make it anew: {_maker(name)}.") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write NAME.json, indented, keys in the order given."""
+        text = json.dumps(value, indent=1, default=_scalar) + "\n"
+        write_atomic(self.path / f"{name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    def read_json(self, name: str) -> Any:
+        """The content of NAME.json; raises InputError where it is missing or unreadable, with the line."""
+        path = self._existing(f"{name}.json")
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path} is not JSON: line {error.lineno}: {error.msg}. Mend it, or make it anew: {_maker(name)}."
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} cannot be read: {_first_line(error)}. Make it anew: {_maker(name)}.") from error
+
+    def _existing(self, file: str) -> Path:
+        path = self.path / file
+        if not path.is_file():
+            raise InputError(f"{self.path} has no {file}. Make it first: {_maker(path.stem)}.")
+        return path
+
+    def _write(self, record: RunRecord) -> None:
+        self.write_json("run", asdict(record))
+
+    @contextmanager
+    def _watched(self, name: str, step: StepRecord) -> Iterator[None]:
+        start = time.monotonic()
+
+        def finish(status: Literal["done", "interrupted", "failed"]) -> None:
+            files = [file for file in step.files if (self.path / file).exists()] if status == "done" else step.files
+            ended = replace(
+                step, status=status, files=files, finished=datetime.now(UTC).isoformat(timespec="seconds"),
+                seconds=round(time.monotonic() - start, 3),
+            )  # fmt: skip
+            now = self.record
+            self._write(replace(now, steps={**now.steps, name: ended}))
+
+        try:
+            yield
+        except BaseException as error:
+            with suppress(InputError):  # a full disk must not hide why the step ended
+                finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            raise
+        finish("done")
+
+    def _remove(self, files: Sequence[str]) -> None:
+        for file in files:
+            path = self.path / file
+            if not path.resolve().is_relative_to(self.path.resolve()):  # run.json may have been edited
+                raise InputError(
+                    f"{self.path / 'run.json'} names {file!r}, which lies outside the run folder. Mend it."
+                )
+            with _explained(path):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+class RowLog:
+    """Rows in the order in which they were computed, one JSON object a line, so that a long step can be resumed."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows; when this returns they are on the disk. Where the disk is full the file is left as it was."""
+        data = "".join(json.dumps(dict(row), default=_scalar) + "\n" for row in rows).encode()
+        with _explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b", buffering=0) as file:  # a buffer would try once more when the file is closed
+                end = file.seek(0, os.SEEK_END)
+                if end and (file.seek(end - 1), file.read(1))[1] != b"\n":
+                    file.seek(0)
+                    end = file.read().rfind(b"\n") + 1  # the last run was killed within a line
+                    file.truncate(end)
+                try:
+                    while data:
+                        data = data[file.write(data) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    with suppress(OSError):
+                        file.truncate(end)
+                    raise
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole rows, floats to the last bit; a last line that was cut short is removed from the file."""
+        if not self.path.exists():
+            return []
+        data = self.path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            os.truncate(self.path, end)
+        rows = []
+        for number, line in enumerate(data[:end].splitlines(), start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:  # also of bytes that are no UTF-8
+                raise InputError(
+                    f"{self.path} is damaged at line {number}. Start the step anew with `--overwrite`."
+                ) from error
+        return rows
+
+    def remove(self) -> None:
+        """Delete the file, if there is one."""
+        self.path.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in its place, on the disk before this returns.
+
+    When it fails, the temporary file is removed and an earlier `path` stays as it was; a full disk or missing
+    permission raises InputError. The temporary name has the suffix of `path`, by which some writers choose a format.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _fsync_folder(path.parent)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    write_atomic(path, lambda temporary: temporary.write_bytes(content))
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make a rename in the folder outlast a power cut."""
+    if os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn a full disk and missing permissions into InputError; safetensors and torch say them in words only."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code in _NO_SPACE or "No space left" in str(error):
+            raise InputError(f"No space left to write {path}. Free some, then run the same command again.") from error
+        if code in _NO_ACCESS:
+            reason = os.strerror(code or 0)
+            raise InputError(f"{path} cannot be written: {reason}. Check its permissions or choose another.") from error
+        raise
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The keys whose values differ, as `key: old -> new`; JSON's eyes see a tuple as a list and NaN as itself."""
+    before, after = ({k: json.dumps(v) for k, v in _plain(x).items()} for x in (old, new))
+    keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+    return ", ".join(f"{k}: {before.get(k, 'absent')} -> {after.get(k, 'absent')}" for k in keys)
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The value as JSON reads it back."""
+    return json.loads(json.dumps(dict(value), default=_scalar))
+
+
+def _scalar(value: Any) -> Any:
+    """A NumPy or torch scalar as Python's; a path as text."""
+    return value.item() if hasattr(value, "item") else os.fspath(value)
+
+
+def _maker(name: str) -> str:
+    """The command that makes a file of the run folder."""
+    return f"`{_MADE_BY.get(name, 'the step that writes it')}`"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a result may depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):  # a checkout that was not installed
+            found[package] = version(package)
+    return found
+
+
+def _git_commit() -> str | None:
+    """The commit of the project's checkout; None where its files are not in git, as in site-packages."""
+    here = Path(__file__)
+    try:
+        _git(here.parent, "ls-files", "--error-unmatch", here.name)
+        return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=True)
+    return done.stdout.strip()

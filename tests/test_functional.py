@@ -1,0 +1,105 @@
+"""The integer grid: closed forms and laws of fake quantization."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quant.errors import InputError
+from quant.functional import dequantize, fake_quantize, quant_range, quantize, to_groups
+from quant.scheme import QuantScheme
+
+BIT_WIDTHS = [1, 2, 3, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("bit_width", "signed", "expected"),
+    [(1, True, (-1, 1)), (1, False, (0, 1)), (2, True, (-2, 1)), (4, True, (-8, 7)), (4, False, (0, 15)),
+     (16, True, (-32768, 32767))],
+)  # fmt: skip
+def test_quant_range_is_the_two_complement_range(bit_width, signed, expected):
+    """Signed codes are two's complement, unsigned start at 0, one signed bit is binary."""
+    assert quant_range(bit_width, signed) == expected
+
+
+@pytest.mark.parametrize("bit_width", [2, 3, 4, 8])
+@pytest.mark.parametrize("signed", [True, False])
+def test_fake_quantize_equals_the_closed_form_in_float64(bit_width, signed):
+    """s * round(clip((x - o) / s, Q_N, Q_P)) + o, as numpy computes it in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 50, generator=generator, dtype=torch.float64)
+    scale = torch.rand(4, generator=generator, dtype=torch.float64) * 0.3 + 0.05
+    offset = torch.randn(4, generator=generator, dtype=torch.float64)
+    low, high = quant_range(bit_width, signed)
+    s, o = scale.numpy()[None, :, None], offset.numpy()[None, :, None]
+    expected = np.round(np.clip((x.numpy() - o) / s, low, high)) * s + o
+    result = fake_quantize(x, scale, offset, bit_width, signed)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bit_width", BIT_WIDTHS)
+@pytest.mark.parametrize("signed", [True, False])
+def test_fake_quantize_is_idempotent_with_at_most_2_to_the_b_codes(bit_width, signed):
+    """A value already on the grid is its own quantization, and there are no more values than codes."""
+    x, scale = torch.randn(1, 1, 2000, generator=torch.Generator().manual_seed(1)), torch.tensor([0.1])
+    once = fake_quantize(x, scale, None, bit_width, signed)
+    torch.testing.assert_close(fake_quantize(once, scale, None, bit_width, signed), once)
+    assert once.unique().numel() <= 2**bit_width
+
+
+@settings(deadline=None)
+@given(
+    scale=st.floats(0.01, 10),
+    bit_width=st.sampled_from([2, 3, 4, 8]),
+    values=st.lists(st.floats(-1, 1), min_size=1, max_size=50),
+)
+def test_error_inside_the_range_is_at_most_half_a_step(scale, bit_width, values):
+    """Inside [s Q_N, s Q_P] rounding moves a value by at most s / 2."""
+    low, high = quant_range(bit_width, True)
+    x = (torch.tensor(values, dtype=torch.float64) * min(-low, high) * scale).reshape(1, 1, -1)
+    error = (fake_quantize(x, torch.tensor([scale], dtype=torch.float64), None, bit_width, True) - x).abs().max()
+    assert error <= scale / 2 * (1 + 1e-9)
+
+
+@given(seed=st.integers(0, 100), bit_width=st.sampled_from([2, 3, 4, 7]))
+def test_one_more_bit_at_half_the_scale_never_raises_the_error_inside_the_range(seed, bit_width):
+    """The finer grid contains the coarser one."""
+    x = torch.randn(1, 1, 500, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    scale = torch.tensor([0.25], dtype=torch.float64)
+    coarse = (fake_quantize(x, scale, None, bit_width, True) - x).square().sum()
+    fine = (fake_quantize(x, scale / 2, None, bit_width + 1, True) - x).square().sum()
+    assert fine <= coarse + 1e-12
+
+
+def test_codes_are_integers_and_dequantize_gives_their_values():
+    """Codes times scale plus offset is what fake_quantize returns."""
+    x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(2))
+    scale, offset = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([-0.5, 0.0, 0.5])
+    codes = quantize(x, scale, offset, 4, False)
+    assert torch.equal(codes, codes.round())
+    assert codes.min() >= 0
+    assert codes.max() <= 15
+    assert torch.equal(dequantize(codes, scale, offset), fake_quantize(x, scale, offset, 4, False))
+
+
+def test_to_groups_puts_each_head_in_its_own_group():
+    """Activations (B, H, N, d) along axis 1, and a projection's input columns (C, H d) along axis 1."""
+    activation = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    grouped = to_groups(activation, 1, 3)
+    assert torch.equal(grouped[1, 2], activation[1, 2].flatten())
+    weight = torch.arange(6 * 12).reshape(6, 12)
+    grouped = to_groups(weight, 1, 3)
+    assert torch.equal(grouped[4, 1], weight[4, 4:8])
+
+
+def test_to_groups_refuses_a_split_that_does_not_come_out():
+    """A head count that does not divide the axis is a mistake of the caller."""
+    with pytest.raises(ValueError, match="cannot be split into 5"):
+        to_groups(torch.zeros(6, 12), 1, 5)
+
+
+def test_scheme_refuses_bit_widths_outside_the_allowed_ones():
+    """1 to 8 and 16, nothing else."""
+    with pytest.raises(InputError, match="bit-width 9"):
+        QuantScheme(bit_width=9, signed=True)

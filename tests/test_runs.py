@@ -1,0 +1,360 @@
+"""Laws of the run folder: files whole or untouched, no mixing of results, resumable rows."""
+
+import errno
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.runs import ModelRecord, RowLog, Run, write_atomic, write_bytes
+from quant.errors import InputError
+
+MODEL = ModelRecord(typed="resnet18", name="resnet18", weights_sha256="aa", parameters=11, kwargs={"num_classes": 10})
+
+
+def start(run, name="stats", *, inputs=None, files=("stats.parquet",), overwrite=False):
+    """Start a step of the run with the arguments that do not matter here filled in."""
+    return run.start_step(
+        name, command="qvw stats", options={"images": 4, "mean": (0.5, 0.25)}, inputs=inputs or {"images": 4}, seed=0,
+        device="cpu", files=files, overwrite=overwrite,
+    )  # fmt: skip
+
+
+def raiser(error):
+    """A writer that leaves half a file and then fails."""
+
+    def write(path):
+        path.write_bytes(b"half")
+        raise error
+
+    return write
+
+
+def test_write_atomic_replaces_the_file_and_leaves_nothing_else(tmp_path):
+    """After a write the folder holds the new content under the name and no temporary file; folders are made."""
+    path = tmp_path / "a" / "b" / "table.txt"
+    write_bytes(path, b"old")
+    write_atomic(path, lambda temporary: temporary.write_text("new"))
+    assert path.read_text() == "new"
+    assert [p.name for p in path.parent.iterdir()] == ["table.txt"]
+
+
+def test_the_temporary_file_keeps_the_suffix(tmp_path):
+    """Writers that choose the format by the suffix see that of the final name."""
+    seen = []
+    write_atomic(tmp_path / "x.npz", lambda temporary: (seen.append(temporary), np.savez(temporary, a=np.ones(2))))
+    assert seen[0].suffix == ".npz"
+    assert seen[0].parent == tmp_path
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npz")["a"], np.ones(2))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), OSError(errno.EIO, "broken disk")])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, error):
+    """Whatever ends a write, the earlier file stays, the half one goes, and the exception is the caller's own."""
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+    with pytest.raises(type(error)) as caught:
+        write_atomic(path, raiser(error))
+    assert caught.value is error
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"No space left to write .*plan\.json\. Free some"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "No space left to write"),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            r"plan\.json cannot be written: Permission denied\. Check",
+        ),
+    ],
+)
+def test_no_space_and_no_permission_are_told(tmp_path, error, message):
+    """A full disk and missing permission name the path and what to do; the earlier file stays as it was."""
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+    with pytest.raises(InputError, match=message) as caught:
+        write_atomic(path, raiser(error))
+    assert caught.value.__cause__ is error
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full: a disk that is always full")
+def test_a_full_device_is_told(tmp_path):
+    """The error of a device that really is full is understood."""
+    with pytest.raises(InputError, match="No space left to write"):
+        write_atomic(tmp_path / "x", lambda _: Path("/dev/full").write_bytes(b"0" * 100_000))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full: a disk that is always full")
+def test_a_table_on_a_full_device_is_told(tmp_path):
+    """Arrow's writer reports a full device in a form that is understood too."""
+    frame = pd.DataFrame({"x": np.arange(1000.0)})
+    with pytest.raises(InputError, match="No space left to write"):
+        write_atomic(tmp_path / "x.parquet", lambda _: frame.to_parquet("/dev/full"))
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    """A file where a folder should be is named as the user's matter, for writes and as the run folder itself."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_bytes(tmp_path / "file" / "run" / "x.json", b"")
+    with pytest.raises(InputError, match=r"is a file\. Choose another `--run`"):
+        Run(tmp_path / "file")
+
+
+def test_tables_and_json_round_trip(tmp_path):
+    """What is read equals what was written, to the last bit, with NaN; NumPy scalars become numbers."""
+    run = Run(tmp_path / "run")
+    frame = pd.DataFrame({"module": ["a", "b"], "std": [0.1 + 0.2, math.nan], "shape": [[1, 2], [3]]})
+    run.write_table("stats", frame)
+    read = run.read_table("stats")
+    assert run.has_table("stats")
+    assert not run.has_table("channels")
+    pd.testing.assert_frame_equal(read[["module", "std"]], frame[["module", "std"]], check_exact=True)
+    assert [list(shape) for shape in read["shape"]] == [[1, 2], [3]]
+    run.write_json("variation", {"sdam": np.float32(0.1), "n": np.int64(3), "path": Path("x")})
+    assert run.read_json("variation") == {"sdam": float(np.float32(0.1)), "n": 3, "path": "x"}
+
+
+def test_missing_files_name_the_command_that_makes_them(tmp_path):
+    """Reading what is not there says which command writes it."""
+    run = Run(tmp_path)
+    with pytest.raises(InputError, match=r"has no sensitivity\.parquet\. Make it first: `qvw sensitivity`"):
+        run.read_table("sensitivity")
+    with pytest.raises(InputError, match=r"has no plan\.json\. Make it first: `qvw plan`"):
+        run.read_json("plan")
+
+
+def test_damaged_files_are_told(tmp_path):
+    """A file that cannot be read is named, JSON with its line."""
+    (tmp_path / "stats.parquet").write_bytes(b"PAR1 cut")
+    (tmp_path / "plan.json").write_text('{\n "a": 1,\n "b": oops\n}')
+    (tmp_path / "variation.json").write_bytes(b"\xff\xfe\x00")
+    run = Run(tmp_path)
+    with pytest.raises(InputError, match=r"stats\.parquet cannot be read: .*Make it anew: `qvw stats`"):
+        run.read_table("stats")
+    with pytest.raises(InputError, match=r"plan\.json is not JSON: line 3: "):
+        run.read_json("plan")
+    with pytest.raises(InputError, match=r"variation\.json cannot be read"):
+        run.read_json("variation")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"steps": {},\n', r"run\.json is not JSON: line 2"),
+        ("[]", r"run\.json is not a record of a run: the whole"),
+        ('{"model": {"typed": "x"}}', r"not a record of a run: model\.name"),
+        ('{"version": 2}', r"not a record of a run: version"),
+    ],
+)
+def test_an_unreadable_run_json_is_told(tmp_path, text, message):
+    """run.json that is no JSON or no record is named, with the place and the next step."""
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(InputError, match=message + r".*(M|m)end it"):
+        _ = Run(tmp_path).record
+
+
+def test_a_run_creates_its_folder_on_the_first_write(tmp_path):
+    """Opening and reading makes nothing; the first record makes the folder, and reads back equal."""
+    run = Run(tmp_path / "runs" / "a")
+    assert run.record.model is None
+    assert not run.path.exists()
+    run.set_model(MODEL)
+    run.set_data({"data": "digits", "mean": (0.5,)})
+    run.set_data({})
+    assert Run(run.path).record.model == MODEL
+    assert Run(run.path).record.data == {"data": "digits", "mean": [0.5]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights_sha256": "bb"}, r'weights_sha256: "aa" -> "bb"'),
+        ({"name": "resnet34"}, r'name: "resnet18" -> "resnet34"'),
+        ({"kwargs": {"num_classes": 7}}, r'kwargs: \{"num_classes": 10\} -> \{"num_classes": 7\}'),
+    ],
+)
+def test_another_models_results_are_refused(tmp_path, change, message):
+    """A folder with results takes no other model unless they are to be removed; the same model is welcome."""
+    run = Run(tmp_path)
+    other = ModelRecord(**{**vars(MODEL), **change})
+    run.set_model(MODEL)
+    with start(run):
+        write_bytes(tmp_path / "stats.parquet", b"x")
+    run.set_model(ModelRecord(**{**vars(MODEL), "typed": "./resnet18"}))
+    with pytest.raises(InputError, match=rf"results of another model \({message}\)"):
+        run.set_model(other)
+    assert (tmp_path / "stats.parquet").exists()
+    run.set_model(other, overwrite=True)
+    assert run.record.model == other
+    assert run.record.steps == {}
+    assert not (tmp_path / "stats.parquet").exists()
+
+
+def test_a_finished_step_is_recorded_and_known(tmp_path):
+    """The record of a finished step has its versions, device, times and files; is_done holds for the same inputs."""
+    run = Run(tmp_path)
+    inputs = {"images": 4, "mean": (0.5, 0.25), "limit": math.nan}
+    with start(run, inputs=inputs, files=["stats.parquet", "stats.partial.jsonl"]):
+        assert run.record.steps["stats"].status == "running"
+        assert not run.is_done("stats", inputs)
+        write_bytes(tmp_path / "stats.parquet", b"x")
+    step = run.record.steps["stats"]
+    assert (step.status, step.device, step.files) == ("done", "cpu", ["stats.parquet"])
+    assert {"python", "torch", "timm", "numpy", "pandas", "scipy"} <= set(step.versions)
+    assert step.finished is not None
+    assert step.finished >= step.started
+    assert step.seconds >= 0
+    assert run.is_done("stats", inputs)
+    assert not run.is_done("stats", {**inputs, "images": 5})
+    assert not run.is_done("plan", inputs)
+    (tmp_path / "stats.parquet").unlink()
+    assert not run.is_done("stats", inputs)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), "interrupted"), (RuntimeError("boom"), "failed"), (None, "done")]
+)
+def test_how_a_step_ended_is_recorded(tmp_path, error, status):
+    """An interrupt is told from a failure, and both reach the caller."""
+    run = Run(tmp_path)
+
+    def body():
+        with start(run):
+            if error is not None:
+                raise error
+
+    if error is None:
+        body()
+    else:
+        with pytest.raises(type(error)):
+            body()
+    assert run.record.steps["stats"].status == status
+
+
+def test_changed_inputs_are_refused_or_overwritten(tmp_path):
+    """A step's results do not mix with those of other inputs: each changed key is listed; --overwrite removes them."""
+    run = Run(tmp_path)
+
+    def interrupted():
+        with start(run, inputs={"images": 4, "batch_size": 8}, files=["stats.parquet", "qat"]):
+            write_bytes(tmp_path / "stats.parquet", b"x")
+            write_bytes(tmp_path / "qat" / "history.parquet", b"x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with pytest.raises(InputError, match=r"images: 4 -> 5, batch_size: 8 -> absent\).*`--overwrite`"):
+        start(run, inputs={"images": 5})
+    assert (tmp_path / "stats.parquet").exists()
+    with start(run, inputs={"images": 4, "batch_size": 8}):
+        assert (tmp_path / "stats.parquet").exists()  # the same inputs go on
+    with start(run, inputs={"images": 5}, files=["stats.parquet", "qat"], overwrite=True):
+        assert not (tmp_path / "stats.parquet").exists()
+        assert not (tmp_path / "qat").exists()
+    assert run.record.steps["stats"].inputs == {"images": 5}
+
+
+def test_overwrite_deletes_nothing_outside_the_folder(tmp_path):
+    """A run.json that names a file elsewhere is refused before anything there is removed."""
+    victim = tmp_path / "victim"
+    victim.write_text("keep")
+    run = Run(tmp_path / "run")
+    with start(run):
+        write_bytes(run.path / "stats.parquet", b"x")
+    text = (run.path / "run.json").read_text()
+    (run.path / "run.json").write_text(text.replace('"stats.parquet"', '"../victim"'))
+    with pytest.raises(InputError, match="lies outside the run folder"):
+        start(run, overwrite=True)
+    assert victim.read_text() == "keep"
+
+
+ROWS = [
+    {"module": "layer1.0", "bits": 2, "loss": 0.1 + 0.2, "note": ""},
+    {"module": "größe\n", "bits": 3, "loss": math.nan, "note": "x"},
+    {"module": "head", "bits": 4, "loss": -math.inf, "note": None},
+]
+
+
+def same(rows, expected):
+    """Whether two lists of rows are equal to the bit, NaN included."""
+    return json.dumps(rows) == json.dumps(expected)
+
+
+def test_row_log_round_trips(tmp_path):
+    """Rows come back as they went in: floats to the bit, NaN and infinities, NumPy scalars as numbers."""
+    log = RowLog(tmp_path / "sweep" / "rows.jsonl")
+    assert log.read() == []
+    log.append(ROWS[:2])
+    log.append([])
+    log.append(ROWS[2:])
+    assert same(RowLog(log.path).read(), ROWS)
+    log.append([{"x": np.float32(0.1), "n": np.int64(7)}])
+    assert log.read()[-1] == {"x": float(np.float32(0.1)), "n": 7}
+    log.remove()
+    log.remove()
+    assert log.read() == []
+
+
+@pytest.mark.parametrize("read_first", [True, False])
+def test_row_log_survives_a_cut_at_every_byte(tmp_path, read_first):
+    """Whatever byte the log is cut at, the whole rows are read and rows appended after it are valid."""
+    log = RowLog(tmp_path / "rows.jsonl")
+    log.append(ROWS)
+    whole = log.path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        log.path.write_bytes(whole[:cut])
+        kept = ROWS[: sum(end <= cut for end in ends)]
+        if read_first:
+            assert same(log.read(), kept)
+        log.append(ROWS[:1])
+        assert same(log.read(), [*kept, ROWS[0]])
+
+
+def test_a_damaged_row_is_told(tmp_path):
+    """A line in the middle that is no row is the file's damage, not the end of an interrupted write."""
+    log = RowLog(tmp_path / "rows.jsonl")
+    log.append(ROWS)
+    lines = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(lines[0] + b"\xff\xfe{\n" + lines[2])
+    with pytest.raises(InputError, match=r"rows\.jsonl is damaged at line 2.*--overwrite"):
+        log.read()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full: a disk that is always full")
+def test_row_log_on_a_full_device_is_told(tmp_path):
+    """No space left while appending is the user's matter."""
+    (tmp_path / "rows.jsonl").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="No space left to write"):
+        RowLog(tmp_path / "rows.jsonl").append(ROWS)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a file")
+def test_row_log_that_ran_out_of_space_keeps_its_rows(tmp_path):
+    """When only a part of the rows fits, none of them stays, and the earlier rows are as they were."""
+    import resource
+    import signal
+
+    log = RowLog(tmp_path / "rows.jsonl")
+    log.append(ROWS)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else the signal ends the process
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 50, limits[1]))
+        with pytest.raises(InputError, match="No space left to write"):
+            log.append(ROWS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert same(log.read(), ROWS)
