@@ -20,7 +20,7 @@ def distribution_figure(stats: pd.DataFrame, name: str) -> Figure:
                                 layout="constrained")  # fmt: skip
     for tensor, ax in zip(tensors, axes[:, 0], strict=True):
         plots.plot_distribution(stats, tensor=tensor, ax=ax)
-        ax.set_title(f"{name}: {_plural(tensor)}")
+    figure.suptitle(f"{name}: distribution of each tensor", fontsize=9)
     return figure
 
 
@@ -37,8 +37,7 @@ def sensitivity_figure(rows: pd.DataFrame, name: str, *, value: str) -> Figure:
                                 layout="constrained")  # fmt: skip
     for tensor, ax in zip(tensors, axes[0], strict=True):
         plots.plot_sensitivity_heatmap(rows, value=value, tensors=tensor, ax=ax)
-        ax.set_title(_plural(tensor))
-    figure.suptitle(f"{name}: one site quantized at a time")
+    figure.suptitle(f"{name}: one site quantized at a time", fontsize=9)
     return figure
 
 
@@ -53,7 +52,7 @@ def depth_figure(frame: pd.DataFrame, tensor: str) -> Figure:
             legend.remove()
         if ax not in axes[-1]:
             ax.set_xlabel("")
-    figure.suptitle(_plural(tensor))
+    figure.suptitle("weights" if tensor == "weight" else "inputs", fontsize=9)
     return figure
 
 
@@ -61,15 +60,12 @@ def depth_figure(frame: pd.DataFrame, tensor: str) -> Figure:
 def bits_figure(frame: pd.DataFrame, name: str) -> Figure:
     """Bits of every planned site in network order; `frame` is that of `comparison.bits_frame`."""
     ax = plots.plot_bits(frame)
-    ax.set_title(f"{name}: bits by site")
     figure = ax.get_figure(root=True)
     assert figure is not None
+    figure.suptitle(f"{name}: bits by site", fontsize=9)
     return figure
 
 
 def _classes(frame: pd.DataFrame) -> list[str]:
     return [name for name, tensors in plots.TENSOR_CLASSES.items() if frame["tensor"].isin(tensors).any()]
 
-
-def _plural(tensor: str) -> str:
-    return {"weight": "weights", "input": "inputs", "attention": "query, key, value and attention"}[tensor]

@@ -133,7 +133,7 @@ class Workbench:
             "weights_sha256": self.weights_sha256, "include": list(setup.include), "exclude": list(setup.exclude),
         }  # fmt: skip
         if data is not None:
-            fixed |= {"data": setup.data, "split": data.split, "images": data.images, "images_sha256": data.sha256,
+            fixed |= {"split": data.split, "images": data.images, "images_sha256": data.sha256,
                       "split_note": data.note, "batch_size": setup.batch_size, **_jsonable(asdict(self.input_config))}  # fmt: skip
         return fixed
 
@@ -154,7 +154,8 @@ def open_workbench(setup: Setup, *, needs_data: bool) -> Workbench:
         )
     else:
         source = ModelSource(
-            model=setup.model, pretrained=setup.pretrained, weights=None if setup.weights is None else str(setup.weights),
+            model=setup.model, pretrained=setup.pretrained,
+            weights=None if setup.weights is None else str(setup.weights.resolve()),
             kwargs=setup.model_kwargs or {}, seed=setup.seed,
         )  # fmt: skip
     setup = _recalled(setup, run)
@@ -171,7 +172,7 @@ def open_workbench(setup: Setup, *, needs_data: bool) -> Workbench:
     )  # fmt: skip
     run.set_model(record, overwrite=setup.overwrite)
     if setup.data is not None:
-        run.set_data({name: _jsonable(getattr(setup, name)) for name in REMEMBERED})
+        run.set_data({name: _jsonable(getattr(setup, name)) for name in REMEMBERED} | {"data": _absolute(setup.data)})
     _place(model, setup.device)
     bench.trace, bench.sites = _traced(bench)
     return bench
@@ -190,6 +191,12 @@ def _recalled(setup: Setup, run: Run) -> Setup:
         last = list(record.steps.values())[-1].inputs
         setup = replace(setup, include=tuple(last.get("include", ())), exclude=tuple(last.get("exclude", ())))
     return setup
+
+
+def _absolute(data: str) -> str:
+    """A data string that holds in every working directory."""
+    kind, colon, path = data.partition(":")
+    return f"{kind}:{Path(path).resolve()}" if colon and kind in ("folder", "csv") else data
 
 
 def _default(name: str) -> Any:
