@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from quant.errors import InputError
-from quant.range_estimators import ESTIMATORS
-from quant.scheme import GRANULARITIES
+from quant.range_estimators import ESTIMATORS, Estimator
+from quant.scheme import GRANULARITIES, Granularity
 
 F = TypeVar("F", bound=Callable[..., Any])
 _TENSORS = ("weight", "input", "attention", "query", "key", "value", "softmax")
@@ -75,15 +75,15 @@ _model_options = _stacked(
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out modules that match; may be repeated."),
 )
 _data_options = _stacked(
-    click.option("--data", help="digits, folder:PATH, csv:FILE, or a timm data set (torch/cifar10, hfds/..., wds/...)."),
-    click.option("--split", type=click.Choice(["train", "val"]), help="Which images; the default is said by each command."),
+    click.option("--data", help="digits, folder:PATH, csv:FILE, or a timm data set (torch/cifar10, hfds/..., wds/...)"),
+    click.option("--split", type=click.Choice(["train", "val"]), help="Which images; each command says its default."),
     click.option("--images", type=click.IntRange(min=1), help="How many images, balanced over the classes."),
     click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True),
-    click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Processes that decode."),
+    click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Decoding processes."),
     click.option("--holdout", type=click.FloatRange(0, 1), default=0.5, show_default=True,
                  help="Share of one-split data that becomes the validation split; 0: every image serves both."),
-    click.option("--class-map", type=click.Path(path_type=Path), help="Lines `class` or `class,index`, where folders are "
-                 "a subset of the head's classes."),
+    click.option("--class-map", type=click.Path(path_type=Path), help="Lines `class` or `class,index`, where the "
+                 "folders are a subset of the head's classes."),
     click.option("--data-root", type=click.Path(path_type=Path), help="Where a timm data set lies."),
     click.option("--mean", type=_List(float), help="Normalisation, where the model does not say: 0.49,0.48,0.45."),
     click.option("--std", type=_List(float), help="Normalisation, where the model does not say."),
@@ -164,12 +164,17 @@ def stats(**options: Any) -> None:
 @click.option("--bn", type=click.Choice(["stored", "re-estimate", "both"]), default="stored", show_default=True,
               help="BatchNorm statistics while a site is quantized.")  # fmt: skip
 def sensitivity(
-    bits: tuple[int, ...], tensors: tuple[str, ...], granularity: str | None, estimator: str, bn: str, **options: Any
+    bits: tuple[int, ...],
+    tensors: tuple[str, ...],
+    granularity: Granularity | None,
+    estimator: Estimator,
+    bn: str,
+    **options: Any,
 ) -> None:
     """What the network loses when ONE site is quantized and all else stays in floating point.
 
-    Writes sensitivity.parquet, cost.parquet and sensitivity.png. Training images by default (256 of them). Interrupted and
-    started again, it goes on with the next site; other bit-widths or tensors are added to the table.
+    Writes sensitivity.parquet, cost.parquet and sensitivity.png. Training images by default (256 of them). Interrupted
+    and started again, it goes on with the next site; other bit-widths or tensors are added to the table.
     """
     from analysis.setup import Setup
     from analysis.steps import run_sensitivity
@@ -218,15 +223,21 @@ def plan(run: Path, **options: Any) -> None:
 @click.option("--estimator", type=click.Choice(ESTIMATORS), default="mse", show_default=True)
 @click.option("--bn", type=click.Choice(["stored", "re-estimate"]), default="re-estimate", show_default=True)
 def evaluate(
-    plan_file: Path | None, uniform: str | None, floating: bool, layout: str, calibration_images: int, estimator: str,
-    bn: str, **options: Any,
-) -> None:  # fmt: skip
+    plan_file: Path | None,
+    uniform: str | None,
+    floating: bool,
+    layout: str,
+    calibration_images: int,
+    estimator: Estimator,
+    bn: str,
+    **options: Any,
+) -> None:
     """Loss and top-1 of the floating-point model, of a plan, or of uniform bits: calibrated, without training.
 
     Validation images by default, all of them; scales come from training images. Adds a row to verify.parquet.
     """
-    from analysis.setup import Setup
     from analysis.quantized_eval import run_eval
+    from analysis.setup import Setup
 
     if sum((plan_file is not None, uniform is not None, floating)) != 1:
         raise InputError("give one of --plan FILE, --uniform wXaY and --float, to say what is evaluated.")

@@ -10,9 +10,9 @@ from quant.site import SiteInfo
 def cost_table(sites: Sequence[SiteInfo]) -> pd.DataFrame:
     """The frame of cost.parquet: one row per site that can be quantized, figures of ONE image.
 
-    `numel` counts elements (a weight's own, an activation's of one image), `elements_per_image` is NaN for weights. `macs`
-    are those of the matrix products that the site takes part in; each product (edge) is told from both sides by `edges`
-    (`module:tensor`). `channels` and `heads` count the scales of a per_channel or per_head quantizer.
+    `numel` counts elements (a weight's own, an activation's of one image), `elements_per_image` is NaN for weights.
+    `macs` are those of the matrix products that the site takes part in; each product (edge) is told from both sides by
+    `edges` (`module:tensor`). `channels` and `heads` count the scales of a per_channel or per_head quantizer.
     """
     own = {info.site: info.macs for info in sites}
     rows = []

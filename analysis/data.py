@@ -588,7 +588,7 @@ def _read_timm(dataset: Any, mode: str, i: int) -> Image.Image:
     reader = getattr(dataset, "reader", None)
     if reader is None:
         return dataset[i][0].convert(mode)
-    with Image.open(reader[i][0]) as image:
+    with reader[i][0] as file, Image.open(file) as image:
         return image.convert(mode)
 
 

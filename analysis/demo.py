@@ -109,7 +109,8 @@ def _train(recipe: Recipe, weights: Path, *, quiet: bool) -> float:
     top1 = _top1(model, val)
     if top1 < recipe.least_top1:
         raise RuntimeError(f"{recipe.name} reached {top1:.3f} of the validation digits, expected {recipe.least_top1}.")
-    write_atomic(weights, lambda path: save_file(model.state_dict(), path, metadata={"recipe": json.dumps(recipe.kwargs)}))
+    metadata = {"recipe": json.dumps(recipe.kwargs)}
+    write_atomic(weights, lambda path: save_file(model.state_dict(), path, metadata=metadata))
     return top1
 
 
@@ -126,7 +127,8 @@ def fit_(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, *, qu
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / total))
     generator = torch.Generator().manual_seed(0)
     model.train()
-    with tqdm(total=total, desc=f"train {recipe.name}", unit=" step", disable=True if quiet else None, leave=False) as bar:
+    silent = True if quiet else None
+    with tqdm(total=total, desc=f"train {recipe.name}", unit=" step", disable=silent, leave=False) as bar:
         for _ in range(recipe.epochs):
             for chosen in torch.randperm(len(images), generator=generator).split(32):
                 loss = F.cross_entropy(model(images[chosen]), labels[chosen])

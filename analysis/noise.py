@@ -39,6 +39,7 @@ class MeasuredQuantizer:
         self.quantizer, self.tensor_noise = quantizer, Noise()
 
     def __call__(self, x: Tensor) -> Tensor:
+        """`x` on the grid."""
         x_q = self.quantizer(x)
         self.tensor_noise.add(x, x_q)
         return x_q

@@ -68,4 +68,3 @@ def bits_figure(frame: pd.DataFrame, name: str) -> Figure:
 
 def _classes(frame: pd.DataFrame) -> list[str]:
     return [name for name, tensors in plots.TENSOR_CLASSES.items() if frame["tensor"].isin(tensors).any()]
-

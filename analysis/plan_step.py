@@ -74,13 +74,11 @@ def run_plan(path: Path, request: PlanRequest) -> None:
         sites=solution.sites,
         totals=solution.totals,
         predicted_delta_loss=_predicted_loss(solution, table),
-        solver=PlanSolver(
-            name="highs", status=solution.status, gap=solution.gap, lower_bound=solution.lower_bound
-        ),
+        solver=PlanSolver(name="highs", status=solution.status, gap=solution.gap, lower_bound=solution.lower_bound),
     )
     out = path / "plan.json" if request.out is None else request.out
     write_bytes(out, plan.to_json().encode())
-    frame = pd.DataFrame([(s.module, s.tensor, s.bit_width) for s in plan.sites], columns=["module", "tensor", "bit_width"])
+    frame = pd.DataFrame([{"module": s.module, "tensor": s.tensor, "bit_width": s.bit_width} for s in plan.sites])
     figure = bits_figure(bits_frame(frame, cost), model.name)
     save_figure(figure, out.with_suffix(""), write_bytes)
     plt.close(figure)
@@ -92,13 +90,13 @@ def run_plan(path: Path, request: PlanRequest) -> None:
 def plan_options(table: pd.DataFrame, cost: pd.DataFrame, request: PlanRequest) -> pd.DataFrame:
     """The options of the integer program: a score for each site and bit-width that the request allows.
 
-    Scores are made non-increasing in bits by isotonic regression: measured changes are noisy, and more bits that seem to
-    hurt more would let the planner spend less on noise.
+    Scores are made non-increasing in bits by isotonic regression: measured changes are noisy, and bits that seem to
+    hurt must not look like a reason to give fewer.
     """
     column = OBJECTIVES.get(request.objective, request.objective)
     if column not in table or not pd.api.types.is_numeric_dtype(table[column]):
         numeric = [name for name in ("kl", "logit_nmse", "delta_top1") if name in table]
-        raise InputError(f"--objective {request.objective!r} is no column of figures; choose loss, {', '.join(numeric)}.")
+        raise InputError(f"--objective {request.objective!r} is no column of figures; try loss, {', '.join(numeric)}.")
     rows = preferred_rows(table)
     if rows[column].isna().all():
         raise InputError(f"{column} was not measured (images without labels?); use --objective kl.")
@@ -142,4 +140,3 @@ def _summary(plan: BitPlan, solution: PlanSolution, request: PlanRequest) -> str
     ]
     bound = f"{solution.status}, gap {solution.gap:.2g}"
     return "\n".join([f"predicted {request.objective} increase {solution.objective:.4g} ({bound})", *lines])
-

@@ -5,6 +5,7 @@ measured metric; may be negative), granularity, signed, offset. `cost` is the fr
 """
 
 import difflib
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -286,7 +287,7 @@ def _solve(
     pairs = sorted({pair for budget in budgets for pair in budget.pairs})
     sizes = [len(unit.bits) for unit in units] + [len(units[u].bits) * len(units[v].bits) for u, v in pairs]
     starts = np.cumsum([0, *sizes])
-    columns = [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    columns = [slice(a, b) for a, b in itertools.pairwise(starts)]
     x_columns = starts[len(units)]
 
     upper = np.ones(starts[-1])

@@ -86,9 +86,8 @@ def read_plan(path: Path, bench: Workbench) -> BitPlan:
                 f"{path} plans {planned.site} {planned.granularity}, an axis that {bench.name} lacks there."
             )
     if plan.model.weights_sha256 not in (None, bench.weights_sha256):
-        bench.warn(
-            f"the plan was made for weights {str(plan.model.weights_sha256)[:12]}, these are {bench.weights_sha256[:12]}."
-        )
+        theirs, ours = str(plan.model.weights_sha256)[:12], bench.weights_sha256[:12]
+        bench.warn(f"{path} was made for weights {theirs}, these are {ours}: its bits may not suit them.")
     return plan
 
 
@@ -120,7 +119,8 @@ def _uniform_sites(
         module = bench.model.get_submodule(info.site.module)
         planned.append(
             PlannedSite(
-                module=info.site.module, tensor=info.site.tensor, bit_width=bits[info.site],
+                module=info.site.module, tensor=info.site.tensor,  # type: ignore[arg-type]
+                bit_width=bits[info.site],
                 granularity=default_granularity(info, module), signed=signed, offset=offset,
             )
         )  # fmt: skip
@@ -159,10 +159,17 @@ def _row(kind: str, bench: Workbench, sites: Sequence[PlannedSite], logits: Tens
     top1, top1_se = mean_and_error(per_image.hit)
     totals = accounting.totals(sites, cost_table(bench.sites), bench.parameters)
     return {
-        "plan": kind, "weight_bits": _or_float(totals.weight_bits), "activation_bits": _or_float(totals.activation_bits),
-        "size_bytes": totals.size_bytes, "bitops": totals.bitops, "loss": loss, "loss_se": loss_se, "top1": top1,
-        "top1_se": top1_se, "images": len(labels),
-    }  # fmt: skip
+        "plan": kind,
+        "weight_bits": _or_float(totals.weight_bits),
+        "activation_bits": _or_float(totals.activation_bits),
+        "size_bytes": totals.size_bytes,
+        "bitops": totals.bitops,
+        "loss": loss,
+        "loss_se": loss_se,
+        "top1": top1,
+        "top1_se": top1_se,
+        "images": len(labels),
+    }
 
 
 def _or_float(bits: float | None) -> float:

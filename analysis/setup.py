@@ -133,8 +133,10 @@ class Workbench:
             "weights_sha256": self.weights_sha256, "include": list(setup.include), "exclude": list(setup.exclude),
         }  # fmt: skip
         if data is not None:
-            fixed |= {"split": data.split, "images": data.images, "images_sha256": data.sha256,
-                      "split_note": data.note, "batch_size": setup.batch_size, **_jsonable(asdict(self.input_config))}  # fmt: skip
+            fixed |= {
+                "split": data.split, "images": data.images, "images_sha256": data.sha256, "split_note": data.note,
+                "batch_size": setup.batch_size, **_jsonable(asdict(self.input_config)),
+            }  # fmt: skip
         return fixed
 
 
@@ -150,7 +152,11 @@ def open_workbench(setup: Setup, *, needs_data: bool) -> Workbench:
         if known is None:
             raise InputError(f"{setup.run} knows no model yet. Name one: a timm name, or path/to/file.py:factory.")
         source = ModelSource(
-            model=known.factory or known.typed, pretrained=known.pretrained, weights=known.weights, kwargs=known.kwargs, seed=known.seed
+            model=known.factory or known.typed,
+            pretrained=known.pretrained,
+            weights=known.weights,
+            kwargs=known.kwargs,
+            seed=known.seed,
         )
     else:
         source = ModelSource(
@@ -166,13 +172,16 @@ def open_workbench(setup: Setup, *, needs_data: bool) -> Workbench:
         setup=setup, run=run, source=source, model=model, weights_sha256=weights_sha256(model),
         input_config=_input_config(model, setup),
     )  # fmt: skip
+    typed = setup.model or (known.typed if known is not None else source.model)
     record = ModelRecord(
-        typed=source.model if setup.model else known.typed, pretrained=source.pretrained, weights=source.weights, kwargs=dict(source.kwargs),
-        seed=source.seed, name=bench.name, factory=_factory(source), weights_sha256=bench.weights_sha256, parameters=bench.parameters,
+        typed=typed, pretrained=source.pretrained, weights=source.weights, kwargs=dict(source.kwargs),
+        seed=source.seed, name=bench.name, factory=_factory(source), weights_sha256=bench.weights_sha256,
+        parameters=bench.parameters,
     )  # fmt: skip
     run.set_model(record, overwrite=setup.overwrite)
     if setup.data is not None:
-        run.set_data({name: _jsonable(getattr(setup, name)) for name in REMEMBERED} | {"data": _absolute(setup.data)})
+        remembered = {name: _jsonable(getattr(setup, name)) for name in REMEMBERED}
+        run.set_data(remembered | {"data": _absolute(setup.data)})
     _place(model, setup.device)
     bench.trace, bench.sites = _traced(bench)
     return bench
@@ -206,7 +215,7 @@ def _default(name: str) -> Any:
 def _input_config(model: nn.Module, setup: Setup) -> InputConfig:
     if setup.data is None and setup.input_size is None and not getattr(model, "pretrained_cfg", None):
         raise InputError(
-            "the model does not say which images it takes. Give --input-size 3,32,32, or --data with its --mean and --std."
+            "the model does not say which images it takes. Give --input-size 3,32,32, or --data, --mean and --std."
         )
     if setup.data is None and setup.input_size is not None:
         return InputConfig(input_size=setup.input_size, mean=(0.5,), std=(0.5,))
@@ -257,8 +266,8 @@ def _jsonable(value: Any) -> Any:
 def tensors_of(bench: Workbench, tensors: Sequence[str]) -> list[SiteInfo]:
     """The sites that can be quantized whose tensor is asked for, in network order.
 
-    `tensors` holds weight, input, query, key, value, softmax (the site `attention` of DESIGN's tables), or attention for
-    all four inside attention.
+    `tensors` holds weight, input, query, key, value, softmax (the site `attention` alone), or attention for all four
+    inside attention.
     """
     groups = {"weight": ("weight", "weight.query", "weight.key", "weight.value"), "input": ("input",),
               "attention": ("query", "key", "value", "attention"), "query": ("query",), "key": ("key",),

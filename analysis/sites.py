@@ -128,8 +128,8 @@ def _weights_and_activations(
     seen = {row["site"].module for row in rows}
     for name, module in modules.items():
         if is_layer(module) and name not in seen:
-            for row in _weight_sites(name, module, trace, kinds[name]):
-                rows.append({**row, "quantizable": False, "note": "never executed: its weight only"})
+            never = {"quantizable": False, "note": "never executed: its weight only"}
+            rows.extend({**row, **never} for row in _weight_sites(name, module, trace, kinds[name]))
     return rows
 
 
@@ -193,7 +193,7 @@ def _activation(site: Site, shape: tuple[int, ...], trace: Trace, module: nn.Mod
 
 
 def _channel_axis(shape: tuple[int, ...], module: nn.Module) -> int:
-    """Axis 1 for convolutions and norms over planes, the last one for linears and LayerNorm; blocks as their last layer.
+    """Axis 1 for convolutions and norms over planes, the last for linears and LayerNorm; blocks as their last layer.
 
     A block whose last layer is a linear may still hand on planes (ConvNeXt): the axis of that layer's width decides.
     """

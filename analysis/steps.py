@@ -141,7 +141,7 @@ def run_compare(runs: Sequence[Path], out: Path, *, quiet: bool = False) -> None
     """`qvw compare`: statistics of several runs side by side, as tables and figures in `out`."""
     if len(runs) < 2:
         raise InputError("one run was given; name at least two run folders to compare.")
-    loaded = []
+    loaded: list[comparison.Run] = []
     for path in runs:
         run = Run(path)
         stats, figures = run.read_table("stats"), run.read_json("variation")

@@ -89,7 +89,9 @@ def _updater(stats: RunningStats, info: SiteInfo) -> Callable[[Tensor], None]:
 def _tables(
     sites: Sequence[SiteInfo], measured: dict[Site, RunningStats], name: str, *, with_activations: bool, trace: Trace
 ) -> StatsTables:
-    rows, channels, histograms = [], [], []
+    rows: list[dict[str, Any]] = []
+    channels: list[dict[str, Any]] = []
+    histograms: list[dict[str, Any]] = []
     for info in sites:
         stats = measured.get(info.site)
         identity: dict[str, Any] = {"module": info.site.module, "tensor": info.site.tensor}

@@ -65,10 +65,10 @@ def _covering(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, T
 
 
 def _least_squares(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
-    """The best of a coarse and a fine grid of scales, then alternating the codes and the straight line through them, by group.
+    """The best of a coarse and a fine grid of scales, then codes and the straight line through them in turn, by group.
 
-    For fixed codes q the best scale is <x, q> / <q, q>; with an offset, scale and offset are the regression of x on q. The
-    result is never worse than min-max, which is the first point of the grid.
+    For fixed codes q the best scale is <x, q> / <q, q>; with an offset, scale and offset are the regression of x on q.
+    The result is never worse than min-max, which is the first point of the grid.
     """
     full_scale, offset = _covering(x.amin(dim=1), x.amax(dim=1), scheme)
     best = _Fit(full_scale, offset, _squared_error(x, full_scale, offset, scheme))

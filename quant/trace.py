@@ -19,8 +19,8 @@ class Trace:
 
     `shapes` has every site that was executed (inputs, outputs, and on attention modules query, key, value,
     attention), in order of execution, with the shape of its first call. `functional` are linears whose weight is used
-    without calling them; `qkv_parts` maps a fused qkv linear to the rows of its query, key and value, found by comparing
-    its output with the value operand.
+    without calling them; `qkv_parts` maps a fused qkv linear to the rows of its query, key and value, found by
+    comparing its output with the value operand.
     """
 
     images: int

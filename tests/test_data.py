@@ -1,4 +1,4 @@
-"""Laws of the images: a fixed and balanced choice, splits that do not overlap, and one message for what cannot be used."""
+"""Laws of the images: a fixed, balanced choice, splits that share none, one message for what cannot be used."""
 
 import csv
 import subprocess
@@ -26,9 +26,7 @@ forks = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 
 def load(spec, *, split="train", images=None, seed=0, config=COLOUR, classes=None, **options):
     """Load data with the arguments that do not matter here filled in."""
-    return load_data(
-        spec, split=split, images=images, seed=seed, input_config=config, num_classes=classes, **options
-    )  # fmt: skip
+    return load_data(spec, split=split, images=images, seed=seed, input_config=config, num_classes=classes, **options)
 
 
 def write_digits(folder, *, per_class=4, classes=range(10)):
@@ -98,7 +96,7 @@ def test_digits_are_upsampled_and_normalised():
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_every_prefix_is_balanced(split):
-    """The first n images hold each class floor(n / 10) or ceil(n / 10) times, and a smaller choice begins a larger one."""
+    """The first n images hold each class n / 10 times, rounded down or up; a smaller choice begins a larger one."""
     data = load("digits", split=split, images=200, config=GREY)
     for n in range(1, 201):
         counts = np.bincount(data.dataset.labels[:n], minlength=10)
@@ -211,7 +209,7 @@ def test_folders_with_splits(divided):
 
 
 def test_classes_are_in_timms_order(tmp_path):
-    """Numbers in class names count as numbers, as in timm: digit2 before digit10; hidden and other files are left out."""
+    """Numbers in class names count as numbers: digit2 before digit10; hidden and other files are left out."""
     for name in ("digit10", "digit2", ".hidden"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (4, 4)).save(tmp_path / name / "a.png")
@@ -219,9 +217,7 @@ def test_classes_are_in_timms_order(tmp_path):
         (tmp_path / name / "._a.png").write_text("what macOS leaves")
     ours = load(f"folder:{tmp_path}", holdout=0)
     assert ours.classes == ("digit2", "digit10")
-    (tmp_path / ".hidden" / "a.png").unlink()
-    (tmp_path / ".hidden" / "._a.png").unlink()
-    assert ours.images == 2
+    assert sorted(ours.dataset.names) == ["digit10/a.png", "digit2/a.png"]
 
 
 @pytest.mark.parametrize(
@@ -304,7 +300,7 @@ def test_a_missing_class_map_is_told(divided):
 
 
 def test_csv_with_class_indices(folder):
-    """Files lie relative to the list; `class_index` is the label, `label` beside it the name; other columns are ignored."""
+    """Files lie relative to the list; `class_index` is the label, `label` its name; other columns are ignored."""
     rows = [
         {"wnid": "n", "file": f"digit{c}/{i}.png", "class_index": 2 * c, "label": f"d{c}"}
         for c in range(3)
@@ -421,7 +417,7 @@ def test_broken_images_can_be_skipped(divided, num_workers):
         assert data.skipped == broken
     for name in data.dataset.names:
         (divided / name).write_bytes(b"")
-    with pytest.raises(InputError, match="None of the 9 images of .* can be read"):
+    with pytest.raises(InputError, match=r"None of the 9 images of .* can be read"):
         list(batches(data, batch_size=2))
 
 

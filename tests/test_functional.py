@@ -26,7 +26,7 @@ def test_quant_range_is_the_two_complement_range(bit_width, signed, expected):
 @pytest.mark.parametrize("bit_width", [2, 3, 4, 8])
 @pytest.mark.parametrize("signed", [True, False])
 def test_fake_quantize_equals_the_closed_form_in_float64(bit_width, signed):
-    """s * round(clip((x - o) / s, Q_N, Q_P)) + o, as numpy computes it in float64."""
+    """The formula s * round(clip((x - o) / s, Q_N, Q_P)) + o, as numpy computes it in float64."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 4, 50, generator=generator, dtype=torch.float64)
     scale = torch.rand(4, generator=generator, dtype=torch.float64) * 0.3 + 0.05

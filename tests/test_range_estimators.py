@@ -64,7 +64,7 @@ def test_minmax_covers_every_value_and_percentile_leaves_out_the_tails():
 
 
 def test_one_signed_bit_is_binary_with_the_mean_magnitude():
-    """s = mean |x| is the least-squares scale of {-s, s}."""
+    """The least-squares scale of {-s, s} is s = mean |x|."""
     x = torch.randn(2, 1000, generator=torch.Generator().manual_seed(4))
     estimate = estimate_range(x, QuantScheme(bit_width=1, signed=True), "minmax")
     torch.testing.assert_close(estimate.scale, x.abs().mean(dim=1))

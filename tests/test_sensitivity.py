@@ -72,7 +72,8 @@ def test_every_row_has_every_column_and_the_model_comes_back(name):
     measured = ["loss", "delta_loss", "delta_loss_se", "top1", "delta_top1", "top1_se", "kl", "kl_se", "logit_nmse",
                 "sqnr_db", "sqnr_output_db"]  # fmt: skip
     assert np.isfinite(table[measured].to_numpy(dtype=float)).all()
-    assert (table[table["bit_width"] == 8]["kl"].to_numpy() < table[table["bit_width"] == 2]["kl"].to_numpy()).mean() > 0.95
+    kl = table.pivot(index=["module", "tensor"], columns="bit_width", values="kl")
+    assert (kl[8] < kl[2]).mean() > 0.95
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -101,7 +102,8 @@ def test_a_weight_row_is_what_quantizing_a_copy_by_hand_gives():
     hits = (q.argmax(axis=1) == labels.numpy()).astype(float) - (p.argmax(axis=1) == labels.numpy())
     assert row["delta_top1"] == pytest.approx(hits.mean())
     assert row["top1_se"] == pytest.approx(hits.std(ddof=1) / math.sqrt(24))
-    assert row["sqnr_db"] == pytest.approx(10 * np.log10((weight**2).sum() / ((weight - weight_q) ** 2).sum()), rel=1e-4)
+    noise = ((weight - weight_q) ** 2).sum()
+    assert row["sqnr_db"] == pytest.approx(10 * np.log10((weight**2).sum() / noise), rel=1e-4)
     inputs = []
     handle = model.layer2[0].conv1.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
     logits_of(model, BATCHES)
@@ -132,7 +134,7 @@ def test_the_value_part_of_a_fused_qkv_changes_only_its_own_rows():
 
 def test_the_projection_has_one_scale_per_head_along_its_input_columns():
     """Heads lie along dimension 1 of proj's weight; along dimension 0 they would be mixed."""
-    model, trace, sites = opened("vit")
+    model, _, sites = opened("vit")
     info = next(i for i in sites if i.site == Site("blocks.0.attn.proj", "weight"))
     with torch.no_grad():
         model.blocks[0].attn.proj.weight[:, 8:16] *= 10
@@ -212,7 +214,8 @@ def test_reestimated_batchnorm_takes_the_statistics_of_the_quantized_network():
     stored = copy.deepcopy(model.state_dict())
     seen = []
     with batchnorm_reestimated(model, IMAGES.split(8)), torch.no_grad():
-        mean = torch.stack([F.conv2d(x, model.conv1.weight, stride=2, padding=3).mean(dim=(0, 2, 3)) for x in IMAGES.split(8)])
+        outputs = [F.conv2d(x, model.conv1.weight, stride=2, padding=3) for x in IMAGES.split(8)]
+        mean = torch.stack([y.mean(dim=(0, 2, 3)) for y in outputs])
         torch.testing.assert_close(model.bn1.running_mean, mean.mean(dim=0), atol=1e-5, rtol=1e-4)
         handle = model.bn1.register_forward_hook(lambda m, _i, o: seen.append((o - m.bias[None, :, None, None]).mean()))
         model(IMAGES)

@@ -33,7 +33,8 @@ def test_sites_come_in_order_of_execution_with_their_kind():
         ("attn.qkv", "weight.query", "attn.qkv"), ("attn.qkv", "weight.key", "attn.qkv"),
         ("attn.qkv", "weight.value", "attn.qkv"), ("attn.qkv", "input", "attn.qkv"),
         ("attn", "query", "attn.query"), ("attn", "key", "attn.key"), ("attn", "value", "attn.value"),
-        ("attn", "attention", "attn.softmax"), ("attn.proj", "weight", "attn.proj"), ("attn.proj", "input", "attn.proj"),
+        ("attn", "attention", "attn.softmax"),
+        ("attn.proj", "weight", "attn.proj"), ("attn.proj", "input", "attn.proj"),
         ("mlp.fc1", "weight", "mlp.fc1"), ("mlp.fc1", "input", "mlp.fc1"), ("mlp.fc2", "weight", "mlp.fc2"),
         ("mlp.fc2", "input", "mlp.fc2"),
     ]  # fmt: skip

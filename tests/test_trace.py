@@ -11,10 +11,11 @@ from quant.site import Site
 from quant.trace import trace_forward
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
+SWIN = dict(img_size=32, patch_size=4, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 4))
 SMALL = {
     "vit_tiny_patch16_224": VIT,
-    "swin_tiny_patch4_window7_224": dict(img_size=32, patch_size=4, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 4)),
-    "swinv2_tiny_window8_256": dict(img_size=32, patch_size=4, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 4)),
+    "swin_tiny_patch4_window7_224": SWIN,
+    "swinv2_tiny_window8_256": SWIN,
     "beit_base_patch16_224": VIT,
     "eva02_tiny_patch14_224": VIT,
 }  # fmt: skip
@@ -40,7 +41,7 @@ IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def test_every_attention_module_shows_its_four_tensors(model):
-    """Query, key, value and attention are seen once each, with the shapes of the trace, and rows of softmax sum to 1."""
+    """Query, key, value and attention are seen once each, with the traced shapes, and rows of softmax sum to 1."""
     trace = trace_forward(model, IMAGES)
     blocks = [n for n, m in model.named_modules() if n.endswith(".attn")]
     assert sorted(trace.attention) == sorted(blocks)
@@ -87,7 +88,7 @@ def test_a_replaced_tensor_reaches_the_result(model):
 
 
 def test_query_is_what_scaled_dot_product_attention_gets():
-    """Swin's explicit path scales query before the product; the site holds it before 1/sqrt(d), against qkv's output."""
+    """Swin's explicit path scales query before the product; the site holds it before 1/sqrt(d), as qkv gives it."""
     model = small("swin_tiny_patch4_window7_224")
     trace = trace_forward(model, IMAGES)
     attention = model.layers[0].blocks[0].attn
@@ -98,7 +99,7 @@ def test_query_is_what_scaled_dot_product_attention_gets():
          Site("layers.0.blocks.0.attn.qkv", "output"): lambda x: kept.update(qkv=x.clone())},
     ):  # fmt: skip
         model(IMAGES)
-    windows, tokens, width = kept["qkv"].shape
+    windows, tokens, _ = kept["qkv"].shape
     expected = kept["qkv"].reshape(windows, tokens, 3, attention.num_heads, -1)[:, :, 0].transpose(1, 2)
     assert torch.equal(kept["query"], expected)
     assert attention.fused_attn is False
