@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from analysis.comparison import bits_frame
 from analysis.figures import save_figure
 from analysis.panels import bits_figure
-from analysis.planner import PlanSolution, apply_pins, isotonic, plan_bits, tied_sites
+from analysis.planner import PlanSolution, apply_pins, isotonic, layout_pins, plan_bits, tied_sites
 from analysis.runs import Run, write_bytes
 from analysis.steps import preferred_rows
 from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
@@ -102,13 +102,7 @@ def plan_options(table: pd.DataFrame, cost: pd.DataFrame, request: PlanRequest) 
         raise InputError(f"{column} was not measured (images without labels?); use --objective kl.")
     options = isotonic(rows.assign(score=-rows[column] if column.startswith("delta_top1") else rows[column]))
     pins = [_parse_pin(text) for text in request.pin]
-    pinned = cost[cost["pinned"]]
-    layout_pins = (
-        {Site(m, t): 8 for m, t in zip(pinned["module"], pinned["tensor"], strict=True)}
-        if request.layout == "paper"
-        else {}
-    )
-    return apply_pins(options, pins, layout_pins, candidates=request.candidates)
+    return apply_pins(options, pins, layout_pins(cost, request.layout), candidates=request.candidates)
 
 
 def _parse_pin(text: str) -> tuple[str, int]:

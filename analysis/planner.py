@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from scipy.optimize import Bounds, LinearConstraint, isotonic_regression, milp
 from analysis import accounting
 from quant.bit_plan import PlanBudget, PlannedSite, PlanTotals, check_known_sites
 from quant.errors import InputError
-from quant.site import Site
+from quant.site import ALLOWED_BIT_WIDTHS, Site
 
 PINNED_BITS = 8  # of the first convolution or patch embedding and the classifier, in layout `paper`
 
@@ -32,7 +33,7 @@ _UNITS = {  # how a message shows a budget: words, and the divisor of the stored
     "size_bytes": ("MiB", 2**20),
     "bitops": ("GBitOps", 10**9),
 }
-_LARGEST = 1e5  # coefficients are scaled to this: HiGHS lets a row be off by 1e-6, and stops within 1e-6 of the optimum
+_LARGEST = 1e3  # coefficients are scaled to this; HiGHS takes 1e-6 for nothing, in a row and in the objective
 _EXACT_TRIES, _TRIES = 10, 40  # see _solve
 
 
@@ -41,7 +42,8 @@ class PlanSolution:
     """The chosen sites in network order, what they cost, and how good the choice is.
 
     `objective` is the sum of the chosen scores. No plan within the budget has less than `lower_bound`; `gap` is
-    their difference over |objective|. `status` is `optimal` (up to the asked gap) or `time_limit`.
+    their difference over |objective|. `status` is `optimal` (HiGHS closed the gap that it was asked for), `time_limit`,
+    or `feasible` (the budget had to be narrowed against rounding; the bound is that of the whole budget).
     """
 
     sites: tuple[PlannedSite, ...]
@@ -195,6 +197,10 @@ def _budgets(
     """The budgets that can bind, in whole numbers; InputError for one that no plan can meet."""
     rows = accounting.cost_rows(cost)
 
+    def bits_paid(option: PlannedSite, *, weights: bool) -> int:
+        paid = option.site.is_weight == weights
+        return option.bit_width * accounting.elements(option.site, rows[option.site]) if paid else 0
+
     def per_unit(cost_of: Callable[[PlannedSite], int]) -> list[NDArray[np.int64]]:
         return [
             np.array([sum(cost_of(planned[site][b]) for site in unit.sites) for b in unit.bits], dtype=np.int64)
@@ -212,9 +218,9 @@ def _budgets(
             inside = sum(int(rows[site].numel) for site in planned if site.is_weight)
             constant = accounting.FLOAT_BYTES * (parameters - inside)
         else:
-            paid = {s: accounting.elements(s, rows[s]) for s in planned if s.is_weight == (name == "weight_bits")}
-            own = per_unit(lambda option, paid=paid: option.bit_width * paid.get(option.site, 0))
-            per = sum(paid.values())
+            weights = name == "weight_bits"
+            own = per_unit(partial(bits_paid, weights=weights))
+            per = sum(accounting.elements(site, rows[site]) for site in planned if site.is_weight == weights)
             if not per:
                 raise InputError(
                     f"The budget {name}={limit:g} has no site to act on. Measure such sites or leave it out."
@@ -309,7 +315,7 @@ def _solve(
     objective, floor = np.zeros(starts[-1]), []
     for u, (unit, column) in enumerate(zip(units, columns, strict=False)):
         if u not in paired and not any(budget.own[u].any() for budget in budgets):
-            best = max(range(len(unit.bits)), key=lambda k, unit=unit: (-unit.score[k], k))
+            best = np.flatnonzero(unit.score == unit.score.min())[-1]
             upper[column] = np.arange(len(unit.bits)) == best
         is_open = upper[column] > 0
         floor.append(unit.score[is_open].min())
@@ -438,7 +444,10 @@ def layout_pins(cost: pd.DataFrame, layout: str) -> dict[Site, int]:
 def uniform_bits(
     cost: pd.DataFrame, weight_bits: int | None, activation_bits: int | None, layout: str
 ) -> dict[Site, int]:
-    """The same bit-width for every weight and for every activation, save the layout's pins; None leaves them in float."""
+    """One bit-width for all weights and one for all activations, save the layout's pins; None leaves them in float."""
+    for bits in (weight_bits, activation_bits):
+        if bits is not None and bits not in ALLOWED_BIT_WIDTHS:
+            raise InputError(f"A uniform bit-width of {bits} is not allowed. Choose from {ALLOWED_BIT_WIDTHS}.")
     pins = layout_pins(cost, layout)
     wanted = {site: weight_bits if site.is_weight else activation_bits for site in accounting.cost_rows(cost)}
     return {site: pins.get(site, bits) for site, bits in wanted.items() if bits is not None}
