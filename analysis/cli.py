@@ -161,8 +161,8 @@ def stats(**options: Any) -> None:
 @click.option(
     "--estimator", type=click.Choice(ESTIMATORS), default="mse", show_default=True, help="Of the first scale."
 )
-@click.option("--bn", type=click.Choice(["stored", "re-estimate", "both"]), default="stored", show_default=True,
-              help="BatchNorm statistics while a site is quantized.")  # fmt: skip
+@click.option("--bn", type=click.Choice(["stored", "re-estimate", "both"]), default="both", show_default=True,
+              help="BatchNorm statistics while a site is quantized: the model's, or those of the quantized network.")  # fmt: skip
 def sensitivity(
     bits: tuple[int, ...],
     tensors: tuple[str, ...],

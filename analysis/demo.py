@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from analysis.data import ImageData, batches, load_data, resolve_input
 from analysis.evaluation import logits_of, scores
+from analysis.files import write_atomic
 from analysis.models import ModelSource, load_model
 from analysis.plan_step import PlanRequest, run_plan
 from analysis.quantized_eval import run_eval
-from analysis.runs import write_atomic
 from analysis.setup import Setup
 from analysis.steps import run_compare, run_sensitivity, run_stats
 

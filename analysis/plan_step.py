@@ -12,9 +12,10 @@ from pydantic import TypeAdapter
 
 from analysis.comparison import bits_frame
 from analysis.figures import save_figure
+from analysis.files import write_bytes
 from analysis.panels import bits_figure
 from analysis.planner import PlanSolution, apply_pins, isotonic, layout_pins, plan_bits, tied_sites
-from analysis.runs import Run, write_bytes
+from analysis.runs import Run
 from analysis.steps import preferred_rows
 from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
 from quant.errors import InputError

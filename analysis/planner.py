@@ -34,6 +34,7 @@ _UNITS = {  # how a message shows a budget: words, and the divisor of the stored
     "bitops": ("GBitOps", 10**9),
 }
 _LARGEST = 1e3  # coefficients are scaled to this; HiGHS takes 1e-6 for nothing, in a row and in the objective
+_NOT_TOGETHER = "No plan is within all budgets at once, though each can be met alone. Raise one of them."
 _EXACT_TRIES, _TRIES = 10, 40  # see _solve
 
 
@@ -229,7 +230,8 @@ def _budgets(
         cheapest = constant + sum(int(costs.min()) for costs in every)
         dearest = constant + sum(int(costs.max()) for costs in every)
         most = math.floor(Fraction(limit) * per)
-        while (most + 1) / per <= limit:  # the mean is a rounded quotient: 29/10 is within 2.9, below it as a float
+        # A mean is a rounded quotient: 29/10 is within 2.9, although the float 2.9 is a little less.
+        while per > 1 and most < dearest and (most + 1) / per <= limit:
             most += 1
         if most < cheapest:
             words, unit = _UNITS[name]
@@ -318,6 +320,8 @@ def _solve(
             best = np.flatnonzero(unit.score == unit.score.min())[-1]
             upper[column] = np.arange(len(unit.bits)) == best
         is_open = upper[column] > 0
+        if not is_open.any():
+            raise InputError(_NOT_TOGETHER)
         floor.append(unit.score[is_open].min())
         objective[column] = np.where(is_open, unit.score - floor[-1], 0.0)
     unit_of_score = _LARGEST / (objective.max() or 1.0)
@@ -339,7 +343,7 @@ def _solve(
             options={"mip_rel_gap": relative_gap, "time_limit": max(deadline - time.monotonic(), 0.1)},
         )
         if result.status == 2 and len(budgets) > 1 and not less:
-            raise InputError("No plan is within all budgets at once, though each can be met alone. Raise one of them.")
+            raise InputError(_NOT_TOGETHER)
         if result.x is None and result.status == 1:
             raise InputError(f"No plan was found in {time_limit:g} s. Allow more time or offer fewer bit-widths.")
         if result.x is None:

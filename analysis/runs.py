@@ -1,13 +1,11 @@
 """The run folder: tables, files and the record of how each was made; written whole or not at all."""
 
-import errno
 import json
-import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -18,10 +16,9 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 
+from analysis.files import json_scalar, write_atomic, writing
 from quant.errors import InputError
 
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 _PACKAGES = ("torch", "timm", "numpy", "pandas", "scipy", "quantization-variation-workbench")
 _MADE_BY = {
     "stats": "qvw stats", "channels": "qvw stats", "histograms": "qvw stats", "variation": "qvw stats --data DATA",
@@ -191,7 +188,7 @@ class Run:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write NAME.json, indented, keys in the order given."""
-        text = json.dumps(value, indent=1, default=_scalar) + "\n"
+        text = json.dumps(value, indent=1, default=json_scalar) + "\n"
         write_atomic(self.path / f"{name}.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     def read_json(self, name: str) -> Any:
@@ -243,113 +240,11 @@ class Run:
                 raise InputError(
                     f"{self.path / 'run.json'} names {file!r}, which lies outside the run folder. Mend it."
                 )
-            with _explained(path):
+            with writing(path):
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
-
-
-class RowLog:
-    """Rows in the order in which they were computed, one JSON object a line, so that a long step can be resumed."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows; when this returns they are on the disk. Where the disk is full the file is left as it was."""
-        data = "".join(json.dumps(dict(row), default=_scalar) + "\n" for row in rows).encode()
-        with _explained(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b", buffering=0) as file:  # a buffer would try once more when the file is closed
-                end = file.seek(0, os.SEEK_END)
-                if end and (file.seek(end - 1), file.read(1))[1] != b"\n":
-                    file.seek(0)
-                    end = file.read().rfind(b"\n") + 1  # the last run was killed within a line
-                    file.truncate(end)
-                try:
-                    while data:
-                        data = data[file.write(data) :]
-                    os.fsync(file.fileno())
-                except OSError:
-                    with suppress(OSError):
-                        file.truncate(end)
-                    raise
-
-    def read(self) -> list[dict[str, Any]]:
-        """All whole rows, floats to the last bit; a last line that was cut short is removed from the file."""
-        if not self.path.exists():
-            return []
-        data = self.path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            os.truncate(self.path, end)
-        rows = []
-        for number, line in enumerate(data[:end].splitlines(), start=1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:  # also of bytes that are no UTF-8
-                raise InputError(
-                    f"{self.path} is damaged at line {number}. Start the step anew with `--overwrite`."
-                ) from error
-        return rows
-
-    def remove(self) -> None:
-        """Delete the file, if there is one."""
-        self.path.unlink(missing_ok=True)
-
-
-def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in its place, on the disk before this returns.
-
-    When it fails, the temporary file is removed and an earlier `path` stays as it was; a full disk or missing
-    permission raises InputError. The temporary name has the suffix of `path`, by which some writers choose a format.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _fsync_folder(path.parent)
-
-
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    write_atomic(path, lambda temporary: temporary.write_bytes(content))
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make a rename in the folder outlast a power cut."""
-    if os.name == "nt":
-        return  # Windows opens no folders
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn a full disk and missing permissions into InputError; safetensors and torch say them in words only."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
-        if code in _NO_SPACE or "No space left" in str(error):
-            raise InputError(f"No space left to write {path}. Free some, then run the same command again.") from error
-        if code in _NO_ACCESS:
-            reason = os.strerror(code or 0)
-            raise InputError(f"{path} cannot be written: {reason}. Check its permissions or choose another.") from error
-        raise
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -361,12 +256,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     """The value as JSON reads it back."""
-    return json.loads(json.dumps(dict(value), default=_scalar))
-
-
-def _scalar(value: Any) -> Any:
-    """A NumPy or torch scalar as Python's; a path as text."""
-    return value.item() if hasattr(value, "item") else os.fspath(value)
+    return json.loads(json.dumps(dict(value), default=json_scalar))
 
 
 def _maker(name: str) -> str:

@@ -38,7 +38,7 @@ class SweepConfig:
     bit_widths: tuple[int, ...] = (2, 3, 4, 8)
     estimator: Estimator = "mse"
     granularity: Granularity | None = None
-    batchnorm: str = "stored"
+    batchnorm: str = "both"
 
 
 def sweep_keys(model: nn.Module, sites: Sequence[SiteInfo], config: SweepConfig) -> list[dict[str, Any]]:

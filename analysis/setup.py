@@ -14,7 +14,8 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from analysis.data import ImageData, InputConfig, batches, load_data, resolve_input
+from analysis.data import ImageData, batches, load_data, resolve_input
+from analysis.listing import InputConfig
 from analysis.models import ModelSource, classifier_names, load_model, num_classes, weights_sha256
 from analysis.runs import ModelRecord, Run
 from analysis.sites import find_sites

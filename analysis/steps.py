@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from analysis import comparison, panels
 from analysis.cost import cost_table
 from analysis.figures import save_figure
-from analysis.runs import RowLog, Run, write_bytes
+from analysis.files import RowLog, write_bytes
+from analysis.runs import Run
 from analysis.sensitivity import SweepConfig, row_key, sensitivity_table, sweep, sweep_keys
 from analysis.setup import Setup, Workbench, open_workbench, tensors_of
 from analysis.tensor_stats import collect_stats

@@ -128,19 +128,26 @@ def batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 def batchnorm_reestimated(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
     """Let BatchNorm take its statistics from `batches` through the model as it now is; the stored ones come back.
 
-    Running mean and variance are the plain averages over batches (momentum None), in evaluation mode everywhere else.
-    Without it the sensitivity of a convolution is mostly that of stale statistics.
+    Running mean and variance are averages over batches weighted by their images; all else stays in evaluation mode.
+    Without it the sensitivity of a convolution is mostly that of stale statistics. InputError for a single image.
     """
     layers = batchnorms(model)
     stored = [({k: v.clone() for k, v in m.named_buffers(recurse=False)}, m.momentum, m.training) for m in layers]
     try:
         for module in layers:
             module.reset_running_stats()
-            module.momentum = None
             module.train()
+        seen = 0
         with torch.no_grad():
             for images in batches:
+                if len(images) < 2:  # one image alone has no variance at a 1 x 1 map
+                    continue
+                seen += len(images)
+                for module in layers:
+                    module.momentum = len(images) / seen
                 model(images)
+        if layers and not seen:
+            raise InputError("BatchNorm cannot take its statistics from batches of one image; raise --batch-size.")
         for module in layers:
             module.eval()
         yield

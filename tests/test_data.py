@@ -13,7 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-from analysis.data import InputConfig, batches, load_data, resolve_input
+from analysis.data import batches, load_data, resolve_input
+from analysis.listing import InputConfig
 from quant.errors import InputError
 
 GREY = InputConfig(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,), interpolation="bilinear")

@@ -20,7 +20,7 @@ QUANT_MAY_IMPORT = {
     "train": {"timm", "accelerate"},  # optimizers and schedules; devices
     "bit_plan": {"pydantic"},  # validation of a file that a person may have edited
 }
-ANALYSIS_MAY_IMPORT_TIMM = {"models", "data"}
+ANALYSIS_MAY_IMPORT_TIMM = {"models", "data", "listing"}
 
 # Names to import, where they differ from the names that PyPI gives to the packages.
 PYPI_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.runs import ModelRecord, RowLog, Run, write_atomic, write_bytes
+from analysis.files import RowLog, write_atomic, write_bytes
+from analysis.runs import ModelRecord, Run
 from quant.errors import InputError
 
 MODEL = ModelRecord(typed="resnet18", name="resnet18", weights_sha256="aa", parameters=11, kwargs={"num_classes": 10})

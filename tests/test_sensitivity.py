@@ -225,6 +225,16 @@ def test_reestimated_batchnorm_takes_the_statistics_of_the_quantized_network():
     assert all(torch.equal(value, stored[key]) for key, value in model.state_dict().items())
 
 
+def test_reestimated_batchnorm_weighs_batches_by_their_images():
+    """A last batch of 2 images counts 2, not as much as one of 22; a batch of one image is passed over."""
+    model = model_of("resnet")
+    with batchnorm_reestimated(model, (IMAGES[:21], IMAGES[21:23], IMAGES[23:])), torch.no_grad():
+        y = F.conv2d(IMAGES[:23], model.conv1.weight, stride=2, padding=3)
+        torch.testing.assert_close(model.bn1.running_mean, y.mean(dim=(0, 2, 3)), atol=1e-5, rtol=1e-4)
+    with pytest.raises(InputError, match="batches of one image"), batchnorm_reestimated(model, (IMAGES[:1],)):
+        pass
+
+
 def test_degenerate_channels_are_noted_and_stay_what_they_are():
     """An all-zero output channel borrows a scale, is said in the note, and remains zero."""
     model, trace, sites = opened("resnet")
