@@ -162,7 +162,7 @@ def stats(**options: Any) -> None:
     "--estimator", type=click.Choice(ESTIMATORS), default="mse", show_default=True, help="Of the first scale."
 )
 @click.option("--bn", type=click.Choice(["stored", "re-estimate", "both"]), default="both", show_default=True,
-              help="BatchNorm statistics while a site is quantized: the model's, or those of the quantized network.")  # fmt: skip
+              help="BatchNorm statistics: the model's own, or those of the quantized network.")  # fmt: skip
 def sensitivity(
     bits: tuple[int, ...],
     tensors: tuple[str, ...],

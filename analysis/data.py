@@ -108,7 +108,7 @@ def resolve_input(
     """
     told = getattr(model, "pretrained_cfg", None)
     told = told if isinstance(told, dict) and told.get("mean") and told.get("input_size") else None
-    expected = _input_channels(model)
+    expected = input_channels(model)
     base: dict[str, Any]
     if data == "digits":
         base = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,), "interpolation": "bilinear", "crop_pct": 1.0}
@@ -221,7 +221,7 @@ def batches(data: ImageData, *, batch_size: int, num_workers: int = 0) -> Iterat
         raise InputError(f"None of the {data.images} images of {data.spec} can be read. Check the data.")
 
 
-def _input_channels(model: nn.Module) -> int | None:
+def input_channels(model: nn.Module) -> int | None:
     """The channels of the model's first convolution; None where that does not tell those of an image."""
     told = getattr(model, "pretrained_cfg", None)
     name = told.get("first_conv") if isinstance(told, dict) else None
@@ -238,7 +238,10 @@ def _per_channel(option: str, values: Sequence[float], channels: int) -> tuple[f
     numbers = tuple(float(value) for value in values) * (channels if len(values) == 1 else 1)
     if len(numbers) != channels or not np.isfinite(numbers).all() or (option == "std" and min(numbers) <= 0):
         above = " above 0" if option == "std" else ""
-        raise InputError(f"`--{option}` is {numbers}, expected one number{above} for each of {channels} channels.")
+        raise InputError(
+            f"The images' {option} is {numbers}, expected one number{above} for each of {channels} channels. "
+            f"Give `--{option}`, one number or {channels}."
+        )
     return numbers
 
 

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from analysis.data import ImageData, batches, load_data, resolve_input
+from analysis.data import ImageData, batches, input_channels, load_data, resolve_input
 from analysis.listing import InputConfig
 from analysis.models import ModelSource, classifier_names, load_model, num_classes, weights_sha256
 from analysis.runs import ModelRecord, Run
@@ -218,10 +218,12 @@ def _input_config(model: nn.Module, setup: Setup) -> InputConfig:
         raise InputError(
             "the model does not say which images it takes. Give --input-size 3,32,32, or --data, --mean and --std."
         )
-    if setup.data is None and setup.input_size is not None:
-        return InputConfig(input_size=setup.input_size, mean=(0.5,), std=(0.5,))
+    if setup.data is None:  # no image will be read: only the size matters
+        channels = setup.input_size[0] if setup.input_size else input_channels(model) or 3
+        plain = (0.5,) * channels
+        return resolve_input(model, "noise", mean=plain, std=plain, input_size=setup.input_size)
     return resolve_input(
-        model, setup.data or "", mean=setup.mean, std=setup.std, input_size=setup.input_size, crop_pct=setup.crop_pct
+        model, setup.data, mean=setup.mean, std=setup.std, input_size=setup.input_size, crop_pct=setup.crop_pct
     )
 
 

@@ -467,7 +467,7 @@ def test_input_of_a_timm_model():
     assert resolve_input(small, "folder:x").input_size == (3, 32, 32)
     grey = timm.create_model("resnet10t", in_chans=1)
     assert resolve_input(grey, "folder:x", mean=(0.5,), std=(0.5,)).input_size[0] == 1
-    with pytest.raises(InputError, match=r"`--mean` is .*expected one number for each of 1 channels"):
+    with pytest.raises(InputError, match=r"mean is .*expected one number for each of 1 channels"):
         resolve_input(grey, "folder:x")
 
 
@@ -496,9 +496,9 @@ def test_small_images_are_not_cropped(side, crop):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mean": (0.5, 0.5)}, r"`--mean` is \(0\.5, 0\.5\), expected one number for each of 3 channels"),
-        ({"std": (0.5, 0.0, 0.5)}, r"`--std` is .*expected one number above 0"),
-        ({"mean": (float("nan"),)}, r"`--mean` is \(nan"),
+        ({"mean": (0.5, 0.5)}, r"mean is \(0\.5, 0\.5\), expected one number for each of 3 channels"),
+        ({"std": (0.5, 0.0, 0.5)}, r"std is .*expected one number above 0"),
+        ({"mean": (float("nan"),)}, r"mean is \(nan"),
         ({"input_size": (3, 0, 32)}, r"`--input-size` \(3, 0, 32\) is not channels, height, width"),
         ({"input_size": (32, 32)}, r"`--input-size` \(32, 32\) is not channels"),
         ({"crop_pct": 1.5}, r"`--crop-pct` 1\.5 is not in \(0, 1\]"),

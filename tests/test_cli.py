@@ -1,0 +1,329 @@
+"""`qvw` as a person uses it: the whole path on bundled digits, wrong input, interruptions."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import jsonschema
+import pandas as pd
+import pytest
+from safetensors.torch import load_file, save_file
+
+from analysis.cli import main
+from analysis.files import RowLog
+
+ROOT = Path(__file__).parents[1]
+KWARGS = json.dumps(
+    {"layers": [1, 1, 1, 1], "num_classes": 10, "in_chans": 1, "stem_width": 8, "channels": [8, 8, 16, 16],
+     "zero_init_last": False}
+)  # fmt: skip
+VIT_KWARGS = json.dumps(
+    {"img_size": 32, "patch_size": 8, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depth": 2, "num_heads": 4}
+)
+MODEL = ["resnet18", "--model-kwargs", KWARGS]
+DATA = ["--data", "digits", "--num-workers", "0", "--batch-size", "32"]
+SWEEP = ["--images", "48", "--bits", "2,8", "--bn", "stored"]
+
+
+def qvw(*arguments):
+    """Exit code of a command, as the shell would see it."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Run folders of a ResNet and a ViT after stats, sensitivity and plan; tests copy before they change."""
+    root = tmp_path_factory.mktemp("runs with a space")
+    for name, model in (("resnet", MODEL), ("vit", ["vit_tiny_patch16_224", "--model-kwargs", VIT_KWARGS])):
+        run = ["--run", root / name]
+        assert qvw("stats", *model, *DATA, *run, "--images", 64) == 0
+        assert qvw("sensitivity", *run, *DATA[2:], *SWEEP) == 0
+        assert qvw("plan", *run, "--weight-bits", 4, "--activation-bits", 5) == 0
+    return root
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A run folder of the ResNet that a test may change."""
+    return shutil.copytree(finished / "resnet", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_the_path_leaves_the_tables_of_the_design(finished, name):
+    """Every file of the run folder is there, the figures too, and run.json knows how each step was made."""
+    folder = finished / name
+    for file in ("stats", "channels", "histograms", "sensitivity", "cost"):
+        assert len(pd.read_parquet(folder / f"{file}.parquet"))
+    for figure in ("distribution", "sensitivity", "plan"):
+        assert (folder / f"{figure}.png").stat().st_size > 5000
+    record = json.loads((folder / "run.json").read_text())
+    assert {name: step["status"] for name, step in record["steps"].items()} == {"stats": "done", "sensitivity": "done"}
+    for step in record["steps"].values():
+        assert {"command", "options", "inputs", "seed", "versions", "device", "git_commit"} <= set(step)
+        assert len(step["inputs"]["images_sha256"]) == 64
+    assert record["model"]["typed"] == ("resnet18" if name == "resnet" else "vit_tiny_patch16_224")
+    assert len(record["model"]["weights_sha256"]) == 64
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_the_plan_passes_its_schema_and_keeps_its_budgets(finished, name):
+    """The file is valid, its totals are within the budget, first layer and classifier have 8 bits."""
+    plan = json.loads((finished / name / "plan.json").read_text())
+    jsonschema.validate(plan, json.loads((files("quant") / "bit_plan.schema.json").read_text()))
+    assert plan["totals"]["weight_bits"] <= 4
+    assert plan["totals"]["activation_bits"] <= 5
+    assert plan["solver"]["status"] == "optimal"
+    ends = {"conv1", "fc", "patch_embed.proj", "head"}
+    assert {site["bit_width"] for site in plan["sites"] if site["module"] in ends} == {8}
+    assert {site["bit_width"] for site in plan["sites"] if site["module"] not in ends} == {2, 8}
+
+
+def test_eval_measures_float_plan_and_uniform(run, capsys):
+    """Three rows of one accounting; 16 bits everywhere is next to the floating-point model."""
+    common = ["--run", run, "--images", 90, *DATA[2:], "--calibration-images", 64]
+    assert qvw("eval", *common, "--float") == 0
+    assert qvw("eval", *common, "--plan", run / "plan.json") == 0
+    assert qvw("eval", *common, "--uniform", "w16a16", "--layout", "strict", "--bn", "stored") == 0
+    rows = pd.read_parquet(run / "verify.parquet").set_index("plan")
+    assert list(rows.index) == ["float", "planned", "uniform"]
+    assert rows.loc["float", "weight_bits"] == 32
+    totals = json.loads((run / "plan.json").read_text())["totals"]
+    for name in ("weight_bits", "activation_bits", "size_bytes", "bitops"):
+        assert rows.loc["planned", name] == totals[name]
+    assert rows.loc["uniform", "loss"] == pytest.approx(rows.loc["float", "loss"], abs=1e-3)
+    assert "verify.parquet" in capsys.readouterr().out
+
+
+def test_compare_writes_a_table_and_figures(finished, tmp_path):
+    """A row a measure with a column a model and a sentence; figures as PNG and SVG."""
+    out = tmp_path / "compared"
+    assert qvw("compare", finished / "resnet", finished / "vit", "--out", out) == 0
+    table = pd.read_csv(out / "comparison.csv")
+    assert list(table.columns) == ["tensor", "measure", "resnet18", "vit_tiny_patch16_224", "reading"]
+    assert table["reading"].str.len().min() > 10
+    assert {path.name for path in out.iterdir()} >= {"variation_weight.png", "variation_input.svg", "depth_weight.csv"}
+
+
+def test_a_factory_of_ones_own_with_weights(finished, tmp_path):
+    """A function in a file and a safetensors file give the run of the same timm model; images as a CSV list."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    names = []
+    for i in range(60):
+        names.append(f"{i}.png")
+        Image.fromarray((digits.images[i] * 15.9).astype("uint8")).resize((32, 32)).save(tmp_path / names[-1])
+    pd.DataFrame({"file": names, "class_index": digits.target[:60]}).to_csv(tmp_path / "list.csv", index=False)
+    factory = tmp_path / "mine.py"
+    factory.write_text(
+        f"import json, timm\ndef build():\n    return timm.create_model('resnet18', **json.loads('{KWARGS}'))\n"
+    )
+    from analysis.models import ModelSource, load_model
+
+    source = load_model(ModelSource(model="resnet18", kwargs=json.loads(KWARGS), seed=5))
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    arguments = [f"{factory}:build", "--weights", tmp_path / "w.safetensors", "--data", f"csv:{tmp_path / 'list.csv'}",
+                 "--mean", "0.5", "--std", "0.5", "--input-size", "1,32,32", "--num-workers", 0]  # fmt: skip
+    assert qvw("stats", *arguments, "--run", tmp_path / "r") == 0
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert record["model"]["factory"] == f"{factory}:build"
+    assert record["steps"]["stats"]["inputs"]["images"] == 30
+    assert "holdout" in record["steps"]["stats"]["inputs"]["split_note"]
+    assert qvw("eval", "--run", tmp_path / "r", "--float", "--num-workers", 0) == 0
+
+
+def broken_weights(tmp_path, change):
+    """A weights file of the small ResNet with one thing wrong."""
+    from analysis.models import ModelSource, load_model
+
+    state = load_model(ModelSource(model="resnet18", kwargs=json.loads(KWARGS))).state_dict()
+    path = tmp_path / "weights.safetensors"
+    if change == "nan":
+        state["layer1.0.conv2.weight"][0, 0, 0, 0] = float("nan")
+    elif change == "shape":
+        state["layer3.0.conv1.weight"] = state["layer3.0.conv1.weight"][:4].clone()
+    save_file(state, path)
+    if change == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    assert change == "cut" or load_file(path)
+    return path
+
+
+GREY = ["--mean", "0.5", "--std", "0.5"]
+WRONG = {
+    "unknown model": (["stats", "resnet81", "--run", "RUN"], "no model 'resnet81'.*resnet1?8"),
+    "missing factory file": (["stats", "nowhere.py:build", "--run", "RUN"], "no file nowhere.py"),
+    "no such function": (["stats", f"{ROOT / 'tests' / 'conftest.py'}:build", "--run", "RUN"], "no function 'build'"),
+    "weights with NaN": (["stats", *MODEL, "--weights", "nan", "--run", "RUN"], "layer1.0.conv2.weight"),
+    "weights of another shape": (["stats", *MODEL, "--weights", "shape", "--run", "RUN"],
+                                 r"layer3.0.conv1.weight.*\(4, 8, 3, 3\).*\(16, 8, 3, 3\)"),
+    "weights cut short": (["stats", *MODEL, "--weights", "cut", "--run", "RUN"], "weights.safetensors"),
+    "empty data folder": (["stats", *MODEL, *GREY, "--data", "folder:EMPTY", "--run", "RUN"],
+                          "EMPTY has no class folders with images"),
+    "unknown data": (["stats", *MODEL, *GREY, "--data", "digitz", "--run", "RUN"], "digitz"),
+    "normalisation of other channels": (["stats", *MODEL, "--data", "digitz", "--run", "RUN"], "mean is .*1 channel"),
+    "model kwargs that are no JSON": (["stats", "resnet18", "--model-kwargs", "{x", "--run", "RUN"], "no JSON"),
+    "bits out of range": (["sensitivity", *MODEL, *DATA, "--bits", "2,9", "--run", "RUN"], "9 is not offered"),
+    "more images than there are": (["stats", *MODEL, *DATA, "--images", "5000", "--run", "RUN"], "1347|1,347"),
+    "no model at all": (["stats", "--run", "RUN"], "knows no model yet"),
+    "no data at all": (["sensitivity", *MODEL, "--run", "RUN"], "knows no images yet"),
+    "no sensitivity yet": (["plan", "--weight-bits", "3", "--run", "RUN"], "qvw sensitivity"),
+    "unknown option": (["stats", "--budget", "3", "--run", "RUN"], "No such option.*--help"),
+    "a device that is not there": (["stats", *MODEL, "--device", "cuda:77", "--run", "RUN"], "cuda:77"),
+    "no choice in eval": (["eval", *MODEL, *DATA, "--run", "RUN"], "--plan FILE, --uniform wXaY and --float"),
+    "uniform that is not understood": (["eval", *MODEL, *DATA, "--uniform", "4bit", "--run", "RUN"], "'4bit'.*w4a4"),
+    "one run to compare": (["compare", "RUN", "--out", "OUT"], "at least two"),
+    "a model that takes other channels": (["stats", "resnet18", *DATA, "--run", "RUN"], r"1, 32, 32|in_chans|channels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(WRONG))
+def test_wrong_input_is_one_clear_message_and_exit_code_2(case, tmp_path, capfd):
+    """Standard error has one or two lines that name what came; no traceback, and no results are left behind."""
+    arguments, message = WRONG[case]
+    (tmp_path / "EMPTY").mkdir()
+    replacements = {"RUN": tmp_path / "run", "OUT": tmp_path / "out", "folder:EMPTY": f"folder:{tmp_path / 'EMPTY'}"}
+    for change in ("nan", "shape", "cut"):
+        if change in arguments:
+            replacements[change] = broken_weights(tmp_path, change)
+    assert qvw(*[replacements.get(a, a) for a in arguments]) == 2
+    error = capfd.readouterr().err
+    assert 1 <= len(error.strip().splitlines()) <= 2
+    assert "Traceback" not in error
+    assert re.search(message, error), error
+    assert not list((tmp_path / "run").glob("*.parquet"))
+
+
+def test_plans_that_do_not_belong_are_refused(run, finished, tmp_path, capfd):
+    """Another model's plan names the nearest site; a file that is no plan, or no JSON, is said to be so."""
+    assert qvw("eval", "--run", run, "--plan", finished / "vit" / "plan.json", *DATA[2:]) == 2
+    assert "no site patch_embed.proj:weight" in capfd.readouterr().err
+    text = (run / "plan.json").read_text()
+    for content, message in (
+        ("{", "JSON"),
+        ("[]", "not a bit plan"),
+        (text.replace('"bit_width": 2', '"bit_width": 9'), "bit_width"),
+    ):
+        (tmp_path / "bad.json").write_text(content)
+        assert qvw("eval", "--run", run, "--plan", tmp_path / "bad.json", *DATA[2:]) == 2
+        assert message in capfd.readouterr().err
+    assert not (run / "verify.parquet").exists()
+
+
+def test_a_plan_of_other_weights_is_used_with_a_warning(run, tmp_path, capfd):
+    """The same sites but other weights: both hashes are told and the evaluation goes on."""
+    plan = json.loads((run / "plan.json").read_text())
+    plan["model"]["weights_sha256"] = "0" * 64
+    (tmp_path / "p.json").write_text(json.dumps(plan))
+    arguments = ["--run", run, "--images", 32, "--calibration-images", 32, *DATA[2:]]
+    assert qvw("eval", "--plan", tmp_path / "p.json", *arguments) == 0
+    assert "000000000000" in capfd.readouterr().err
+
+
+def test_an_unreachable_budget_names_the_cheapest_and_keeps_the_old_plan(run, capfd):
+    """Below the pinned layers' bits no plan exists: the message says what is the least."""
+    before = (run / "plan.json").read_text()
+    assert qvw("plan", "--run", run, "--weight-bits", 1.5) == 2
+    assert "cheapest" in capfd.readouterr().err
+    assert (run / "plan.json").read_text() == before
+
+
+def test_another_models_run_folder_is_refused(run, capfd):
+    """Results of two models are not mixed; --overwrite removes the old ones."""
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    other = ["resnet18", "--model-kwargs", KWARGS.replace("[8, 8, 16, 16]", "[8, 8, 16, 24]")]
+    assert qvw("stats", *other, *DATA, "--run", run, "--images", 32) == 2
+    assert "another model" in capfd.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert qvw("stats", *other, *DATA, "--run", run, "--images", 32, "--overwrite") == 0
+    assert not (run / "sensitivity.parquet").exists()
+
+
+def test_changed_inputs_of_a_step_are_named(run, capfd):
+    """Other images of the same data are another step; what changed is said."""
+    assert qvw("sensitivity", "--run", run, *DATA[2:], "--images", 60, "--bits", "2", "--bn", "stored") == 2
+    assert "images: 48 -> 60" in capfd.readouterr().err
+
+
+def test_other_bit_widths_are_added_to_the_table(run):
+    """Rows that are there are kept to the bit; the new ones come between them in order."""
+    before = pd.read_parquet(run / "sensitivity.parquet")
+    assert qvw("sensitivity", "--run", run, *DATA[2:], "--images", 48, "--bits", "4", "--bn", "stored") == 0
+    after = pd.read_parquet(run / "sensitivity.parquet")
+    assert list(after["bit_width"][:3]) == [2, 4, 8]
+    assert after[after["bit_width"] != 4].reset_index(drop=True).equals(before)
+
+
+def test_a_sweep_stopped_after_any_row_ends_with_the_same_table(run, tmp_path, monkeypatch, capfd):
+    """Interrupted with Ctrl-C: exit code 130, finished rows kept, and the same table to the bit at the end."""
+    whole = pd.read_parquet(run / "sensitivity.parquet")
+    append, seen = RowLog.append, []
+
+    def stop_after_five(self, rows):
+        append(self, rows)
+        seen.extend(rows)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    fresh = ["sensitivity", *MODEL, *DATA, *SWEEP, "--run", tmp_path / "fresh"]
+    monkeypatch.setattr(RowLog, "append", stop_after_five)
+    assert qvw(*fresh) == 130
+    assert "goes on" in capfd.readouterr().err
+    assert json.loads((tmp_path / "fresh" / "run.json").read_text())["steps"]["sensitivity"]["status"] == "interrupted"
+    monkeypatch.setattr(RowLog, "append", append)
+    assert qvw(*fresh) == 0
+    assert pd.read_parquet(tmp_path / "fresh" / "sensitivity.parquet").equals(whole)
+    assert not (tmp_path / "fresh" / "sensitivity.partial.jsonl").exists()
+
+
+def test_a_killed_process_loses_at_most_the_row_in_work(run, tmp_path):
+    """SIGKILL in the middle of a sweep, then the same command again: the table of an undisturbed sweep."""
+    command = [sys.executable, "-m", "analysis", "sensitivity", *MODEL, *DATA, *SWEEP, "--run", str(tmp_path / "k")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "k" / "sensitivity.partial.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert log.read_bytes().count(b"\n") >= 3
+    assert qvw(*command[3:]) == 0
+    figures = pd.read_parquet(tmp_path / "k" / "sensitivity.parquet")
+    whole = pd.read_parquet(run / "sensitivity.parquet")
+    exact = [c for c in whole.columns if whole[c].dtype != float]
+    assert figures[exact].equals(whole[exact])
+    # Another process may use another number of threads: floats agree, the rows of this process to the bit.
+    pd.testing.assert_frame_equal(figures, whole, rtol=1e-3, atol=1e-4)
+
+
+def test_models_lists_timm_names(capsys):
+    """A part of a name is enough."""
+    assert qvw("models", "swin_tiny") == 0
+    assert "swin_tiny_patch4_window7_224" in capsys.readouterr().out.splitlines()
+
+
+def test_no_space_left_is_told_and_keeps_earlier_results(run, monkeypatch, capfd):
+    """A full disk while the table is written: one message, exit code 2, the rows stay in the partial log."""
+    import errno
+
+    before = (run / "sensitivity.parquet").read_bytes()
+
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    assert qvw("sensitivity", "--run", run, *DATA[2:], "--images", 48, "--bits", "4", "--bn", "stored") == 2
+    assert "No space left" in capfd.readouterr().err
+    assert (run / "sensitivity.parquet").read_bytes() == before
+    assert (
+        len(RowLog(run / "sensitivity.partial.jsonl").read()) == len(pd.read_parquet(run / "sensitivity.parquet")) / 2
+    )

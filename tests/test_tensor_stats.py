@@ -1,0 +1,177 @@
+"""Statistics of a network's tensors: against scipy on tensors taken by hand, streamed or at once."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import timm
+import torch
+
+from analysis.sites import find_sites
+from analysis.tensor_stats import STATS_COLUMNS, collect_stats
+from quant.errors import InputError
+from quant.site import Site
+
+IMAGES = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def swin():
+    """A small Swin with its trace and sites."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, patch_size=4, window_size=4, embed_dim=24, depths=(2, 2),
+        num_heads=(2, 4), num_classes=10,
+    ).eval()  # fmt: skip
+    return model, *find_sites(model, IMAGES[:2])
+
+
+def row(tables, module, tensor):
+    """The row of one site."""
+    stats = tables.stats
+    return stats[(stats["module"] == module) & (stats["tensor"] == tensor)].iloc[0]
+
+
+def taken(model, module, what):
+    """A tensor as a plain hook sees it, over all images, float64."""
+    kept = []
+    layer = model.get_submodule(module)
+    if what == "input":
+        handle = layer.register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
+    else:
+        handle = layer.register_forward_hook(lambda _m, _args, output: kept.append(output))
+    with torch.no_grad():
+        model(IMAGES)
+    handle.remove()
+    return torch.cat(kept).double().numpy()
+
+
+def check_moments(figures, x):
+    """Every figure of a row against numpy and scipy on the whole tensor."""
+    flat = x.ravel()
+    assert figures["count"] == flat.size
+    assert figures["min"] == pytest.approx(flat.min())
+    assert figures["max"] == pytest.approx(flat.max())
+    assert figures["mean"] == pytest.approx(flat.mean(), rel=1e-5, abs=1e-6 * flat.std())
+    assert figures["std"] == pytest.approx(flat.std(), rel=1e-5)
+    assert figures["abs_mean"] == pytest.approx(np.abs(flat).mean(), rel=1e-5)
+    assert figures["skewness"] == pytest.approx(scipy.stats.skew(flat), abs=1e-3)
+    assert figures["excess_kurtosis"] == pytest.approx(scipy.stats.kurtosis(flat), abs=2e-3)
+    assert figures["abs_max_over_std"] == pytest.approx(np.abs(flat).max() / flat.std(), rel=1e-5)
+    for name, q in (("q01", 0.01), ("q50", 0.5), ("q99", 0.99)):
+        expected = np.quantile(flat, q)
+        assert abs(figures[name] - expected) <= 0.01 * abs(expected) + 0.01 * flat.std()
+
+
+def test_all_columns_are_there_in_network_order(swin):
+    """One row a site, weights, inputs, outputs of layers, norms and blocks, and the four tensors inside attention."""
+    model, trace, sites = swin
+    tables = collect_stats(model, trace, sites, IMAGES.split(5), name="m")
+    assert list(tables.stats.columns) == list(STATS_COLUMNS)
+    assert tables.stats["order"].is_monotonic_increasing
+    assert {"weight", "weight.key", "input", "output", "query", "key", "value", "attention"} <= set(
+        tables.stats["tensor"]
+    )
+    assert set(tables.stats["kind"]) >= {"norm", "block", "attn.softmax", "mlp.fc2", "head", "patch_embed"}
+    figures = tables.stats[["mean", "std", "abs_mean", "min", "max", "excess_kurtosis", "q0001", "q9999"]]
+    assert np.isfinite(figures.to_numpy(dtype=float)).all()
+
+
+@pytest.mark.parametrize(
+    ("module", "tensor"),
+    [("layers.0.blocks.0.mlp.fc2", "input"), ("layers.1.blocks.1.mlp.fc1", "output"), ("patch_embed.proj", "input"),
+     ("layers.0.blocks.0.norm1", "output"), ("layers.1.blocks.1", "output")],
+)  # fmt: skip
+def test_activations_agree_with_scipy(swin, module, tensor):
+    """Streamed in batches of 5, 5 and 2, the figures are those of the whole tensor."""
+    model, trace, sites = swin
+    tables = collect_stats(model, trace, sites, IMAGES.split(5), name="m")
+    check_moments(row(tables, module, tensor), taken(model, module, tensor))
+
+
+def test_attention_is_observed_per_head(swin):
+    """Softmax results lie in [0, 1] with mean 1 / keys; a row a head in channels.parquet; head_std_cv only there."""
+    model, trace, sites = swin
+    tables = collect_stats(model, trace, sites, IMAGES.split(5), name="m")
+    attention = row(tables, "layers.0.blocks.0.attn", "attention")
+    assert attention["mean"] == pytest.approx(1 / 16, rel=1e-5)
+    assert 0 <= attention["min"] <= attention["max"] <= 1
+    heads = tables.channels.query("module == 'layers.0.blocks.0.attn' and tensor == 'query'")
+    assert list(heads["axis"]) == ["head", "head"]
+    query = row(tables, "layers.0.blocks.0.attn", "query")
+    assert query["head_std_cv"] == pytest.approx(np.std(heads["std"]) / np.mean(heads["std"]), rel=1e-6)
+    assert math.isnan(row(tables, "layers.0.blocks.0.mlp.fc1", "input")["head_std_cv"])
+
+
+def test_weights_are_exact(swin):
+    """Quantiles and outlier fractions of weights are numpy's in float64; channels are output channels."""
+    model, trace, sites = swin
+    tables = collect_stats(model, trace, sites, None, name="m")
+    assert all(tensor.startswith("weight") for tensor in tables.stats["tensor"])
+    weight = model.layers[0].blocks[0].mlp.fc1.weight.detach().double().numpy()
+    figures = row(tables, "layers.0.blocks.0.mlp.fc1", "weight")
+    check_moments(figures, weight)
+    assert figures["q0001"] == pytest.approx(np.quantile(weight, 0.0001), rel=1e-9)
+    outside = np.abs(weight - weight.mean()) > 3 * weight.std()
+    assert figures["outlier_fraction_3"] == pytest.approx(outside.mean(), abs=1e-12)
+    largest = np.abs(weight).max(axis=1)
+    assert figures["channel_range_ratio"] == pytest.approx(largest.max() / np.median(largest), rel=1e-6)
+    value = row(tables, "layers.0.blocks.0.attn.qkv", "weight.value")
+    check_moments(value, model.layers[0].blocks[0].attn.qkv.weight.detach()[48:].double().numpy())
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "swinv2_tiny_window8_256"])
+def test_beit_and_swinv2_are_observed(name):
+    """Their qkv linear is never called; its input and the tensors inside attention are measured all the same."""
+    torch.manual_seed(0)
+    small = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4) if name.startswith("beit") else dict(
+        img_size=32, patch_size=4, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 4)
+    )  # fmt: skip
+    model = timm.create_model(name, num_classes=10, **small).eval()
+    trace, sites = find_sites(model, IMAGES[:2])
+    stats = collect_stats(model, trace, sites, IMAGES.split(6), name="m").stats
+    seen = stats[stats["count"] > 0]
+    blocks = len(trace.attention)
+    for tensor in ("query", "key", "value", "attention"):
+        assert (seen["tensor"] == tensor).sum() == blocks
+    qkv_inputs = seen[(seen["kind"] == "attn.qkv") & (seen["tensor"] == "input")]
+    assert len(qkv_inputs) == blocks
+
+
+def test_the_first_site_with_nan_is_named(swin):
+    """A NaN that arises in the middle is reported where it first appears, not at the logits."""
+    model, trace, sites = swin
+    layer = model.layers[0].blocks[1].mlp.fc1
+    with torch.no_grad():
+        kept = layer.bias.clone()
+        layer.bias[0] = float("nan")
+    try:
+        with pytest.raises(InputError, match=r"layers\.0\.blocks\.1\.mlp\.fc1:output holds NaN"):
+            collect_stats(model, trace, sites, IMAGES.split(6), name="m")
+    finally:
+        with torch.no_grad():
+            layer.bias.copy_(kept)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_histograms_count_every_value(swin):
+    """The bins of a site hold as many values as the site, in rising order."""
+    model, trace, sites = swin
+    tables = collect_stats(model, trace, sites, IMAGES.split(5), name="m")
+    bins = tables.histograms.query("module == 'layers.0.blocks.0.mlp.fc2' and tensor == 'input'")
+    assert bins["count"].sum() == row(tables, "layers.0.blocks.0.mlp.fc2", "input")["count"]
+    assert (bins["left"] < bins["right"]).all()
+    assert bins["left"].is_monotonic_increasing
+
+
+def test_a_degenerate_site_says_so():
+    """A constant weight has variance 0, kurtosis NaN and a note."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    torch.nn.init.constant_(model[0].weight, 0.5)
+    trace, sites = find_sites(model, torch.rand(2, 4))
+    figures = row(collect_stats(model, trace, sites, None, name="m"), "0", "weight")
+    assert figures["std"] == 0
+    assert math.isnan(figures["excess_kurtosis"])
+    assert "constant" in figures["note"]
+    assert Site("0", "weight") in {info.site for info in sites}
