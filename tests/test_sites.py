@@ -1,7 +1,6 @@
 """Which sites a network has: order, kinds, shapes and costs."""
 
 import re
-from pathlib import Path
 
 import pytest
 import timm
@@ -10,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.cost import cost_table
+from analysis.models import ModelSource, load_model
 from analysis.sites import KINDS, find_sites
 from quant.errors import InputError
 from quant.site import Site
@@ -158,14 +158,7 @@ def test_blocks_of_channels_last_networks_have_their_channels_last():
 
 def test_mobilenet_of_real_weights_keeps_the_padding_of_conv2d_same(shared):
     """Sites of imagenet_mobilenetv1_025 are its own layers: nothing is replaced, so `same` padding stays."""
-    import sys
-
-    sys.path.insert(0, str(Path(shared)))
-    try:
-        import models
-    finally:
-        sys.path.pop(0)
-    model = models.imagenet_mobilenetv1_025().eval()
+    model = load_model(ModelSource(model=f"{shared}/models.py:imagenet_mobilenetv1_025"))
     before = {name: type(module) for name, module in model.named_modules()}
     _, sites = find_sites(model, torch.rand(1, 3, 224, 224))
     assert {name: type(module) for name, module in model.named_modules()} == before
