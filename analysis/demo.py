@@ -69,7 +69,7 @@ def run_demo(path: Path, *, quiet: bool = False) -> None:
         run_stats(setup)
         run_sensitivity(
             setup, bit_widths=(2, 3, 4, 8), tensors=("weight", "input", "attention"), granularity=None,
-            estimator="mse", batchnorm="stored",
+            estimator="mse", batchnorm="both",
         )  # fmt: skip
         run_plan(run, PlanRequest(weight_bits=3, activation_bits=4, quiet=quiet))
         for choice in ({}, {"plan_file": run / "plan.json"}, {"uniform": "w3a4"}):

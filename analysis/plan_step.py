@@ -14,7 +14,8 @@ from analysis.comparison import bits_frame
 from analysis.figures import save_figure
 from analysis.files import write_bytes
 from analysis.panels import bits_figure
-from analysis.planner import PlanSolution, apply_pins, isotonic, layout_pins, plan_bits, tied_sites
+from analysis.plan_options import apply_pins, isotonic, layout_pins, tied_sites
+from analysis.planner import PlanSolution, plan_bits
 from analysis.runs import Run
 from analysis.steps import preferred_rows
 from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
@@ -33,7 +34,7 @@ class PlanRequest:
     size_mib: float | None = None
     gbitops: float | None = None
     candidates: tuple[int, ...] | None = None
-    objective: str = "loss"
+    objective: str = "kl"
     pin: tuple[str, ...] = ()
     tie: tuple[str, ...] = ()
     layout: Literal["paper", "strict"] = "paper"
@@ -75,7 +76,13 @@ def run_plan(path: Path, request: PlanRequest) -> None:
         sites=solution.sites,
         totals=solution.totals,
         predicted_delta_loss=_predicted_loss(solution, table),
-        solver=PlanSolver(name="highs", status=solution.status, gap=solution.gap, lower_bound=solution.lower_bound),
+        solver=PlanSolver(
+            name="highs",
+            status=solution.status,
+            gap=solution.gap,
+            lower_bound=solution.lower_bound,
+            objective=OBJECTIVES.get(request.objective, request.objective),
+        ),
     )
     out = path / "plan.json" if request.out is None else request.out
     write_bytes(out, plan.to_json().encode())

@@ -12,7 +12,7 @@ from torch import Tensor
 from analysis import accounting
 from analysis.cost import cost_table
 from analysis.evaluation import logits_of, mean_and_error, scores
-from analysis.planner import uniform_bits
+from analysis.plan_options import uniform_bits
 from analysis.setup import Setup, Workbench, open_workbench
 from quant.bit_plan import BitPlan, PlannedSite
 from quant.calibrate import ActivationSample, batchnorm_reestimated, batchnorms, make_quantizer, observe_activations

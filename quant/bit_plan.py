@@ -105,7 +105,8 @@ class PlanTotals:
 class PlanSolver:
     """Where a plan comes from (`highs`, `uniform`, ...) and its certificate; None where nothing was optimised.
 
-    `lower_bound` is in the unit of the objective: no plan within the budget has a smaller one.
+    `objective` names the column of sensitivity.parquet that was minimised; `lower_bound` is in its unit: no plan within
+    the budget has a smaller one.
     """
 
     __pydantic_config__ = _CONFIG
@@ -114,6 +115,7 @@ class PlanSolver:
     status: str
     gap: float | None = None
     lower_bound: float | None = None
+    objective: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,62 +9,14 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_frames import NETWORKS, chain, cost_frame, option_frame
 
-from analysis.planner import apply_pins, isotonic, layout_pins, plan_bits, tied_sites, uniform_bits
+from analysis.planner import plan_bits
 from quant.bit_plan import PlanBudget
 from quant.errors import InputError
 from quant.site import Site
 
 KINDS = ("weight_bits", "activation_bits", "size_bytes", "bitops")
-# Networks as lists of products: weight x input, one input with three weights, and the two products of attention.
-NETWORKS = (
-    (("a:weight", "a:input"), ("b:weight", "b:input")),
-    (("a:weight", "a:input"), ("b:weight", "b:input"), ("c:weight", "c:input")),
-    (("qkv:weight.query", "qkv:input"), ("qkv:weight.key", "qkv:input"), ("qkv:weight.value", "qkv:input")),
-    (("attn:query", "attn:key"), ("attn:attention", "attn:value"), ("proj:weight", "proj:input")),
-)
-
-
-def cost_frame(products: Any, numel: dict[str, int], macs: list[int], pinned: tuple[str, ...] = ()) -> pd.DataFrame:
-    """cost.parquet of a network: each product is told from both of its sides."""
-    rows = []
-    for order, name in enumerate(dict.fromkeys(name for product in products for name in product)):
-        mine = [i for i, product in enumerate(products) if name in product]
-        site = Site.parse(name)
-        rows.append(
-            {
-                "module": site.module,
-                "tensor": site.tensor,
-                "numel": numel[name],
-                "elements_per_image": math.nan if site.is_weight else float(numel[name]),
-                "macs": sum(macs[i] for i in mine),
-                "edges": [other for i in mine for other in products[i] if other != name],
-                "channels": 3,
-                "heads": 2,
-                "kind": "other",
-                "order": order,
-                "pinned": name in pinned,
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def option_frame(scores: dict[tuple[str, int], float], offset: tuple[str, ...] = ()) -> pd.DataFrame:
-    """The options of a plan from scores by (module:tensor, bit_width)."""
-    return pd.DataFrame(
-        [
-            {
-                "module": Site.parse(name).module,
-                "tensor": Site.parse(name).tensor,
-                "bit_width": bit_width,
-                "score": score,
-                "granularity": "per_channel" if "weight" in name else "per_tensor",
-                "signed": True,
-                "offset": name in offset,
-            }
-            for (name, bit_width), score in scores.items()
-        ]
-    )
 
 
 def spent(
@@ -142,22 +94,6 @@ def test_the_plan_is_the_best_of_all_assignments(program, kinds, anchor, slack):
     assert solution.totals.size_bytes == spent_by_plan["size_bytes"]
 
 
-def chain(
-    length: int, bit_widths: tuple[int, ...] = (2, 3, 4, 8), seed: int = 0
-) -> tuple[pd.DataFrame, pd.DataFrame, int]:
-    """Options and cost of `length` linear layers with scores that fall about fourfold a bit, with noise."""
-    generator = np.random.default_rng(seed)
-    names = [(f"fc{i}:weight", f"fc{i}:input") for i in range(length)]
-    numel = {name: int(10 ** generator.uniform(2, 6)) for pair in names for name in pair}
-    macs = [int(10 ** generator.uniform(6, 9)) for _ in names]
-    scores = {}
-    for name in numel:
-        size = 10 ** generator.uniform(-3, 0)
-        scores.update({(name, b): size * 4.0**-b + 1e-4 * size * generator.normal() for b in bit_widths})
-    weights = sum(count for name, count in numel.items() if "weight" in name)
-    return option_frame(scores), cost_frame(names, numel, macs), weights + 1000
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_budget_never_hurts(kind):
     """Along a rising budget the total score never rises, and no plan exceeds its budget."""
@@ -190,32 +126,6 @@ def test_the_certificate_of_a_large_plan_holds():
     assert solution.lower_bound <= solution.objective
     assert 0 <= solution.gap < 1.1e-4
     assert [str(planned.site) for planned in solution.sites] == list(cost["module"] + ":" + cost["tensor"])
-
-
-@pytest.mark.parametrize("small", [3, 14])
-def test_the_budget_holds_where_the_solver_cannot_see(small):
-    """A layer of 10^12 weights hides single weights in the solver's tolerance; the plan keeps the budget all the same.
-
-    The budget lets the large layer have 3 bits and one single weight 8, yet every one of them wants 8.
-    """
-    names = [("big:weight", "big:input"), *((f"s{i}:weight", f"s{i}:input") for i in range(small))]
-    numel = {name: 10**12 if name.startswith("big") else 1 for pair in names for name in pair}
-    weights = [pair[0] for pair in names]
-    scores = {(name, b): (-100.0 if name == "big:weight" else -1.0) * (b > 2) for name in weights for b in (2, 8)}
-    scores = {(name, 3 if name == "big:weight" and b == 8 else b): score for (name, b), score in scores.items()}
-    limit = (3 * 10**12 + 2 * small + 6) / (10**12 + small)
-    solution = plan_bits(
-        option_frame(scores),
-        cost_frame(names, numel, [1] * len(names)),
-        budget=PlanBudget(weight_bits=limit),
-        parameters=10**12 + small,
-    )
-    assert solution.totals.weight_bits <= limit
-    assert solution.lower_bound <= -101
-    if small == 3:
-        assert solution.objective == -101
-    else:
-        assert solution.status == "feasible"
 
 
 def test_sites_without_a_budget_take_their_least_score():
@@ -258,15 +168,6 @@ def test_the_named_cheapest_plan_can_be_had():
     plan_bits(option_frame(scores), cost, budget=PlanBudget(weight_bits=2.666667), parameters=3)
 
 
-def test_budgets_that_exclude_each_other_are_refused():
-    """An option that is cheap in one budget and dear in another can leave no plan: an InputError says so."""
-    options = option_frame({("a:weight", 2): 0.0, ("a:weight", 3): 0.0})
-    options["offset"] = [True, False]
-    cost = cost_frame(NETWORKS[0], dict.fromkeys(("a:weight", "a:input", "b:weight", "b:input"), 8), [1, 1])
-    with pytest.raises(InputError, match="No plan is within all budgets at once"):
-        plan_bits(options, cost, budget=PlanBudget(weight_bits=2.5, size_bytes=50), parameters=16)
-
-
 def test_unusable_options_are_refused():
     """NaN scores, a doubled or unknown site, no options, and a budget without its sites are each an InputError."""
     options, cost, parameters = chain(2)
@@ -286,110 +187,3 @@ def test_unusable_options_are_refused():
         plan(options.iloc[:0])
     with pytest.raises(InputError, match="activation_bits=4 has no site to act on"):
         plan(options[options["tensor"] == "weight"], activation_bits=4)
-
-
-def test_ties_that_overlap_are_one_and_need_a_common_bit_width():
-    """Two ties with a site in common bind all three sites; without a common bit-width they are refused."""
-    options, cost, parameters = chain(3)
-    a, b, c = (Site(f"fc{i}", "weight") for i in range(3))
-    bits = plan_bits(
-        options, cost, budget=PlanBudget(weight_bits=4.5), parameters=parameters, ties=[(a, b), (b, c)]
-    ).bits
-    assert bits[a] == bits[b] == bits[c] == 4
-    pinned = apply_pins(options, [("fc0:weight", 2), ("fc1:weight", 3)], {})
-    with pytest.raises(InputError, match="fc0:weight, fc1:weight have no bit-width in common"):
-        plan_bits(pinned, cost, budget=PlanBudget(), parameters=parameters, ties=[(a, b)])
-
-
-def test_a_product_of_two_tied_sites_grows_with_the_square_of_their_bits():
-    """Of two layers of 10^9 MACs one is planned, weight and input tied at 2 or 4 bits: 4 or 16 GBitOps beside 1024."""
-    scores = {(name, b): -float(b) for name in ("a:weight", "a:input") for b in (2, 4)}
-    cost = cost_frame(NETWORKS[0], dict.fromkeys(("a:weight", "a:input", "b:weight", "b:input"), 8), [10**9] * 2)
-    tie = (Site("a", "weight"), Site("a", "input"))
-
-    def plan(gbitops: int) -> dict[Site, int]:
-        budget = PlanBudget(bitops=gbitops * 10**9)
-        return plan_bits(option_frame(scores), cost, budget=budget, parameters=16, ties=[tie]).bits
-
-    assert plan(1040) == dict.fromkeys(tie, 4)
-    assert plan(1039) == plan(1028) == dict.fromkeys(tie, 2)
-    with pytest.raises(InputError, match="the cheapest has 1028, the dearest 1040"):
-        plan(1027)
-
-
-def test_tie_patterns_are_resolved_over_sites():
-    """One group per pattern, over `module:tensor`; a pattern without a match is refused with the nearest site."""
-    sites = [Site("qkv", "weight.query"), Site("qkv", "weight.key"), Site("qkv", "input")]
-    assert tied_sites(["qkv:weight.*", "*"], sites) == [tuple(sites[:2]), tuple(sites)]
-    with pytest.raises(InputError, match=r"The tie 'qk:\*' matches no measured site\. The nearest is qkv:"):
-        tied_sites(["qk:*"], sites)
-
-
-@given(scores=st.lists(st.floats(-10, 10), min_size=2, max_size=6), random=st.randoms())
-def test_isotonic_scores_never_rise(scores, random):
-    """Smoothed scores never rise with the bit-width and keep their sum; falling ones stay, in any row order."""
-    rows = option_frame({("a:weight", b + 2): score for b, score in enumerate(scores)})
-    order = list(range(len(scores)))
-    random.shuffle(order)
-    smooth = isotonic(rows.iloc[order])
-    assert smooth["score_measured"].tolist() == [scores[i] for i in order]
-    by_bits = smooth.sort_values("bit_width")["score"].to_numpy()
-    assert (np.diff(by_bits) <= 1e-12).all()
-    assert by_bits.sum() == pytest.approx(sum(scores), abs=1e-9)
-    falling = rows.assign(score=sorted(scores, reverse=True))
-    assert isotonic(falling)["score"].tolist() == pytest.approx(falling["score"].tolist(), rel=1e-12)
-
-
-def test_isotonic_scores_are_made_per_site():
-    """A rise from one site to the next is no noise: only a site's own rise from 2 to 3 bits is averaged out."""
-    scores = {("a:weight", 2): 1.0, ("a:weight", 3): 3.0, ("b:weight", 2): 9.0, ("b:weight", 3): 1.0}
-    assert isotonic(option_frame(scores))["score"].tolist() == [2.0, 2.0, 9.0, 1.0]
-    with pytest.raises(InputError, match="is nan"):
-        isotonic(option_frame(scores).assign(score=math.nan))
-
-
-def test_pins_leave_one_option():
-    """A pin keeps one row per site; later pins win, and any over the layout's; candidates bind the other sites."""
-    options, _, _ = chain(3)
-    layout = {Site("fc0", "weight"): 8, Site("fc0", "input"): 8, Site("gone", "weight"): 8}
-    kept = apply_pins(options, [("fc*:input", 4), ("fc2", 3)], layout, candidates=(2, 4))
-    offered = kept.groupby(["module", "tensor"])["bit_width"].agg(list).to_dict()
-    assert offered == {
-        ("fc0", "weight"): [8],
-        ("fc0", "input"): [4],
-        ("fc1", "weight"): [2, 4],
-        ("fc1", "input"): [4],
-        ("fc2", "weight"): [3],
-        ("fc2", "input"): [3],
-    }
-
-
-def test_pins_that_cannot_be_kept_are_refused():
-    """A pattern without a match, or a bit-width that was not measured, is an InputError that names what there is."""
-    options, _, _ = chain(2)
-    with pytest.raises(InputError, match=r"The pin 'fcc0' matches no measured site\. The nearest is fc0\."):
-        apply_pins(options, [("fcc0", 8)], {})
-    with pytest.raises(
-        InputError, match=r"fc0:weight is to have 5 bits by the pin fc0=5, but was measured at \[2, 3, 4, 8\]"
-    ):
-        apply_pins(options, [("fc0", 5)], {})
-    with pytest.raises(InputError, match="fc1:input is to have 16 bits by the layout"):
-        apply_pins(options, [], {Site("fc1", "input"): 16})
-    with pytest.raises(InputError, match=r"is to have one of \[5, 6\] bits"):
-        apply_pins(options, [], {}, candidates=(6, 5))
-
-
-def test_uniform_bits_keep_the_layout():
-    """Layout `paper` keeps pinned sites at 8 bits, `strict` none; a side without bits stays in floating point."""
-    numel = dict.fromkeys(("a:weight", "a:input", "b:weight", "b:input"), 1)
-    cost = cost_frame(NETWORKS[0], numel, [1, 1], pinned=("a:weight", "a:input"))
-    a, b = Site("a", "weight"), Site("b", "weight")
-    a_in, b_in = Site("a", "input"), Site("b", "input")
-    assert uniform_bits(cost, 4, 3, "paper") == {a: 8, a_in: 8, b: 4, b_in: 3}
-    assert uniform_bits(cost, 4, 3, "strict") == {a: 4, a_in: 3, b: 4, b_in: 3}
-    assert uniform_bits(cost, 4, None, "paper") == {a: 8, b: 4}
-    assert layout_pins(cost, "paper") == {a: 8, a_in: 8}
-    with pytest.raises(InputError, match="layout 'Paper' is unknown"):
-        uniform_bits(cost, 4, 3, "Paper")
-    with pytest.raises(InputError, match="bit-width of 9 is not allowed"):
-        uniform_bits(cost, 9, 3, "paper")

@@ -1,0 +1,113 @@
+"""What a plan may choose from: scores made non-increasing, tied sites, pinned bit-widths, and uniform bit-widths.
+
+`options` and `cost` are the frames of planner.plan_bits.
+"""
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import isotonic_regression
+
+from analysis import accounting
+from quant.errors import InputError
+from quant.site import ALLOWED_BIT_WIDTHS, Site
+
+_PINNED_BITS = 8  # of the first convolution or patch embedding and the classifier, in layout `paper`
+
+
+def check_scores(options: pd.DataFrame) -> None:
+    """Raise InputError if a score is NaN or infinite; it names the first."""
+    bad = options[~np.isfinite(options["score"].to_numpy(dtype=float))]
+    if len(bad):
+        row = bad.iloc[0]
+        raise InputError(
+            f"The score of {row['module']}:{row['tensor']} at {row['bit_width']} bits is {row['score']}, "
+            f"as are {len(bad) - 1} more. Choose another objective (without labels: kl), or measure the site again."
+        )
+
+
+def isotonic(options: pd.DataFrame) -> pd.DataFrame:
+    """`options` with scores that never rise with the bit-width: the nearest such ones per site, in least squares.
+
+    More bits cannot truly hurt; where a measured score says so it is noise. The measured ones go to `score_measured`.
+    """
+    check_scores(options)
+    measured = options["score"].to_numpy(dtype=float)
+    score = measured.copy()
+    for rows in options.groupby(["module", "tensor"], sort=False).indices.values():
+        rising = rows[np.argsort(options["bit_width"].to_numpy()[rows], kind="stable")]
+        score[rising] = isotonic_regression(measured[rising], increasing=False).x
+    return options.assign(score=score, score_measured=measured)
+
+
+def tied_sites(patterns: Iterable[str], sites: Collection[Site]) -> list[tuple[Site, ...]]:
+    """One group per pattern (fnmatch, over `module:tensor`): its sites share their bit-width."""
+    groups = []
+    for pattern in patterns:
+        groups.append(tuple(site for site in sites if fnmatchcase(str(site), pattern)))
+        if not groups[-1]:
+            raise _no_match("tie", pattern, [str(site) for site in sites])
+    return groups
+
+
+def apply_pins(
+    options: pd.DataFrame,
+    pins: Iterable[tuple[str, int]],
+    layout_pins: Mapping[Site, int],
+    candidates: Collection[int] | None = None,
+) -> pd.DataFrame:
+    """`options` with one row left per pinned site, and of the others those at the `candidates`, if given.
+
+    A pin is (pattern, bit_width), the pattern as in fnmatch over the module's name or `module:tensor`. A later pin
+    wins over an earlier one, and any over the layout's. InputError: no match, or no score at the pinned bit-width.
+    """
+    sites = [Site(*key) for key in zip(options["module"], options["tensor"], strict=True)]
+    pinned = {site: (bits, "the layout") for site, bits in layout_pins.items()}
+    for pattern, bits in pins:
+        matches = [site for site in sites if fnmatchcase(site.module, pattern) or fnmatchcase(str(site), pattern)]
+        if not matches:
+            raise _no_match("pin", pattern, [name for site in sites for name in (site.module, str(site))])
+        pinned.update(dict.fromkeys(matches, (bits, f"the pin {pattern}={bits}")))
+    measured: dict[Site, list[int]] = {}
+    kept: dict[Site, list[int]] = {}
+    for site, bits in zip(sites, options["bit_width"], strict=True):
+        measured.setdefault(site, []).append(int(bits))
+    for site, offered in measured.items():
+        bits, who = pinned.get(site, (0, ""))
+        kept[site] = [b for b in offered if (b == bits if who else candidates is None or b in candidates)]
+        if not kept[site]:
+            wanted = f"{bits} bits by {who}" if who else f"one of {sorted(candidates or ())} bits"
+            raise InputError(
+                f"{site} is to have {wanted}, but was measured at {sorted(offered)}. "
+                "Measure it with `qvw sensitivity --bits`, or choose a bit-width that was measured."
+            )
+    keep = [int(bits) in kept[site] for site, bits in zip(sites, options["bit_width"], strict=True)]
+    return options[keep]
+
+
+def layout_pins(cost: pd.DataFrame, layout: str) -> dict[Site, int]:
+    """The bit-widths that the layout fixes: 8 for the first and last layer under `paper`, none under `strict`."""
+    if layout not in ("paper", "strict"):
+        raise InputError(f"The layout {layout!r} is unknown. Choose paper or strict.")
+    return {site: _PINNED_BITS for site, row in accounting.cost_rows(cost).items() if row.pinned and layout == "paper"}
+
+
+def uniform_bits(
+    cost: pd.DataFrame, weight_bits: int | None, activation_bits: int | None, layout: str
+) -> dict[Site, int]:
+    """One bit-width for all weights and one for all activations, save the layout's pins; None leaves them in float."""
+    for bits in (weight_bits, activation_bits):
+        if bits is not None and bits not in ALLOWED_BIT_WIDTHS:
+            raise InputError(f"A uniform bit-width of {bits} is not allowed. Choose from {ALLOWED_BIT_WIDTHS}.")
+    pins = layout_pins(cost, layout)
+    wanted = {site: weight_bits if site.is_weight else activation_bits for site in accounting.cost_rows(cost)}
+    return {site: pins.get(site, bits) for site, bits in wanted.items() if bits is not None}
+
+
+def _no_match(what: str, pattern: str, names: Sequence[str]) -> InputError:
+    close = difflib.get_close_matches(pattern, list(dict.fromkeys(names)), n=1, cutoff=0.0)
+    nearest = f" The nearest is {close[0]}." if close else ""
+    return InputError(f"The {what} {pattern!r} matches no measured site.{nearest} Patterns are as in a shell: * and ?.")

@@ -1,0 +1,86 @@
+"""The planner's integer program: budgets kept beyond the solver's tolerance, ties, and a clean standard output."""
+
+import ctypes
+
+import pytest
+from plan_frames import NETWORKS, chain, cost_frame, option_frame
+
+from analysis.plan_options import apply_pins
+from analysis.planner import plan_bits
+from quant.bit_plan import PlanBudget
+from quant.errors import InputError
+from quant.site import Site
+
+C_LIBRARY = ctypes.CDLL(None)
+
+
+@pytest.mark.parametrize("small", [3, 14])
+def test_the_budget_holds_where_the_solver_cannot_see(small):
+    """A layer of 10^12 weights hides single weights in the solver's tolerance; the plan keeps the budget all the same.
+
+    The budget lets the large layer have 3 bits and one single weight 8, yet every one of them wants 8.
+    """
+    names = [("big:weight", "big:input"), *((f"s{i}:weight", f"s{i}:input") for i in range(small))]
+    numel = {name: 10**12 if name.startswith("big") else 1 for pair in names for name in pair}
+    weights = [pair[0] for pair in names]
+    scores = {(name, b): (-100.0 if name == "big:weight" else -1.0) * (b > 2) for name in weights for b in (2, 8)}
+    scores = {(name, 3 if name == "big:weight" and b == 8 else b): score for (name, b), score in scores.items()}
+    limit = (3 * 10**12 + 2 * small + 6) / (10**12 + small)
+    solution = plan_bits(
+        option_frame(scores),
+        cost_frame(names, numel, [1] * len(names)),
+        budget=PlanBudget(weight_bits=limit),
+        parameters=10**12 + small,
+    )
+    assert solution.totals.weight_bits <= limit
+    assert solution.lower_bound <= -101
+    if small == 3:
+        assert solution.objective == -101
+    else:
+        assert solution.status == "feasible"
+
+
+def test_budgets_that_exclude_each_other_are_refused():
+    """An option that is cheap in one budget and dear in another can leave no plan: an InputError says so."""
+    options = option_frame({("a:weight", 2): 0.0, ("a:weight", 3): 0.0})
+    options["offset"] = [True, False]
+    cost = cost_frame(NETWORKS[0], dict.fromkeys(("a:weight", "a:input", "b:weight", "b:input"), 8), [1, 1])
+    with pytest.raises(InputError, match="No plan is within all budgets at once"):
+        plan_bits(options, cost, budget=PlanBudget(weight_bits=2.5, size_bytes=50), parameters=16)
+
+
+def test_ties_that_overlap_are_one_and_need_a_common_bit_width():
+    """Two ties with a site in common bind all three sites; without a common bit-width they are refused."""
+    options, cost, parameters = chain(3)
+    a, b, c = (Site(f"fc{i}", "weight") for i in range(3))
+    bits = plan_bits(
+        options, cost, budget=PlanBudget(weight_bits=4.5), parameters=parameters, ties=[(a, b), (b, c)]
+    ).bits
+    assert bits[a] == bits[b] == bits[c] == 4
+    pinned = apply_pins(options, [("fc0:weight", 2), ("fc1:weight", 3)], {})
+    with pytest.raises(InputError, match="fc0:weight, fc1:weight have no bit-width in common"):
+        plan_bits(pinned, cost, budget=PlanBudget(), parameters=parameters, ties=[(a, b)])
+
+
+def test_a_product_of_two_tied_sites_grows_with_the_square_of_their_bits():
+    """Of two layers of 10^9 MACs one is planned, weight and input tied at 2 or 4 bits: 4 or 16 GBitOps beside 1024."""
+    scores = {(name, b): -float(b) for name in ("a:weight", "a:input") for b in (2, 4)}
+    cost = cost_frame(NETWORKS[0], dict.fromkeys(("a:weight", "a:input", "b:weight", "b:input"), 8), [10**9] * 2)
+    tie = (Site("a", "weight"), Site("a", "input"))
+
+    def plan(gbitops: int) -> dict[Site, int]:
+        budget = PlanBudget(bitops=gbitops * 10**9)
+        return plan_bits(option_frame(scores), cost, budget=budget, parameters=16, ties=[tie]).bits
+
+    assert plan(1040) == dict.fromkeys(tie, 4)
+    assert plan(1039) == plan(1028) == dict.fromkeys(tie, 2)
+    with pytest.raises(InputError, match="the cheapest has 1028, the dearest 1040"):
+        plan(1027)
+
+
+def test_solving_prints_nothing(capfd):
+    """A program at which the HiGHS of scipy 1.17 prints a line of its own leaves standard output empty."""
+    options, cost, parameters = chain(8, seed=3)
+    plan_bits(options, cost, budget=PlanBudget(weight_bits=3.0, activation_bits=4.0), parameters=parameters)
+    C_LIBRARY.fflush(None)
+    assert capfd.readouterr().out == ""

@@ -1,0 +1,91 @@
+"""What a plan may choose from: scores that never rise, ties and pins by pattern, and uniform bit-widths."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plan_frames import NETWORKS, chain, cost_frame, option_frame
+
+from analysis.plan_options import apply_pins, isotonic, layout_pins, tied_sites, uniform_bits
+from quant.errors import InputError
+from quant.site import Site
+
+
+def test_tie_patterns_are_resolved_over_sites():
+    """One group per pattern, over `module:tensor`; a pattern without a match is refused with the nearest site."""
+    sites = [Site("qkv", "weight.query"), Site("qkv", "weight.key"), Site("qkv", "input")]
+    assert tied_sites(["qkv:weight.*", "*"], sites) == [tuple(sites[:2]), tuple(sites)]
+    with pytest.raises(InputError, match=r"The tie 'qk:\*' matches no measured site\. The nearest is qkv:"):
+        tied_sites(["qk:*"], sites)
+
+
+@given(scores=st.lists(st.floats(-10, 10), min_size=2, max_size=6), random=st.randoms())
+def test_isotonic_scores_never_rise(scores, random):
+    """Smoothed scores never rise with the bit-width and keep their sum; falling ones stay, in any row order."""
+    rows = option_frame({("a:weight", b + 2): score for b, score in enumerate(scores)})
+    order = list(range(len(scores)))
+    random.shuffle(order)
+    smooth = isotonic(rows.iloc[order])
+    assert smooth["score_measured"].tolist() == [scores[i] for i in order]
+    by_bits = smooth.sort_values("bit_width")["score"].to_numpy()
+    assert (np.diff(by_bits) <= 1e-12).all()
+    assert by_bits.sum() == pytest.approx(sum(scores), abs=1e-9)
+    falling = rows.assign(score=sorted(scores, reverse=True))
+    assert isotonic(falling)["score"].tolist() == pytest.approx(falling["score"].tolist(), rel=1e-12)
+
+
+def test_isotonic_scores_are_made_per_site():
+    """A rise from one site to the next is no noise: only a site's own rise from 2 to 3 bits is averaged out."""
+    scores = {("a:weight", 2): 1.0, ("a:weight", 3): 3.0, ("b:weight", 2): 9.0, ("b:weight", 3): 1.0}
+    assert isotonic(option_frame(scores))["score"].tolist() == [2.0, 2.0, 9.0, 1.0]
+    with pytest.raises(InputError, match="is nan"):
+        isotonic(option_frame(scores).assign(score=math.nan))
+
+
+def test_pins_leave_one_option():
+    """A pin keeps one row per site; later pins win, and any over the layout's; candidates bind the other sites."""
+    options, _, _ = chain(3)
+    layout = {Site("fc0", "weight"): 8, Site("fc0", "input"): 8, Site("gone", "weight"): 8}
+    kept = apply_pins(options, [("fc*:input", 4), ("fc2", 3)], layout, candidates=(2, 4))
+    offered = kept.groupby(["module", "tensor"])["bit_width"].agg(list).to_dict()
+    assert offered == {
+        ("fc0", "weight"): [8],
+        ("fc0", "input"): [4],
+        ("fc1", "weight"): [2, 4],
+        ("fc1", "input"): [4],
+        ("fc2", "weight"): [3],
+        ("fc2", "input"): [3],
+    }
+
+
+def test_pins_that_cannot_be_kept_are_refused():
+    """A pattern without a match, or a bit-width that was not measured, is an InputError that names what there is."""
+    options, _, _ = chain(2)
+    with pytest.raises(InputError, match=r"The pin 'fcc0' matches no measured site\. The nearest is fc0\."):
+        apply_pins(options, [("fcc0", 8)], {})
+    with pytest.raises(
+        InputError, match=r"fc0:weight is to have 5 bits by the pin fc0=5, but was measured at \[2, 3, 4, 8\]"
+    ):
+        apply_pins(options, [("fc0", 5)], {})
+    with pytest.raises(InputError, match="fc1:input is to have 16 bits by the layout"):
+        apply_pins(options, [], {Site("fc1", "input"): 16})
+    with pytest.raises(InputError, match=r"is to have one of \[5, 6\] bits"):
+        apply_pins(options, [], {}, candidates=(6, 5))
+
+
+def test_uniform_bits_keep_the_layout():
+    """Layout `paper` keeps pinned sites at 8 bits, `strict` none; a side without bits stays in floating point."""
+    numel = dict.fromkeys(("a:weight", "a:input", "b:weight", "b:input"), 1)
+    cost = cost_frame(NETWORKS[0], numel, [1, 1], pinned=("a:weight", "a:input"))
+    a, b = Site("a", "weight"), Site("b", "weight")
+    a_in, b_in = Site("a", "input"), Site("b", "input")
+    assert uniform_bits(cost, 4, 3, "paper") == {a: 8, a_in: 8, b: 4, b_in: 3}
+    assert uniform_bits(cost, 4, 3, "strict") == {a: 4, a_in: 3, b: 4, b_in: 3}
+    assert uniform_bits(cost, 4, None, "paper") == {a: 8, b: 4}
+    assert layout_pins(cost, "paper") == {a: 8, a_in: 8}
+    with pytest.raises(InputError, match="layout 'Paper' is unknown"):
+        uniform_bits(cost, 4, 3, "Paper")
+    with pytest.raises(InputError, match="bit-width of 9 is not allowed"):
+        uniform_bits(cost, 9, 3, "paper")
