@@ -192,7 +192,7 @@ def sensitivity(
 @click.option("--gbitops", type=click.FloatRange(min=0, min_open=True), help="10^9 bit operations of one image.")
 @click.option("--candidates", type=_List(int), help="Bit-widths to choose from; by default all that were measured.")
 @click.option("--objective", default="kl", show_default=True,
-              help="kl, loss, logit_nmse, or another column of sensitivity.parquet. KL is far less noisy than the loss.")  # fmt: skip
+              help="kl (least noisy), loss, logit_nmse, or another column of sensitivity.parquet.")  # fmt: skip
 @click.option("--pin", multiple=True, metavar="PATTERN=BITS", help="Fix the bits of modules that match; repeatable.")
 @click.option("--tie", multiple=True, metavar="PATTERN", help="Sites that match share their bits; repeatable.")
 @click.option("--layout", type=click.Choice(["paper", "strict"]), default="paper", show_default=True,

@@ -146,7 +146,7 @@ def run_compare(runs: Sequence[Path], out: Path, *, quiet: bool = False) -> None
     for path in runs:
         run = Run(path)
         stats, figures = run.read_table("stats"), run.read_json("variation")
-        loaded.append((_unique_name(run, path, [name for name, _, _ in loaded]), stats, figures))
+        loaded.append((_unique_name(path, [name for name, _, _ in loaded]), stats, figures))
     table = comparison.compare(loaded)
     write_bytes(out / "comparison.csv", table.to_csv(index=False).encode())
     for tensor in ("weight", "input"):
@@ -162,8 +162,7 @@ def run_compare(runs: Sequence[Path], out: Path, *, quiet: bool = False) -> None
         click.echo(f"comparison.csv and figures in {out}")
 
 
-def _unique_name(run: Run, path: Path, taken: Sequence[str]) -> str:
-    """The model's name, with the folder's where two runs hold the same model."""
-    known = run.record.model
-    name = path.name if known is None else known.name
-    return name if name not in taken else f"{name} ({path.name})"
+def _unique_name(path: Path, taken: Sequence[str]) -> str:
+    """The run folder's name, which the user chose; with its parent's where two are named alike."""
+    path = path.resolve()
+    return path.name if path.name not in taken else f"{path.parent.name}/{path.name}"
