@@ -3,6 +3,8 @@
 Every function takes `x` in the canonical form (outer, groups, inner) of `to_groups`, and one scale a group.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,5 +59,42 @@ def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool) -> Tensor:
-    """Quantize, then dequantize; shapes as in `quantize`."""
-    return dequantize(quantize(x, scale, offset, bit_width, signed), scale, offset)
+    """Quantize, then dequantize; shapes as in `quantize`. Differentiable in `x`, `scale` and `offset`.
+
+    With v = (x - offset) / scale, and inside meaning Q_N < v < Q_P strictly, before rounding:
+
+        d x_q / d x      = 1 inside, 0 outside
+        d x_q / d scale  = round(v) - v inside, Q_N at and below Q_N, Q_P at and above Q_P
+        d x_q / d offset = 0 inside, 1 outside
+
+    Esser et al., ICLR 2020, arXiv:1902.08153 (LSQ); the offset: Bhalgat et al., CVPRW 2020, arXiv:2004.09576 (LSQ+).
+    One signed bit is scale * sign(x): the gradient of x passes where |x| <= scale (Hubara et al., NeurIPS 2016,
+    arXiv:1602.02830), that of scale is sign(x).
+    """
+    return _FakeQuantize.apply(x, scale, offset, bit_width, signed)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """The value and gradients of `fake_quantize`; the codes are computed again in backward rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool) -> Tensor:
+        ctx.save_for_backward(x, scale, offset)
+        ctx.bit_width, ctx.signed = bit_width, signed
+        return dequantize(quantize(x, scale, offset, bit_width, signed), scale, offset)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, scale, offset = ctx.saved_tensors
+        v = (x if offset is None else x - offset[:, None]) / scale[:, None]
+        codes = quantize(x, scale, offset, ctx.bit_width, ctx.signed)
+        low, high = quant_range(ctx.bit_width, ctx.signed)
+        inside = (v > low) & (v < high)  # by comparison: clamp's own gradient at the bounds depends on torch's version
+        by_scale = torch.where(inside, codes - v, codes)
+        if ctx.signed and ctx.bit_width == 1:
+            inside, by_scale = v.abs() <= 1, codes
+        to_x = gradient * inside if ctx.needs_input_grad[0] else None
+        to_scale = (gradient * by_scale).sum(dim=(0, 2)) if ctx.needs_input_grad[1] else None
+        to_offset = (gradient * ~inside).sum(dim=(0, 2)) if offset is not None and ctx.needs_input_grad[2] else None
+        return to_x, to_scale, to_offset, None, None

@@ -103,3 +103,43 @@ def test_scheme_refuses_bit_widths_outside_the_allowed_ones():
     """1 to 8 and 16, nothing else."""
     with pytest.raises(InputError, match="bit-width 9"):
         QuantScheme(bit_width=9, signed=True)
+
+
+def reference(x, scale, offset, bit_width, signed):
+    """LSQ's formula in float64 with straight-through rounding, its mask an explicit constant, for torch to derive."""
+    low, high = quant_range(bit_width, signed)
+    v = (x - offset[:, None]) / scale[:, None]
+    inside = ((v > low) & (v < high)).detach()
+    bound = torch.where(v >= high, float(high), float(low)).to(x)
+    rounded = v + (v.round() - v).detach()
+    return torch.where(inside, rounded, bound) * scale[:, None] + offset[:, None]
+
+
+@pytest.mark.parametrize("bit_width", [2, 3, 4, 8])
+@pytest.mark.parametrize("signed", [True, False])
+def test_gradients_of_x_scale_and_offset_are_those_of_lsq(bit_width, signed):
+    """Against torch's own derivative of the straight-through formula in float64, values on the bounds included."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 3, 60, generator=generator, dtype=torch.float64) * 2
+    scale = torch.rand(3, generator=generator, dtype=torch.float64) * 0.4 + 0.1
+    offset = torch.randn(3, generator=generator, dtype=torch.float64) * 0.3
+    low, high = quant_range(bit_width, signed)
+    x[0, :, 0], x[0, :, 1] = low * scale + offset, high * scale + offset  # exactly on the bounds: outside
+    weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    gradients = []
+    for function in (fake_quantize, reference):
+        leaves = [t.clone().requires_grad_() for t in (x, scale, offset)]
+        (function(*leaves, bit_width, signed) * weight).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    assert (gradients[0][0] == 0).any()
+
+
+def test_the_scale_gradient_in_closed_form():
+    """round(v) - v inside, Q_N below, Q_P above, for three values worked by hand."""
+    scale = torch.tensor([0.5], requires_grad=True)
+    x = torch.tensor([[[0.6, -10.0, 10.0]]], requires_grad=True)
+    fake_quantize(x, scale, None, 4, True).backward(torch.tensor([[[1.0, 10.0, 100.0]]]))
+    assert scale.grad.item() == pytest.approx((1 - 1.2) * 1 + (-8) * 10 + 7 * 100, rel=1e-6)
+    assert x.grad.flatten().tolist() == [1, 0, 0]

@@ -3,13 +3,13 @@
 import ctypes
 
 import pytest
-from plan_frames import NETWORKS, chain, cost_frame, option_frame
 
 from analysis.plan_options import apply_pins
 from analysis.planner import plan_bits
 from quant.bit_plan import PlanBudget
 from quant.errors import InputError
 from quant.site import Site
+from tests.plan_frames import NETWORKS, chain, cost_frame, option_frame
 
 C_LIBRARY = ctypes.CDLL(None)
 

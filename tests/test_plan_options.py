@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_frames import NETWORKS, chain, cost_frame, option_frame
 
 from analysis.plan_options import apply_pins, isotonic, layout_pins, tied_sites, uniform_bits
 from quant.errors import InputError
 from quant.site import Site
+from tests.plan_frames import NETWORKS, chain, cost_frame, option_frame
 
 
 def test_tie_patterns_are_resolved_over_sites():

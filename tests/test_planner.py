@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plan_frames import NETWORKS, chain, cost_frame, option_frame
 
 from analysis.planner import plan_bits
 from quant.bit_plan import PlanBudget
 from quant.errors import InputError
 from quant.site import Site
+from tests.plan_frames import NETWORKS, chain, cost_frame, option_frame
 
 KINDS = ("weight_bits", "activation_bits", "size_bytes", "bitops")
 

@@ -50,11 +50,12 @@ def test_the_descriptor_is_restored_after_an_error(capfd):
 
 
 @pytest.mark.parametrize("stdout", [None, io.StringIO()], ids=["none", "without a descriptor"])
-def test_python_s_own_output_need_have_no_descriptor(stdout, monkeypatch, capfd):
+def test_python_s_own_output_need_have_no_descriptor(stdout, capfd, monkeypatch):
     """With sys.stdout None, or a stream in memory, descriptor 1 is silenced and restored all the same."""
-    monkeypatch.setattr(sys, "stdout", stdout)
-    with c_output_discarded():
-        os.write(1, b"inside")
+    with monkeypatch.context() as patch:  # undone before capfd closes the stream that it restores
+        patch.setattr(sys, "stdout", stdout)
+        with c_output_discarded():
+            os.write(1, b"inside")
     os.write(1, b"after")
     assert capfd.readouterr().out == "after"
 
