@@ -2,7 +2,7 @@
 
 `cost` is the frame of cost.parquet, one row per site: module, tensor, numel (of the weight, or of one image's
 activation), elements_per_image (NaN for weights), macs (per image, of the matrix products that the site takes part
-in), edges (the `module:tensor` it is multiplied with), channels, heads (0 if none), kind, order, pinned.
+in), edges (the `module:tensor` it is multiplied with), channels, heads (0 if none), kind, order, quantizable, pinned.
 """
 
 from collections.abc import Iterable, Mapping

@@ -13,7 +13,6 @@ from quant.range_estimators import ESTIMATORS, Estimator
 from quant.scheme import GRANULARITIES, Granularity
 
 F = TypeVar("F", bound=Callable[..., Any])
-_TENSORS = ("weight", "input", "attention", "query", "key", "value", "softmax")
 
 
 class _List(click.ParamType):
@@ -80,8 +79,8 @@ _data_options = _stacked(
     click.option("--images", type=click.IntRange(min=1), help="How many images, balanced over the classes."),
     click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True),
     click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Decoding processes."),
-    click.option("--holdout", type=click.FloatRange(0, 1), default=0.5, show_default=True,
-                 help="Share of one-split data that becomes the validation split; 0: every image serves both."),
+    click.option("--holdout", type=click.FloatRange(0, 1, max_open=True),
+                 help="Share of one-split data that becomes the validation split (0.5); 0: every image serves both."),
     click.option("--class-map", type=click.Path(path_type=Path), help="Lines `class` or `class,index`, where the "
                  "folders are a subset of the head's classes."),
     click.option("--data-root", type=click.Path(path_type=Path), help="Where a timm data set lies."),
@@ -93,7 +92,7 @@ _data_options = _stacked(
 )  # fmt: skip
 _common_options = _stacked(
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Choice of images, splits, untrained weights."),
+    click.option("--seed", type=click.IntRange(min=0), help="Choice of images, splits, untrained weights (0)."),
     click.option("--overwrite", is_flag=True, help="Start this step anew where the run folder holds other results."),
     click.option("--quiet", is_flag=True, help="No progress bar, no table."),
 )
@@ -144,7 +143,7 @@ def stats(**options: Any) -> None:
     Writes stats.parquet, channels.parquet, histograms.parquet, variation.json. Training images by default.
     """
     from analysis.setup import Setup
-    from analysis.steps import run_stats
+    from analysis.stats_step import run_stats
 
     run_stats(Setup.of(options))
 
@@ -176,12 +175,14 @@ def sensitivity(
     Writes sensitivity.parquet, cost.parquet and sensitivity.png. Training images by default (256 of them). Interrupted
     and started again, it goes on with the next site; other bit-widths or tensors are added to the table.
     """
+    from analysis.sensitivity import SweepConfig
+    from analysis.sensitivity_step import run_sensitivity
     from analysis.setup import Setup
-    from analysis.steps import run_sensitivity
 
-    run_sensitivity(
-        Setup.of(options), bit_widths=bits, tensors=tensors, granularity=granularity, estimator=estimator, batchnorm=bn
+    config = SweepConfig(
+        bit_widths=tuple(sorted(set(bits))), estimator=estimator, granularity=granularity, batchnorm=bn
     )
+    run_sensitivity(Setup.of(options), config, tensors=tensors)
 
 
 @cli.command()
@@ -192,7 +193,7 @@ def sensitivity(
 @click.option("--gbitops", type=click.FloatRange(min=0, min_open=True), help="10^9 bit operations of one image.")
 @click.option("--candidates", type=_List(int), help="Bit-widths to choose from; by default all that were measured.")
 @click.option("--objective", default="kl", show_default=True,
-              help="kl (least noisy), loss, logit_nmse, or another column of sensitivity.parquet.")  # fmt: skip
+              help="What is to grow least: kl (least noisy), loss, logit_nmse, top1.")  # fmt: skip
 @click.option("--pin", multiple=True, metavar="PATTERN=BITS", help="Fix the bits of modules that match; repeatable.")
 @click.option("--tie", multiple=True, metavar="PATTERN", help="Sites that match share their bits; repeatable.")
 @click.option("--layout", type=click.Choice(["paper", "strict"]), default="paper", show_default=True,
@@ -200,7 +201,7 @@ def sensitivity(
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The plan file; by default RUN/plan.json.")
 @click.option("--quiet", is_flag=True)
 def plan(run: Path, **options: Any) -> None:
-    """The bit plan of least predicted loss within the budgets, by an exact integer program, with its certificate.
+    """The bit plan that hurts least within the budgets, by an exact integer program, with its certificate.
 
     Needs `qvw sensitivity` in the same run folder. Writes plan.json and plan.png.
     """
@@ -223,29 +224,17 @@ def plan(run: Path, **options: Any) -> None:
               help="Training images that set the scales of activations.")  # fmt: skip
 @click.option("--estimator", type=click.Choice(ESTIMATORS), default="mse", show_default=True)
 @click.option("--bn", type=click.Choice(["stored", "re-estimate"]), default="re-estimate", show_default=True)
-def evaluate(
-    plan_file: Path | None,
-    uniform: str | None,
-    floating: bool,
-    layout: str,
-    calibration_images: int,
-    estimator: Estimator,
-    bn: str,
-    **options: Any,
-) -> None:
+def evaluate(**options: Any) -> None:
     """Loss and top-1 of the floating-point model, of a plan, or of uniform bits: calibrated, without training.
 
     Validation images by default, all of them; scales come from training images. Adds a row to verify.parquet.
     """
-    from analysis.quantized_eval import run_eval
+    from analysis.eval_step import EvalRequest, run_eval
     from analysis.setup import Setup
 
-    if sum((plan_file is not None, uniform is not None, floating)) != 1:
-        raise InputError("give one of --plan FILE, --uniform wXaY and --float, to say what is evaluated.")
-    run_eval(
-        Setup.of(options), plan_file=plan_file, uniform=uniform, layout=layout, calibration_images=calibration_images,
-        estimator=estimator, batchnorm=bn,
-    )  # fmt: skip
+    names = ("plan_file", "uniform", "floating", "layout", "calibration_images", "estimator")
+    request = EvalRequest.of({name: options.pop(name) for name in names} | {"batchnorm": options.pop("bn")})
+    run_eval(Setup.of(options), request)
 
 
 @cli.command()
@@ -254,7 +243,7 @@ def evaluate(
 @click.option("--quiet", is_flag=True)
 def compare(runs: Sequence[Path], out: Path, quiet: bool) -> None:
     """Two or more runs side by side: how their weights and activations vary. Tables (CSV) and figures (PNG, SVG)."""
-    from analysis.steps import run_compare
+    from analysis.compare_step import run_compare
 
     run_compare(runs, out, quiet=quiet)
 
@@ -275,6 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = cli.main(list(arguments) if arguments is not None else None, prog_name="qvw", standalone_mode=False)
     except InputError as error:
         code = _complain(f"qvw: error: {error}")
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        code = 2
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else "qvw"
         code = _complain(f"qvw: error: {error.format_message()} See `{path} --help`.")

@@ -8,30 +8,31 @@ from quant.site import SiteInfo
 
 
 def cost_table(sites: Sequence[SiteInfo]) -> pd.DataFrame:
-    """The frame of cost.parquet: one row per site that can be quantized, figures of ONE image.
+    """The frame of cost.parquet: one row per weight, input and tensor inside attention, figures of ONE image.
 
     `numel` counts elements (a weight's own, an activation's of one image), `elements_per_image` is NaN for weights.
     `macs` are those of the matrix products that the site takes part in; each product (edge) is told from both sides by
-    `edges` (`module:tensor`). `channels` and `heads` count the scales of a per_channel or per_head quantizer.
+    `edges` (`module:tensor`). `channels` and `heads` count the scales of a per_channel or per_head quantizer. Sites
+    that are not `quantizable`, or that the user left out, stay in floating point and cost all the same.
     """
     own = {info.site: info.macs for info in sites}
     rows = []
     for info in sites:
-        if not info.quantizable:
+        if not info.edges:  # outputs, and weights that never met an input
             continue
-        edges = [site for site in info.edges if site in own]
         rows.append(
             {
                 "module": info.site.module,
                 "tensor": info.site.tensor,
                 "numel": info.numel,
                 "elements_per_image": float("nan") if info.site.is_weight else float(info.numel),
-                "macs": info.macs or sum(own[site] for site in edges),
-                "edges": [str(site) for site in edges],
+                "macs": info.macs or sum(own[site] for site in info.edges),
+                "edges": [str(site) for site in info.edges],
                 "channels": info.channels,
                 "heads": info.heads,
                 "kind": info.kind,
                 "order": info.order,
+                "quantizable": info.quantizable,
                 "pinned": info.pinned,
             }
         )

@@ -149,6 +149,7 @@ def load_data(
     *,
     split: str,
     images: int | None,
+    at_most: bool = False,
     seed: int,
     input_config: InputConfig,
     num_classes: int | None,
@@ -158,6 +159,8 @@ def load_data(
     skip_broken: bool = False,
 ) -> ImageData:
     """`images` images (None: all) of a split, `train` or `val`, every prefix of them balanced over the classes.
+
+    Fewer than `images` are an error, unless `at_most` is set.
 
     `spec` is `digits`, `folder:PATH`, `csv:FILE` or the name of a timm data set. Data of one split is divided by
     `seed`: the share `holdout` of each class becomes `val`; with 0 all images serve both. Raises InputError for data
@@ -175,7 +178,7 @@ def load_data(
         pool, note = _held_out(labels, split, holdout, seed)
     if not len(pool):
         raise InputError(f"{spec} has no image in its split {split!r}. Add some, or change `--split` or `--holdout`.")
-    if images is not None and images > len(pool):
+    if images is not None and images > len(pool) and not at_most:
         raise InputError(f"`--images` {images}, but {spec} has {len(pool)} in its split {split!r}. Ask for fewer.")
     order = _balanced_order(labels[pool], np.random.default_rng([seed, 1]))[:images]
     chosen = ChosenImages(listing, labels, pool[order])

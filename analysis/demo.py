@@ -14,14 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from analysis.compare_step import run_compare
 from analysis.data import ImageData, batches, load_data, resolve_input
+from analysis.eval_step import EvalRequest, run_eval
 from analysis.evaluation import logits_of, scores
 from analysis.files import write_atomic
 from analysis.models import ModelSource, load_model
 from analysis.plan_step import PlanRequest, run_plan
-from analysis.quantized_eval import run_eval
+from analysis.sensitivity import SweepConfig
+from analysis.sensitivity_step import run_sensitivity
 from analysis.setup import Setup
-from analysis.steps import run_compare, run_sensitivity, run_stats
+from analysis.stats_step import run_stats
 
 WEIGHT_DECAY, WARM_UP = 0.05, 0.1
 
@@ -67,24 +70,19 @@ def run_demo(path: Path, *, quiet: bool = False) -> None:
             num_workers=0,
         )  # fmt: skip
         run_stats(setup)
-        run_sensitivity(
-            setup, bit_widths=(2, 3, 4, 8), tensors=("weight", "input", "attention"), granularity=None,
-            estimator="mse", batchnorm="both",
-        )  # fmt: skip
+        run_sensitivity(setup, SweepConfig(), tensors=("weight", "input", "attention"))
         run_plan(run, PlanRequest(weight_bits=3, activation_bits=4, quiet=quiet))
-        for choice in ({}, {"plan_file": run / "plan.json"}, {"uniform": "w3a4"}):
-            run_eval(setup, **{**_EVAL, **choice})
+        for choice in (
+            EvalRequest(floating=True),
+            EvalRequest(plan_file=run / "plan.json"),
+            EvalRequest(uniform="w3a4"),
+        ):
+            run_eval(setup, choice)
     _headline("comparison", quiet)
     run_compare([path / recipe.name for recipe in RECIPES], path / "compare", quiet=quiet)
     seconds = time.monotonic() - started
     click.echo(f"Done in {seconds:.0f} s. Look first at {path / 'compare' / 'variation_weight.png'},")
     click.echo(f"then at sensitivity.png, distribution.png and plan.png in {path / 'resnet'} and {path / 'swin'}.")
-
-
-_EVAL: dict[str, Any] = {
-    "plan_file": None, "uniform": None, "layout": "paper", "calibration_images": 256, "estimator": "mse",
-    "batchnorm": "re-estimate",
-}  # fmt: skip
 
 
 def _headline(text: str, quiet: bool) -> None:

@@ -49,8 +49,8 @@ class MeasuredQuantizer:
 def output_noise(model: nn.Module, name: str, weight: nn.Parameter | None) -> Iterator[Noise]:
     """Compare each output of a module with what it gives on the same, untouched input and `weight`.
 
-    The module's forward runs a second time, without hooks: its input is the clean one because no earlier site is
-    quantized.
+    The module's forward runs a second time, without hooks. Its input must be the clean one: no earlier site is
+    quantized, and the module is called once.
     """
     module, noise = model.get_submodule(name), Noise()
     clean: list[tuple[Any, Any]] = []

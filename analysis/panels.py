@@ -1,4 +1,7 @@
-"""The figures of a run: panels of `plots` put together, one Figure each; saving is the caller's."""
+"""The figures of a run: panels of `plots` put together, one Figure each, and saved as PNG to look at, SVG to print."""
+
+import io
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -6,7 +9,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import plots
+from analysis.files import write_bytes
 
+FORMATS: dict[str, dict] = {"png": {"dpi": 200}, "svg": {"metadata": {"Date": None}}}
 DEPTH_VALUES = ("abs_mean", "std", "excess_kurtosis", "outlier_fraction", "channel_range_ratio", "channel_std_cv")
 
 
@@ -64,6 +69,24 @@ def bits_figure(frame: pd.DataFrame, name: str) -> Figure:
     assert figure is not None
     figure.suptitle(f"{name}: bits by site", fontsize=9)
     return figure
+
+
+def figure_files(name: str) -> tuple[str, ...]:
+    """The names under which `save_figure` keeps a figure."""
+    return tuple(f"{name}.{suffix}" for suffix in FORMATS)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write `path`.png (200 dots an inch) and `path`.svg, each whole or not at all, and close the figure.
+
+    The same figure gives the same bytes each time.
+    """
+    for suffix, options in FORMATS.items():
+        buffer = io.BytesIO()
+        with mpl.rc_context({"svg.hashsalt": path.name}):
+            figure.savefig(buffer, format=suffix, **options)
+        write_bytes(path.with_name(f"{path.name}.{suffix}"), buffer.getvalue())
+    plt.close(figure)
 
 
 def _classes(frame: pd.DataFrame) -> list[str]:

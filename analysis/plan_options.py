@@ -103,7 +103,8 @@ def uniform_bits(
         if bits is not None and bits not in ALLOWED_BIT_WIDTHS:
             raise InputError(f"A uniform bit-width of {bits} is not allowed. Choose from {ALLOWED_BIT_WIDTHS}.")
     pins = layout_pins(cost, layout)
-    wanted = {site: weight_bits if site.is_weight else activation_bits for site in accounting.cost_rows(cost)}
+    open_to = [site for site, row in accounting.cost_rows(cost).items() if row.quantizable]
+    wanted = {site: weight_bits if site.is_weight else activation_bits for site in open_to}
     return {site: pins.get(site, bits) for site, bits in wanted.items() if bits is not None}
 
 

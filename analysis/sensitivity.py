@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from analysis.evaluation import compare_logits, logits_of
 from analysis.noise import MeasuredQuantizer, Noise, output_noise
-from quant.calibrate import batchnorm_reestimated, batchnorms, granularity_of, make_quantizer, observe_activations
+from quant.batchnorm import batchnorm_reestimated, batchnorms
+from quant.calibrate import default_scheme, granularity_of, make_quantizer, observe_activations
 from quant.intercept import intercept
 from quant.prepare import quantized
 from quant.quantizer import Quantizer
@@ -89,10 +90,9 @@ def sweep(
     references = _References(model, trace, batches)
     for key in keys:
         info = by_site[Site(key["module"], key["tensor"])]
-        quantizer = make_quantizer(
-            model, info, key["bit_width"], sample=samples.get(info.site), estimator=key["estimator"],
-            granularity=key["granularity"],
-        )  # fmt: skip
+        sample = samples.get(info.site)
+        scheme = default_scheme(model, info, key["bit_width"], sample=sample, granularity=key["granularity"])
+        quantizer = make_quantizer(model, info, scheme, sample=sample, estimator=key["estimator"])
         yield {
             **key,
             "model": name,
@@ -115,6 +115,23 @@ def sensitivity_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """The frame of sensitivity.parquet: sites in network order, bit-widths ascending."""
     ordered = sorted(rows, key=lambda row: (row["order"], row["protocol"], *row_key(row)))
     return pd.DataFrame(ordered, columns=list(SENSITIVITY_COLUMNS))
+
+
+def preferred_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The single-site rows of one treatment for each site, in the order of the table.
+
+    Where a site was measured in several ways, all its rows are of the first of: BatchNorm re-estimated before stored,
+    estimator mse, percentile, minmax, scales per head, per channel, per tensor. Mixing them would compare bit-widths
+    that were not measured alike.
+    """
+    rows = table[(table["protocol"] == "single") & (table["group"] == "")]
+    order = {
+        "batchnorm": {"re_estimated": 0, "stored": 1, "none": 1},
+        "estimator": {"mse": 0, "percentile": 1, "minmax": 2},
+        "granularity": {"per_head": 0, "per_channel": 1, "per_tensor": 2},
+    }
+    rank = sum(rows[name].map(places) * 10**i for i, (name, places) in enumerate(reversed(order.items())))
+    return rows[rank == rank.groupby([rows["module"], rows["tensor"]]).transform("min")]
 
 
 class _References:
@@ -166,13 +183,19 @@ def _measure(
         with output_noise(model, site.module, original) as module_noise:
             logits, labels = logits_of(model, references.batches)
     notes = [info.note] if info.note else []
+    if (labels < 0).any():
+        notes.append("no labels: loss and top-1 not measured")
     if quantizer.degenerate:
         notes.append(f"degenerate: {quantizer.degenerate} of {quantizer.groups} scales borrowed")
-    if not module_noise.seen:
+    called_once = trace.calls.get(site.module, 0) == 1
+    if not called_once:  # a later call gets an input that the earlier one has already changed
+        notes.append("sqnr_output_db not measured: the module is called more than once")
+    elif not module_noise.seen:
         notes.append("sqnr_output_db: the module's forward is not called")
+    notes.append("rank bands not measured")
     return {
         **compare_logits(logits, reference, labels),
         "sqnr_db": measured.tensor_noise.sqnr_db,
-        "sqnr_output_db": module_noise.sqnr_db,
+        "sqnr_output_db": module_noise.sqnr_db if called_once else math.nan,
         "note": "; ".join(notes),
     }

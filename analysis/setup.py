@@ -2,18 +2,17 @@
 
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from analysis.console import progress, warn
 from analysis.data import ImageData, batches, input_channels, load_data, resolve_input
 from analysis.listing import InputConfig
 from analysis.models import ModelSource, classifier_names, load_model, num_classes, weights_sha256
@@ -22,6 +21,9 @@ from analysis.sites import find_sites
 from quant.errors import InputError
 from quant.site import SiteInfo
 from quant.trace import Trace
+
+REMEMBERED = ("data", "holdout", "seed", "class_map", "data_root", "mean", "std", "input_size", "crop_pct")
+"""Options that a later command takes from the run folder where it does not give them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class Setup:
     images: int | None = None
     batch_size: int = 64
     num_workers: int = 2
-    holdout: float = 0.5
+    holdout: float | None = None
     class_map: Path | None = None
     data_root: Path | None = None
     mean: tuple[float, ...] | None = None
@@ -49,7 +51,7 @@ class Setup:
     crop_pct: float | None = None
     skip_broken: bool = False
     device: str = "cpu"
-    seed: int = 0
+    seed: int | None = None
     overwrite: bool = False
     quiet: bool = False
 
@@ -59,201 +61,183 @@ class Setup:
         return TypeAdapter(cls).validate_python(dict(options))
 
 
-@dataclass(kw_only=True)
-class Workbench:
-    """An opened run folder: the model on its device, its trace and sites, and how its images are read."""
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """The model of a run folder on its device, with its trace and sites, and how its images are read.
+
+    `setup` is complete: what the command did not say is what the run folder knew, or the default.
+    """
 
     setup: Setup
     run: Run
-    source: ModelSource
+    record: ModelRecord
     model: nn.Module
-    weights_sha256: str
     input_config: InputConfig
-    trace: Trace = field(init=False)
-    sites: list[SiteInfo] = field(init=False)
+    trace: Trace
+    sites: list[SiteInfo]
 
     @property
     def name(self) -> str:
         """The model's short name: timm's, or the factory's function."""
-        return self.source.model.rpartition(":")[2]
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters of the whole model."""
-        return sum(p.numel() for p in self.model.parameters())
+        return self.record.name
 
     def images(self, split: str, count: int | None, at_most: int | None = None) -> ImageData:
         """Images of a split: exactly `count` where given (an error if there are fewer), else `at_most` or all."""
         setup = self.setup
         assert setup.data is not None
-        if count is None and at_most is not None:
-            count = min(at_most, self.images(split, None).images)
+        assert setup.seed is not None
+        assert setup.holdout is not None
         return load_data(
-            setup.data, split=split, images=count, seed=setup.seed, input_config=self.input_config,
-            num_classes=num_classes(self.model), holdout=setup.holdout, class_map=setup.class_map,
-            data_root=setup.data_root, skip_broken=setup.skip_broken,
+            setup.data, split=split, images=at_most if count is None else count, at_most=count is None,
+            seed=setup.seed, input_config=self.input_config, num_classes=num_classes(self.model),
+            holdout=setup.holdout, class_map=setup.class_map, data_root=setup.data_root,
+            skip_broken=setup.skip_broken,
         )  # fmt: skip
 
-    def stream(self, data: ImageData, what: str) -> Iterable[tuple[Tensor, Tensor]]:
+    def stream(self, data: ImageData, what: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of (images on the device, labels), with a progress bar that counts images."""
-        with self.progress(data.images, what, "image") as bar:
-            for images, labels in batches(data, batch_size=self.setup.batch_size, num_workers=self.setup.num_workers):
-                yield images.to(self.setup.device), labels
-                bar.update(len(images))
-
-    def progress(self, total: int, what: str, unit: str) -> tqdm:
-        """A bar on standard error; silent with --quiet and where standard error is no terminal."""
-        return tqdm(total=total, desc=what, unit=f" {unit}", disable=True if self.setup.quiet else None, leave=False)
-
-    @contextmanager
-    def step(self, name: str, data: ImageData | None, files: Sequence[str]) -> Iterator[None]:
-        """Note in run.json that a step runs, on which images, and how it ended; refuses to mix it with other inputs.
-
-        `files` are what it writes; `--overwrite` removes them first.
-        """
         setup = self.setup
-        with self.run.start_step(
-            name, command=shlex.join(["qvw", *sys.argv[1:]]), options=_jsonable(asdict(setup)),
-            inputs=self.inputs(data), seed=setup.seed, device=setup.device, files=files, overwrite=setup.overwrite,
-        ):  # fmt: skip
-            yield
-
-    def say(self, text: str) -> None:
-        """One short table or path on standard output; nothing with --quiet."""
-        if not self.setup.quiet:
-            click.echo(text)
-
-    def warn(self, text: str) -> None:
-        """A line on standard error that does not stop the work."""
-        click.echo(f"qvw: warning: {text}", err=True)
+        with progress(data.images, what, "image", quiet=setup.quiet) as bar:
+            for images, labels in batches(data, batch_size=setup.batch_size, num_workers=setup.num_workers):
+                yield images.to(setup.device), labels
+                bar.update(len(images))
+        if data.skipped:
+            warn(f"{len(data.skipped)} of {data.images} images cannot be read and were left out: {data.skipped[0]} ...")
 
     def inputs(self, data: ImageData | None) -> dict[str, Any]:
         """What fixes the result of a step: a step of other inputs is another step."""
         setup = self.setup
         fixed: dict[str, Any] = {
-            "weights_sha256": self.weights_sha256, "include": list(setup.include), "exclude": list(setup.exclude),
+            "weights_sha256": self.record.weights_sha256, "include": list(setup.include),
+            "exclude": list(setup.exclude),
         }  # fmt: skip
         if data is not None:
             fixed |= {
-                "split": data.split, "images": data.images, "images_sha256": data.sha256, "split_note": data.note,
-                "batch_size": setup.batch_size, **_jsonable(asdict(self.input_config)),
+                "data": setup.data, "split": data.split, "images": data.images, "images_sha256": data.sha256,
+                "split_note": data.note, "batch_size": setup.batch_size, "skip_broken": setup.skip_broken,
+                **_jsonable(asdict(self.input_config)),
             }  # fmt: skip
         return fixed
 
+    def step(
+        self, name: str, data: ImageData | None, files: Sequence[str], options: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
+        """Note in run.json the model, the images and that a step runs; the context notes how it ended.
 
-def open_workbench(setup: Setup, *, needs_data: bool) -> Workbench:
-    """The model of `setup`, or of its run folder, loaded and traced on two images of the right size.
+        Refuses to mix it with another model or other inputs. `files` are what it writes, `--overwrite` removes them
+        first; `options` are those of the step's own.
+        """
+        setup = self.setup
+        self.run.set_model(self.record, overwrite=setup.overwrite)
+        if data is not None:
+            self.run.set_data({name: _jsonable(getattr(setup, name)) for name in REMEMBERED})
+        assert setup.seed is not None
+        return self.run.start_step(
+            name, command=shlex.join(["qvw", *sys.argv[1:]]), options=_jsonable(asdict(setup) | dict(options)),
+            inputs=self.inputs(data), seed=setup.seed, device=setup.device, files=files, overwrite=setup.overwrite,
+        )  # fmt: skip
 
-    Raises InputError where neither names a model (or, if `needs_data`, images), and where the folder holds another
-    model's results.
+
+def open_run(setup: Setup, *, needs_data: bool) -> Opened:
+    """The model of `setup`, or of its run folder, loaded and traced on an image of the right size; writes nothing.
+
+    Raises InputError where neither names a model (or, if `needs_data`, images).
     """
     run = Run(setup.run)
     known = run.record.model
-    if setup.model is None:
-        if known is None:
-            raise InputError(f"{setup.run} knows no model yet. Name one: a timm name, or path/to/file.py:factory.")
+    if setup.model is not None:
+        weights = None if setup.weights is None else str(setup.weights.resolve())
         source = ModelSource(
-            model=known.factory or known.typed,
-            pretrained=known.pretrained,
-            weights=known.weights,
-            kwargs=known.kwargs,
-            seed=known.seed,
-        )
-    else:
-        source = ModelSource(
-            model=setup.model, pretrained=setup.pretrained,
-            weights=None if setup.weights is None else str(setup.weights.resolve()),
-            kwargs=setup.model_kwargs or {}, seed=setup.seed,
+            model=setup.model, pretrained=setup.pretrained, weights=weights, kwargs=setup.model_kwargs or {},
+            seed=setup.seed or 0,
         )  # fmt: skip
-    setup = _recalled(setup, run)
+    elif known is not None:
+        source = ModelSource(
+            model=known.factory or known.typed, pretrained=known.pretrained, weights=known.weights,
+            kwargs=known.kwargs, seed=known.seed,
+        )  # fmt: skip
+    else:
+        raise InputError(f"{setup.run} knows no model yet. Name one: a timm name, or path/to/file.py:factory.")
+    setup = _completed(setup, run)
     if needs_data and setup.data is None:
         raise InputError(f"{setup.run} knows no images yet. Name them: --data digits, folder:PATH or csv:FILE.")
     model = load_model(source)
-    bench = Workbench(
-        setup=setup, run=run, source=source, model=model, weights_sha256=weights_sha256(model),
-        input_config=_input_config(model, setup),
-    )  # fmt: skip
-    typed = setup.model or (known.typed if known is not None else source.model)
     record = ModelRecord(
-        typed=typed, pretrained=source.pretrained, weights=source.weights, kwargs=dict(source.kwargs),
-        seed=source.seed, name=bench.name, factory=_factory(source), weights_sha256=bench.weights_sha256,
-        parameters=bench.parameters,
+        typed=setup.model or (known.typed if known is not None else source.model), pretrained=source.pretrained,
+        weights=source.weights, kwargs=dict(source.kwargs), seed=source.seed, name=source.model.rpartition(":")[2],
+        factory=None if source.factory is None else f"{source.factory[0].resolve()}:{source.factory[1]}",
+        weights_sha256=weights_sha256(model), parameters=sum(p.numel() for p in model.parameters()),
     )  # fmt: skip
-    run.set_model(record, overwrite=setup.overwrite)
-    if setup.data is not None:
-        remembered = {name: _jsonable(getattr(setup, name)) for name in REMEMBERED}
-        run.set_data(remembered | {"data": _absolute(setup.data)})
+    if known is not None and setup.model is None and known.weights_sha256 != record.weights_sha256:
+        raise InputError(
+            f"{known.typed} is not the model that {setup.run} holds: its weights have changed since. "
+            "Put the old file back, or name the model and another --run."
+        )
+    input_config = _input_config(model, setup)
     _place(model, setup.device)
-    bench.trace, bench.sites = _traced(bench)
-    return bench
+    trace, sites = _traced(model, setup, record.name, input_config)
+    return Opened(setup=setup, run=run, record=record, model=model, input_config=input_config, trace=trace, sites=sites)
 
 
-REMEMBERED = ("data", "holdout", "seed", "class_map", "data_root", "mean", "std", "input_size", "crop_pct")
-
-
-def _recalled(setup: Setup, run: Run) -> Setup:
-    """The options with what the run folder knows of images and patterns, where this command does not say."""
+def _completed(setup: Setup, run: Run) -> Setup:
+    """The options; what this command does not say of images and patterns is what the run folder knows, or default."""
     record = run.record
     if setup.data is None and record.data:
-        given = {name: getattr(setup, name) for name in REMEMBERED if getattr(setup, name) != _default(name)}
+        given = {name: getattr(setup, name) for name in REMEMBERED if getattr(setup, name) is not None}
         setup = Setup.of(asdict(setup) | record.data | given)
     if setup.model is None and record.steps and not (setup.include or setup.exclude):
         last = list(record.steps.values())[-1].inputs
         setup = replace(setup, include=tuple(last.get("include", ())), exclude=tuple(last.get("exclude", ())))
-    return setup
+    return replace(
+        setup, data=_absolute(setup.data), seed=0 if setup.seed is None else setup.seed,
+        holdout=0.5 if setup.holdout is None else setup.holdout,
+    )  # fmt: skip
 
 
-def _absolute(data: str) -> str:
+def _absolute(data: str | None) -> str | None:
     """A data string that holds in every working directory."""
-    kind, colon, path = data.partition(":")
-    return f"{kind}:{Path(path).resolve()}" if colon and kind in ("folder", "csv") else data
-
-
-def _default(name: str) -> Any:
-    return next(f.default for f in fields(Setup) if f.name == name)
+    kind, colon, path = (data or "").partition(":")
+    return f"{kind}:{Path(path).resolve()}" if path and colon and kind in ("folder", "csv") else data
 
 
 def _input_config(model: nn.Module, setup: Setup) -> InputConfig:
-    if setup.data is None and setup.input_size is None and not getattr(model, "pretrained_cfg", None):
+    if setup.data is not None:
+        return resolve_input(
+            model, setup.data, mean=setup.mean, std=setup.std, input_size=setup.input_size, crop_pct=setup.crop_pct
+        )
+    if setup.input_size is None and not getattr(model, "pretrained_cfg", None):
         raise InputError(
             "the model does not say which images it takes. Give --input-size 3,32,32, or --data, --mean and --std."
         )
-    if setup.data is None:  # no image will be read: only the size matters
-        channels = setup.input_size[0] if setup.input_size else input_channels(model) or 3
-        plain = (0.5,) * channels
-        return resolve_input(model, "noise", mean=plain, std=plain, input_size=setup.input_size)
-    return resolve_input(
-        model, setup.data, mean=setup.mean, std=setup.std, input_size=setup.input_size, crop_pct=setup.crop_pct
-    )
-
-
-def _factory(source: ModelSource) -> str | None:
-    return None if source.factory is None else f"{source.factory[0].resolve()}:{source.factory[1]}"
+    channels = setup.input_size[0] if setup.input_size else input_channels(model) or 3
+    plain = (0.5,) * channels  # no image will be read: only the size matters
+    return resolve_input(model, "noise", mean=plain, std=plain, input_size=setup.input_size)
 
 
 def _place(model: nn.Module, device: str) -> None:
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0]}. Try --device cpu."
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used: {reason}. Try --device cpu.") from error
 
 
-def _traced(bench: Workbench) -> tuple[Trace, list[SiteInfo]]:
-    """One forward pass of two images of noise, which also shows whether the model takes images of this size."""
-    size = bench.input_config.input_size
-    images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0)).to(bench.setup.device)
+def _traced(model: nn.Module, setup: Setup, name: str, config: InputConfig) -> tuple[Trace, list[SiteInfo]]:
+    """One forward pass of one image of noise, which also shows whether the model takes images of this size.
+
+    One image, so that tensors with no batch axis (tables of relative positions) are counted once.
+    """
+    image = torch.rand(1, *config.input_size, generator=torch.Generator().manual_seed(0)).to(setup.device)
     try:
         return find_sites(
-            bench.model, images, include=bench.setup.include, exclude=bench.setup.exclude,
-            classifier=classifier_names(bench.model),
-        )  # fmt: skip
-    except (RuntimeError, AssertionError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+            model, image, include=setup.include, exclude=setup.exclude, classifier=classifier_names(model)
+        )
+    except InputError:
+        raise
+    except Exception as error:  # the model is the user's: whatever its forward raises is told
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{bench.name} does not take images of size {size}: {str(error).splitlines()[0]} "
+            f"{name} does not take images of size {config.input_size}: {reason} "
             "Give --input-size, or the constructor's arguments by --model-kwargs."
         ) from error
 
@@ -264,19 +248,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_jsonable(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def tensors_of(bench: Workbench, tensors: Sequence[str]) -> list[SiteInfo]:
-    """The sites that can be quantized whose tensor is asked for, in network order.
-
-    `tensors` holds weight, input, query, key, value, softmax (the site `attention` alone), or attention for all four
-    inside attention.
-    """
-    groups = {"weight": ("weight", "weight.query", "weight.key", "weight.value"), "input": ("input",),
-              "attention": ("query", "key", "value", "attention"), "query": ("query",), "key": ("key",),
-              "value": ("value",), "softmax": ("attention",)}  # fmt: skip
-    unknown = [name for name in tensors if name not in groups]
-    if unknown:
-        raise InputError(f"--tensors {unknown[0]!r} is unknown; choose from {', '.join(groups)}.")
-    wanted = {tensor for name in tensors for tensor in groups[name]}
-    return [info for info in bench.sites if info.quantizable and info.site.tensor in wanted]

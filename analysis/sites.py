@@ -3,12 +3,11 @@
 import re
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
-from math import prod
 
 from torch import Tensor, nn
 
 from quant.errors import InputError
-from quant.site import ATTENTION_TENSORS, Site, SiteInfo
+from quant.site import ATTENTION_TENSORS, WEIGHT_TENSORS, Site, SiteInfo
 from quant.trace import Trace, trace_forward
 
 KINDS = (
@@ -37,7 +36,8 @@ def find_sites(
 ) -> tuple[Trace, list[SiteInfo]]:
     """What one forward pass of `images` executes, and every site that it met, in order of execution.
 
-    `include` and `exclude` are shell patterns over module names; a pattern that meets no module is an error.
+    `include` and `exclude` are shell patterns over module names, what they leave out is marked `excluded`; a pattern
+    that meets no module is an error.
     `classifier` names the head's layers; without it the last layer executed is the head. Layers that never ran come
     last, their weights only, with a note.
     """
@@ -51,13 +51,12 @@ def find_sites(
     kinds = {name: module_kind(name, module, trace, heads, modules) for name, module in modules.items()}
     first = executed[0] if executed else None
     found = _weights_and_activations(trace, modules, kinds, pinned={first, *heads})
-    kept = [
-        info
-        for info in found
-        if (not include or any(fnmatchcase(info["site"].module, p) for p in include))
-        and not any(fnmatchcase(info["site"].module, p) for p in exclude)
-    ]
-    return trace, [SiteInfo(order=order, **fields) for order, fields in enumerate(kept)]
+    for fields in found:
+        name = fields["site"].module
+        included = not include or any(fnmatchcase(name, pattern) for pattern in include)
+        if not included or any(fnmatchcase(name, pattern) for pattern in exclude):
+            fields.update(excluded=True, quantizable=False, pinned=False)
+    return trace, [SiteInfo(order=order, **fields) for order, fields in enumerate(found)]
 
 
 def _examples(modules: dict[str, nn.Module]) -> str:
@@ -108,6 +107,7 @@ def _weights_and_activations(
 ) -> list[dict]:
     """Fields of each SiteInfo: the executed ones in their order, a weight just before its input, then the rest."""
     rows: list[dict] = []
+    owners: dict[int, str] = {}
     for site, shape in trace.shapes.items():
         module = modules[site.module]
         kind = kinds[site.module]
@@ -115,6 +115,10 @@ def _weights_and_activations(
             if not is_layer(module):
                 continue
             weights = _weight_sites(site.module, module, trace, kind)
+            owner = owners.setdefault(id(module._parameters.get("weight")), site.module)
+            if owner != site.module and weights[0]["numel"]:
+                shared = {"quantizable": False, "numel": 0, "note": f"shares its weight with {owner}"}
+                weights = [{**row, **shared} for row in weights]
             rows.extend({**row, "pinned": site.module in pinned} for row in weights)
             rows.append(
                 {**_activation(site, shape, trace, module, kind), "edges": tuple(row["site"] for row in weights),
@@ -144,9 +148,9 @@ def _weight_sites(name: str, module: nn.Module, trace: Trace, kind: str) -> list
         return [{"site": Site(name, "weight"), "kind": kind, "shape": (), "numel": 0, "note": note,
                  "quantizable": False}]  # fmt: skip
     output = trace.shapes.get(Site(name, "output"), ())
-    macs = prod(output) // trace.images * (weight.numel() // weight.shape[0]) if output else 0
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        macs = prod(trace.shapes[Site(name, "input")]) // trace.images * (weight.numel() // weight.shape[0])
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    carrier = Site(name, "input" if transposed else "output")  # each element of it meets one row of the weight
+    macs = _per_image(trace, carrier) * (weight.numel() // weight.shape[0]) if output else 0
     common = {"kind": kind, "quantizable": quantizable, "note": note, "edges": (Site(name, "input"),) if output else ()}
     attention = next((m for m in trace.attention if name.startswith(f"{m}.")), None)
     heads = trace.shapes[Site(attention, "value")][1] if attention and _has_heads(trace, attention) else 0
@@ -159,12 +163,22 @@ def _weight_sites(name: str, module: nn.Module, trace: Trace, kind: str) -> list
             for part, (start, stop) in parts.items()
         ]  # fmt: skip
     by_columns = kind == "attn.proj" and heads > 0 and weight.shape[1] % heads == 0
-    channel_axis = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+    channel_axis = 1 if transposed else 0
     return [
         {**common, "site": Site(name, "weight"), "shape": tuple(weight.shape), "numel": weight.numel(),
          "channel_axis": channel_axis, "channels": weight.shape[channel_axis], "head_axis": 1 if by_columns else -1,
          "heads": heads if by_columns else 0, "macs": macs}
     ]  # fmt: skip
+
+
+def _per_image(trace: Trace, site: Site) -> int:
+    """Elements of a site in the forward pass of one image, over all its calls.
+
+    A tensor whose first axis holds no images (a table of relative positions) is computed once, whatever their number.
+    """
+    shape = trace.shapes[site]
+    batched = bool(shape) and shape[0] % trace.images == 0
+    return trace.elements[site] // (trace.images if batched else 1)
 
 
 def _has_heads(trace: Trace, module: str) -> bool:
@@ -173,7 +187,7 @@ def _has_heads(trace: Trace, module: str) -> bool:
 
 def _activation(site: Site, shape: tuple[int, ...], trace: Trace, module: nn.Module, kind: str) -> dict:
     """Fields of an activation: elements of one image, and which axis holds channels or heads."""
-    per_image = prod(shape) // trace.images
+    per_image = _per_image(trace, site)
     windows, rest = divmod(shape[0], trace.images) if shape else (0, 0)
     own_shape = tuple(shape[1:]) if windows == 1 and not rest else (windows, *shape[1:])
     row: dict = {"site": site, "kind": kind, "shape": own_shape, "numel": per_image}
@@ -205,3 +219,20 @@ def _channel_axis(shape: tuple[int, ...], module: nn.Module) -> int:
     if isinstance(layers[-1], nn.Linear) and shape[-1] == layers[-1].out_features:
         return len(shape) - 1
     return 1
+
+
+def select_sites(sites: Sequence[SiteInfo], tensors: Sequence[str]) -> list[SiteInfo]:
+    """The sites that can be quantized whose tensor is asked for, in network order.
+
+    `tensors` holds weight, input, query, key, value, softmax (the site `attention` alone), or attention for all four
+    inside attention.
+    """
+    groups = {
+        "weight": WEIGHT_TENSORS, "input": ("input",), "attention": ATTENTION_TENSORS, "query": ("query",),
+        "key": ("key",), "value": ("value",), "softmax": ("attention",),
+    }  # fmt: skip
+    unknown = [name for name in tensors if name not in groups]
+    if unknown:
+        raise InputError(f"--tensors {unknown[0]!r} is unknown; choose from {', '.join(groups)}.")
+    wanted = {tensor for name in tensors for tensor in groups[name]}
+    return [info for info in sites if info.quantizable and info.site.tensor in wanted]

@@ -154,5 +154,8 @@ def explicit_attention(
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     elif attn_mask is not None:
         scores = scores + attn_mask
-    attention = _handled(handlers, "attention", scores.softmax(dim=-1))
+    attention = scores.softmax(dim=-1)
+    if attn_mask is not None:  # a row that is masked altogether attends to nothing, as in torch's own function
+        attention = attention.masked_fill(scores.isneginf().all(dim=-1, keepdim=True), 0.0)
+    attention = _handled(handlers, "attention", attention)
     return F.dropout(attention, dropout_p, training=dropout_p > 0) @ value

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from quant.errors import InputError
-from quant.scheme import Granularity
+from quant.scheme import Granularity, QuantScheme
 from quant.site import ALLOWED_BIT_WIDTHS, Site
 
 FORMAT: Literal["qvw-bit-plan"] = "qvw-bit-plan"
@@ -46,6 +46,14 @@ class PlannedSite:
     granularity: Granularity
     signed: bool
     offset: bool
+
+    @classmethod
+    def of(cls, site: Site, scheme: QuantScheme) -> "PlannedSite":
+        """The plan's line for a site at a scheme."""
+        return cls(
+            module=site.module, tensor=site.tensor,  # type: ignore[arg-type]  # a Site's tensor is one of TensorName
+            bit_width=scheme.bit_width, granularity=scheme.granularity, signed=scheme.signed, offset=scheme.offset,
+        )  # fmt: skip
 
     @property
     def site(self) -> Site:

@@ -1,7 +1,6 @@
-"""Ranges of activations, the quantizers made from them, and BatchNorm statistics after quantizing."""
+"""Calibration: what activations look like, and the quantizers made from them and from the weights."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,21 +16,24 @@ from quant.site import Site, SiteInfo
 from quant.trace import Trace
 
 SAMPLE = 2**16
-"""Values kept of each activation for the search of its scale; its extremes are kept besides."""
-_GOLDEN = 0.6180339887498949
+"""About how many values are kept of each activation for the search of its scale; its extremes are kept besides."""
+_LEAST = 256  # values of each group and batch
 
 
 class ActivationSample:
-    """Values of one activation, an evenly spread sample of each batch together with the extremes of each group.
+    """Values of one activation, a random sample of each batch together with the extremes of each group.
 
-    `groups` values share a scale; `batches` is how many updates will come, so that the sample holds at most `SAMPLE`
-    values. The places follow the golden ratio: the same for the same shape, and in step with no axis.
+    `groups` values share a scale; `batches` is how many updates will come, so that about `SAMPLE` values are kept in
+    all. The places are drawn by a generator of its own: the same for the same shapes. `weights` says how many values of
+    the activation each kept one stands for: an extreme for itself, so that the number of batches moves no scale.
     """
 
     def __init__(self, axis: int, groups: int, batches: int) -> None:
         self.axis, self.groups = axis, groups
-        self.per_group = max(256, SAMPLE // (groups * max(1, batches)))
+        self.per_group = max(_LEAST, SAMPLE // (groups * max(1, batches)))
         self.parts: list[Tensor] = []
+        self.part_weights: list[Tensor] = []
+        self.generator = torch.Generator().manual_seed(0)
 
     def update(self, x: Tensor) -> None:
         """Add one batch; returns nothing, so that it can stand as a handler that leaves the tensor as it is."""
@@ -39,18 +41,26 @@ class ActivationSample:
         outer, _, inner = grouped.shape
         total = outer * inner
         if total <= self.per_group:
-            part = grouped.transpose(0, 1).reshape(self.groups, -1)
-        else:
-            places = ((torch.arange(1, self.per_group + 1, dtype=torch.float64) * _GOLDEN).frac() * total).long()
-            places = places.to(grouped.device)
-            part = grouped[places // inner, :, places % inner].T
+            self.parts.append(grouped.transpose(0, 1).reshape(self.groups, -1))
+            self.part_weights.append(torch.ones(total, device=x.device))
+            return
+        places = torch.randint(total, (self.per_group,), generator=self.generator).to(grouped.device)
+        part = grouped[places // inner, :, places % inner].T
         extremes = torch.stack((grouped.amin(dim=(0, 2)), grouped.amax(dim=(0, 2))), dim=1)
         self.parts.append(torch.cat((part, extremes), dim=1))
+        weights = torch.ones(self.per_group + 2, device=x.device)
+        weights[:-2] = (total - 2) / self.per_group
+        self.part_weights.append(weights)
 
     @property
     def values(self) -> Tensor:
         """All that was kept: (groups, values)."""
         return torch.cat(self.parts, dim=1)
+
+    @property
+    def weights(self) -> Tensor:
+        """How many values of the activation each kept one stands for: (values,)."""
+        return torch.cat(self.part_weights)
 
 
 def observe_activations(
@@ -60,13 +70,16 @@ def observe_activations(
     batches: Iterable[Tensor],
     *,
     count: int,
-    granularity: Granularity | None = None,
+    granularities: Mapping[Site, Granularity] | None = None,
 ) -> dict[Site, ActivationSample]:
-    """A sample of every activation site among `sites`, of the floating-point model over `count` batches of images."""
+    """A sample of every activation site among `sites`, of the floating-point model over `count` batches of images.
+
+    `granularities` says which values share a scale where that is not the default.
+    """
     samples = {}
     for site, info in sites.items():
         if not site.is_weight:
-            chosen = granularity_of(info, model, granularity)
+            chosen = (granularities or {}).get(site) or granularity_of(info, model, None)
             samples[site] = ActivationSample(*axis_and_groups(info, chosen), count)
     with torch.no_grad(), intercept(model, trace, {site: sample.update for site, sample in samples.items()}):
         for images in batches:
@@ -89,71 +102,41 @@ def granularity_of(info: SiteInfo, model: nn.Module, granularity: Granularity | 
     return default_granularity(info, model.get_submodule(info.site.module))
 
 
-def make_quantizer(
+def default_scheme(
     model: nn.Module,
     info: SiteInfo,
     bit_width: int,
     *,
     sample: ActivationSample | None,
-    estimator: Estimator,
     granularity: Granularity | None = None,
-    scheme: QuantScheme | None = None,
-) -> Quantizer:
-    """The quantizer of one site at `bit_width`, its scale estimated from the weight or from the activation sample.
+) -> QuantScheme:
+    """The scheme of a site where no plan says otherwise; activations choose sign and offset by their sample."""
+    signed, offset = True, False
+    if not info.site.is_weight:
+        assert sample is not None
+        signed, offset = default_range(info, sample.values.min().item(), sample.values.max().item())
+    chosen = granularity_of(info, model, granularity)
+    return QuantScheme(bit_width=bit_width, signed=signed, offset=offset, granularity=chosen)
 
-    `scheme` fixes sign, offset and granularity (a plan does); else the defaults hold.
+
+def make_quantizer(
+    model: nn.Module, info: SiteInfo, scheme: QuantScheme, *, sample: ActivationSample | None, estimator: Estimator
+) -> Quantizer:
+    """The quantizer of one site, its scale estimated from the weight, or from the activation's sample.
+
+    ValueError if the sample was not taken at the scheme's granularity, InputError for a weight with NaN or Inf.
     """
+    axis, groups = axis_and_groups(info, scheme.granularity)
+    weights = None
     if info.site.is_weight:
-        values, signed, offset = weight_of(model, info), True, False
+        weight = weight_of(model, info)
+        if not torch.isfinite(weight).all():
+            raise InputError(f"{info.site} holds NaN or Inf; it cannot be quantized. Look for other weights.")
+        values = to_groups(weight, axis, groups).transpose(0, 1).reshape(groups, -1)
     else:
         assert sample is not None
-        values = sample.values
-        signed, offset = default_range(info, values.min().item(), values.max().item())
-    if scheme is None:
-        chosen = granularity_of(info, model, granularity)
-        scheme = QuantScheme(bit_width=bit_width, signed=signed, offset=offset, granularity=chosen)
-    axis, groups = axis_and_groups(info, scheme.granularity)
-    if info.site.is_weight:
-        values = to_groups(values, axis, groups).transpose(0, 1).reshape(groups, -1)
-    scale, zero, degenerate = estimate_range(values, scheme, estimator)
+        values, weights = sample.values, sample.weights
+        if len(values) != groups:
+            raise ValueError(f"{info.site} was sampled in {len(values)} groups; {scheme.granularity} has {groups}.")
+    scale, zero, degenerate = estimate_range(values, scheme, estimator, weights)
     return Quantizer(scheme=scheme, scale=scale, offset=zero, axis=axis, groups=groups, degenerate=degenerate)
-
-
-def batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The BatchNorm layers that keep running statistics."""
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
-
-
-@contextmanager
-def batchnorm_reestimated(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
-    """Let BatchNorm take its statistics from `batches` through the model as it now is; the stored ones come back.
-
-    Running mean and variance are averages over batches weighted by their images; all else stays in evaluation mode.
-    Without it the sensitivity of a convolution is mostly that of stale statistics. InputError for a single image.
-    """
-    layers = batchnorms(model)
-    stored = [({k: v.clone() for k, v in m.named_buffers(recurse=False)}, m.momentum, m.training) for m in layers]
-    try:
-        for module in layers:
-            module.reset_running_stats()
-            module.train()
-        seen = 0
-        with torch.no_grad():
-            for images in batches:
-                if len(images) < 2:  # one image alone has no variance at a 1 x 1 map
-                    continue
-                seen += len(images)
-                for module in layers:
-                    module.momentum = len(images) / seen
-                model(images)
-        if layers and not seen:
-            raise InputError("BatchNorm cannot take its statistics from batches of one image; raise --batch-size.")
-        for module in layers:
-            module.eval()
-        yield
-    finally:
-        for module, (buffers, momentum, training) in zip(layers, stored, strict=True):
-            for name, value in buffers.items():
-                getattr(module, name).copy_(value)
-            module.momentum = momentum
-            module.train(training)

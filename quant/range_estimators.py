@@ -13,9 +13,11 @@ ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 DEGENERATE = 1e-6
 """A group whose abs-max is below this share of the tensor's holds no signal that a scale could be fitted to."""
-PERCENTILE = 0.999
-_COARSE = tuple(0.82**i for i in range(1, 16))
+TAIL = 0.0005
+"""Share of the values that `percentile` leaves out at each end."""
+_COARSE = tuple(0.82**i for i in range(1, 25))
 _FINE = tuple(0.82 ** (i / 6) for i in range(-5, 6) if i)
+_OFFSETS = (1.0, 0.5, 0.2, 0.0)  # shares of the minimum: the best offset of GELU's tail is often far inside it
 _ITERATIONS = 25
 _TOLERANCE = 1e-5
 
@@ -28,31 +30,36 @@ class Estimate(NamedTuple):
     degenerate: int
 
 
-def estimate_range(x: Tensor, scheme: QuantScheme, estimator: Estimator) -> Estimate:
+def estimate_range(x: Tensor, scheme: QuantScheme, estimator: Estimator, weights: Tensor | None = None) -> Estimate:
     """The scale and offset of each group of `x`: (groups, values).
 
-    `minmax` covers every value, `percentile` the central 99.9 % of them, `mse` minimises the squared error. One signed
-    bit is binary and has a closed form, mean |x| (Rastegari et al., ECCV 2016, arXiv:1603.05279), whatever the
-    estimator. A degenerate group takes the median scale of the sound ones (all-zero tensors: 1).
+    `minmax` covers every value, `percentile` all but 0.05 % at each end (below 1,000 values a group: all), `mse`
+    minimises the squared error. One signed bit is binary and has a closed form, mean |x| (Rastegari et al., ECCV 2016,
+    arXiv:1603.05279), whatever the estimator. `weights`: (values,), how many values each one stands for. A degenerate
+    group takes the median scale of the sound ones (all-zero tensors: 1).
     """
     x = x.float()
+    w = torch.ones(x.shape[1], device=x.device) if weights is None else weights.to(x)
     if scheme.bit_width == 1 and scheme.signed:
-        scale, offset = x.abs().mean(dim=1), None
+        scale, offset = (x.abs() * w).sum(dim=1) / w.sum(), None
     elif estimator == "mse":
-        scale, offset = _least_squares(x, scheme)
+        scale, offset = _least_squares(x, w, scheme)
     else:
-        low, high = _bounds(x, None if estimator == "minmax" else PERCENTILE)
+        low, high = _bounds(x, w, 0.0 if estimator == "minmax" else TAIL)
         scale, offset = _covering(low, high, scheme)
     return _mend_degenerate(x, scale, offset)
 
 
-def _bounds(x: Tensor, share: float | None) -> tuple[Tensor, Tensor]:
-    if share is None:
+def _bounds(x: Tensor, w: Tensor, tail: float) -> tuple[Tensor, Tensor]:
+    """Values with a share `tail` of the weight below, and above."""
+    if tail == 0:
         return x.amin(dim=1), x.amax(dim=1)
-    ordered = x.sort(dim=1).values
+    ordered, places = x.sort(dim=1)
+    up_to = w.double()[places].cumsum(dim=1)
     last = x.shape[1] - 1
-    tail = round((1 - share) / 2 * last)
-    return ordered[:, tail], ordered[:, last - tail]
+    low = (up_to <= tail * up_to[:, -1:]).sum(dim=1, keepdim=True).clamp(max=last)
+    high = (up_to < (1 - tail) * up_to[:, -1:]).sum(dim=1, keepdim=True).clamp(max=last)
+    return ordered.gather(1, low)[:, 0], ordered.gather(1, high)[:, 0]
 
 
 def _covering(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
@@ -64,27 +71,34 @@ def _covering(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, T
     return high.clamp(min=0) / scheme.quant_max, None
 
 
-def _least_squares(x: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
+def _least_squares(x: Tensor, w: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
     """The best of a coarse and a fine grid of scales, then codes and the straight line through them in turn, by group.
 
-    For fixed codes q the best scale is <x, q> / <q, q>; with an offset, scale and offset are the regression of x on q.
-    The result is never worse than min-max, which is the first point of the grid.
+    For fixed codes q the best scale is <x, q> / <q, q>; with an offset, scale and offset are the regression of x on q,
+    and the search starts from several offsets. The result is never worse than min-max, the first point of the grid.
     """
-    full_scale, offset = _covering(x.amin(dim=1), x.amax(dim=1), scheme)
-    best = _Fit(full_scale, offset, _squared_error(x, full_scale, offset, scheme))
-    for grid in (_COARSE, _FINE):  # fine: at 8 bits the alternation alone stays where it starts
-        centre = best.scale
-        for share in grid:
-            scale = centre * share
-            best = _better(best, _Fit(scale, offset, _squared_error(x, scale, offset, scheme)))
-    scale, offset = best.scale, best.offset
+    full_scale, full_offset = _covering(x.amin(dim=1), x.amax(dim=1), scheme)
+    best = _Fit(full_scale, full_offset, _squared_error(x, w, full_scale, full_offset, scheme))
+    for share in _OFFSETS if full_offset is not None else (1.0,):
+        offset = None if full_offset is None else full_offset * share
+        found = _Fit(full_scale, offset, _squared_error(x, w, full_scale, offset, scheme))
+        for grid in (_COARSE, _FINE):  # fine: at 8 bits the alternation alone stays where it starts
+            centre = found.scale
+            for step in grid:
+                scale = centre * step
+                found = _better(found, _Fit(scale, offset, _squared_error(x, w, scale, offset, scheme)))
+        best = _better(best, _better(found, _alternated(x, w, found, scheme)))
+    return best.scale, best.offset
+
+
+def _alternated(x: Tensor, w: Tensor, fit: "_Fit", scheme: QuantScheme) -> "_Fit":
+    scale, offset = fit.scale, fit.offset
     for _ in range(_ITERATIONS):
         previous = scale
-        scale, offset = _refit(x, scale, offset, scheme)
+        scale, offset = _refit(x, w, scale, offset, scheme)
         if ((scale - previous).abs() <= _TOLERANCE * previous).all():
             break
-    best = _better(best, _Fit(scale, offset, _squared_error(x, scale, offset, scheme)))
-    return best.scale, best.offset
+    return _Fit(scale, offset, _squared_error(x, w, scale, offset, scheme))
 
 
 class _Fit(NamedTuple):
@@ -100,24 +114,28 @@ def _better(old: _Fit, new: _Fit) -> _Fit:
     return _Fit(torch.where(wins, new.scale, old.scale), offset, torch.where(wins, new.error, old.error))
 
 
-def _refit(x: Tensor, scale: Tensor, offset: Tensor | None, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
+def _refit(
+    x: Tensor, w: Tensor, scale: Tensor, offset: Tensor | None, scheme: QuantScheme
+) -> tuple[Tensor, Tensor | None]:
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
     codes = quantize(x[None], safe, offset, scheme.bit_width, scheme.signed)[0]
     if offset is None:
-        power = codes.square().sum(dim=1)
-        fitted = (x * codes).sum(dim=1) / power
+        power = (w * codes.square()).sum(dim=1)
+        fitted = (w * x * codes).sum(dim=1) / power
         return torch.where((power > 0) & (fitted > 0), fitted, scale), None
-    mean_x, mean_code = x.mean(dim=1), codes.mean(dim=1)
-    spread = (codes - mean_code[:, None]).square().sum(dim=1)
-    fitted = ((x - mean_x[:, None]) * (codes - mean_code[:, None])).sum(dim=1) / spread
+    total = w.sum()
+    mean_x, mean_code = (w * x).sum(dim=1) / total, (w * codes).sum(dim=1) / total
+    spread = (w * (codes - mean_code[:, None]).square()).sum(dim=1)
+    fitted = (w * (x - mean_x[:, None]) * (codes - mean_code[:, None])).sum(dim=1) / spread
     sound = (spread > 0) & (fitted > 0)
     fitted = torch.where(sound, fitted, scale)
     return fitted, torch.where(sound, mean_x - fitted * mean_code, offset)
 
 
-def _squared_error(x: Tensor, scale: Tensor, offset: Tensor | None, scheme: QuantScheme) -> Tensor:
+def _squared_error(x: Tensor, w: Tensor, scale: Tensor, offset: Tensor | None, scheme: QuantScheme) -> Tensor:
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (fake_quantize(x[None], safe, offset, scheme.bit_width, scheme.signed)[0] - x).square().sum(dim=1)
+    error = fake_quantize(x[None], safe, offset, scheme.bit_width, scheme.signed)[0] - x
+    return (w * error.square()).sum(dim=1)
 
 
 def _mend_degenerate(x: Tensor, scale: Tensor, offset: Tensor | None) -> Estimate:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 WEIGHT_TENSORS = ("weight", "weight.query", "weight.key", "weight.value")
 ATTENTION_TENSORS = ("query", "key", "value", "attention")
-ACTIVATION_TENSORS = ("input", *ATTENTION_TENSORS)
 ALLOWED_BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
 
@@ -48,7 +47,8 @@ class SiteInfo:
     the batch axis left out where the model splits it (windows): then its leading axis is windows per image times 1.
     `channel_axis` and `head_axis` count in the tensor as it flows (the batch axis included); -1 where there is none.
     `macs` are multiply-accumulates of one image in the matrix product that this site owns: weights own theirs,
-    `query` owns query x key, `attention` owns attention x value; 0 for the others.
+    `query` owns query x key, `attention` owns attention x value; 0 for the others. `numel` and `macs` are over all
+    calls of a module in one forward pass. A site that is `excluded` by the user, or not `quantizable`, still costs.
     """
 
     site: Site
@@ -64,5 +64,6 @@ class SiteInfo:
     macs: int = 0
     edges: tuple[Site, ...] = ()
     quantizable: bool = True
+    excluded: bool = False
     pinned: bool = False
     note: str = ""

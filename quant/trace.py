@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -18,19 +19,18 @@ class Trace:
     """One forward pass of `images` images.
 
     `shapes` has every site that was executed (inputs, outputs, and on attention modules query, key, value,
-    attention), in order of execution, with the shape of its first call. `functional` are linears whose weight is used
-    without calling them; `qkv_parts` maps a fused qkv linear to the rows of its query, key and value, found by
-    comparing its output with the value operand.
+    attention), in order of execution, with the shape of its first call; `elements` counts those of all its calls.
+    `functional` are linears whose weight is used without calling them; `qkv_parts` maps a fused qkv linear to the rows
+    of its query, key and value, found by comparing its output with the operands.
     """
 
     images: int
     shapes: dict[Site, tuple[int, ...]] = field(default_factory=dict)
+    elements: dict[Site, int] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
     attention: dict[str, AttentionForm] = field(default_factory=dict)
     functional: set[str] = field(default_factory=set)
     qkv_parts: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
-    other_outputs: set[str] = field(default_factory=set)
-    """Modules whose first argument or result is no tensor: they cannot be observed there."""
 
 
 @dataclass
@@ -43,6 +43,7 @@ class _Frame:
     linears: dict[str, Tensor] = field(default_factory=dict)
     softmax: tuple[Tensor, Tensor] | None = None
     softmax_after: int = 0
+    attended: bool = False
 
 
 class _Probe(TorchFunctionMode):
@@ -58,9 +59,12 @@ class _Probe(TorchFunctionMode):
 
     def record(self, module: str, tensor: str, x: Any) -> None:
         if isinstance(x, Tensor):
-            self.trace.shapes.setdefault(Site(module, tensor), tuple(x.shape))
-        else:
-            self.trace.other_outputs.add(module)
+            self.record_shape(module, tensor, tuple(x.shape))
+
+    def record_shape(self, module: str, tensor: str, shape: tuple[int, ...]) -> None:
+        site = Site(module, tensor)
+        self.trace.shapes.setdefault(site, shape)
+        self.trace.elements[site] = self.trace.elements.get(site, 0) + prod(shape)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -99,18 +103,18 @@ class _Probe(TorchFunctionMode):
     def _fused(self, frame: _Frame, func: Any, args: Any, kwargs: Any) -> Tensor:
         operands = [args[i] if i < len(args) else kwargs[n] for i, n in enumerate(("query", "key", "value"))]
         query, key, value = operands
-        if frame.name not in self.trace.attention:
-            self.trace.attention[frame.name] = AttentionForm(module=frame.name, fused=True)
-            self._record_attention(frame, query, key, value, (*query.shape[:-1], key.shape[-2]))
+        self.trace.attention.setdefault(frame.name, AttentionForm(module=frame.name, fused=True))
+        self._record_attention(frame, query, key, value, (*query.shape[:-1], key.shape[-2]))
         return func(*args, **kwargs)
 
     def _product(self, frame: _Frame, args: Any, result: Tensor) -> None:
         frame.products.append((args[0], args[1], result))
-        if frame.softmax is None or args[0].shape != frame.softmax[1].shape or frame.name in self.trace.attention:
+        if frame.softmax is None or args[0].shape != frame.softmax[1].shape or frame.attended:
             return
+        frame.attended = True
         score, value_index = frame.softmax_after - 1, len(frame.products) - 1
-        self.trace.attention[frame.name] = AttentionForm(
-            module=frame.name, fused=False, score_matmul=score, value_matmul=value_index
+        self.trace.attention.setdefault(
+            frame.name, AttentionForm(module=frame.name, fused=False, score_matmul=score, value_matmul=value_index)
         )
         query, key_transposed, _ = frame.products[score]
         self._record_attention(frame, query, key_transposed.transpose(-2, -1), args[1], tuple(args[0].shape))
@@ -120,15 +124,20 @@ class _Probe(TorchFunctionMode):
     ) -> None:
         for tensor, x in (("query", query), ("key", key), ("value", value)):
             self.record(frame.name, tensor, x)
-        self.trace.shapes.setdefault(Site(frame.name, "attention"), attention)
+        self.record_shape(frame.name, "attention", attention)
         for name, output in frame.linears.items():
-            parts = _equal_parts_by_head(output, value)
+            parts = _equal_parts_by_head(output, query, key, value)
             if parts:
                 self.trace.qkv_parts[name] = parts
 
 
-def _equal_parts_by_head(output: Tensor, value: Tensor) -> dict[str, tuple[int, int]] | None:
-    """Rows of query, key, value where `output` (batch, tokens, 3 heads d) holds `value` as its last third, by head."""
+def _equal_parts_by_head(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor
+) -> dict[str, tuple[int, int]] | None:
+    """Rows of query, key, value where `output` (batch, tokens, 3 heads d) holds `value` as its last third, by head.
+
+    Query and key may have been normalised or rotated since, so they are only checked not to have changed places.
+    """
     if value.ndim != 4:
         return None
     batch, heads, tokens, d = value.shape
@@ -136,7 +145,7 @@ def _equal_parts_by_head(output: Tensor, value: Tensor) -> dict[str, tuple[int, 
     if output.shape[-1] != 3 * width or output.numel() != batch * tokens * 3 * width:
         return None
     thirds = output.reshape(batch, tokens, 3, heads, d).permute(2, 0, 3, 1, 4)
-    if not torch.equal(thirds[2], value):
+    if not torch.equal(thirds[2], value) or torch.equal(thirds[0], key) or torch.equal(thirds[1], query):
         return None
     return {"query": (0, width), "key": (width, 2 * width), "value": (2 * width, 3 * width)}
 

@@ -35,6 +35,7 @@ def cost_frame(products: Any, numel: dict[str, int], macs: list[int], pinned: tu
                 "heads": 2,
                 "kind": "other",
                 "order": order,
+                "quantizable": True,
                 "pinned": name in pinned,
             }
         )

@@ -28,6 +28,7 @@ def row(
         "heads": heads,
         "kind": "other",
         "order": 0,
+        "quantizable": True,
         "pinned": pinned,
     }
 

@@ -23,7 +23,7 @@ from quant.bit_plan import (
 )
 from quant.errors import InputError
 from quant.scheme import GRANULARITIES
-from quant.site import ACTIVATION_TENSORS, ALLOWED_BIT_WIDTHS, WEIGHT_TENSORS, Site
+from quant.site import ALLOWED_BIT_WIDTHS, ATTENTION_TENSORS, WEIGHT_TENSORS, Site
 
 SCHEMA_FILE = Path(quant.bit_plan.__file__).with_name("bit_plan.schema.json")
 
@@ -54,7 +54,7 @@ json_values = st.recursive(
 sites = st.builds(
     PlannedSite,
     module=st.text(min_size=1, max_size=8),
-    tensor=st.sampled_from(WEIGHT_TENSORS + ACTIVATION_TENSORS),
+    tensor=st.sampled_from((*WEIGHT_TENSORS, "input", *ATTENTION_TENSORS)),
     bit_width=st.sampled_from(ALLOWED_BIT_WIDTHS),
     granularity=st.sampled_from(GRANULARITIES),
     signed=st.booleans(),
@@ -124,7 +124,7 @@ def test_the_published_schema_is_the_one_of_the_code():
     schema = json_schema()
     assert json.loads(SCHEMA_FILE.read_text()) == schema
     jsonschema.Draft202012Validator.check_schema(schema)
-    assert get_args(TensorName) == WEIGHT_TENSORS + ACTIVATION_TENSORS
+    assert get_args(TensorName) == (*WEIGHT_TENSORS, "input", *ATTENTION_TENSORS)
     site = schema["$defs"]["PlannedSite"]["properties"]
     assert site["bit_width"]["enum"] == list(ALLOWED_BIT_WIDTHS)
     assert site["granularity"]["enum"] == list(GRANULARITIES)

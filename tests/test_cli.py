@@ -65,8 +65,10 @@ def test_the_path_leaves_the_tables_of_the_design(finished, name):
     for figure in ("distribution", "sensitivity", "plan"):
         assert (folder / f"{figure}.png").stat().st_size > 5000
     record = json.loads((folder / "run.json").read_text())
-    assert {name: step["status"] for name, step in record["steps"].items()} == {"stats": "done", "sensitivity": "done"}
-    for step in record["steps"].values():
+    assert {name: step["status"] for name, step in record["steps"].items()} == {
+        "stats": "done", "sensitivity": "done", "plan": "done",
+    }  # fmt: skip
+    for step in (record["steps"][name] for name in ("stats", "sensitivity")):
         assert {"command", "options", "inputs", "seed", "versions", "device", "git_commit"} <= set(step)
         assert len(step["inputs"]["images_sha256"]) == 64
     assert record["model"]["typed"] == ("resnet18" if name == "resnet" else "vit_tiny_patch16_224")

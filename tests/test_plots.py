@@ -17,7 +17,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from torch import nn
 
-from analysis.figures import save_figure
+from analysis.panels import figure_files, save_figure
 from analysis.plots import (
     heatmap_size,
     plot_bits,
@@ -217,15 +217,11 @@ def test_saved_figures_are_the_same_bytes_each_time(tmp_path: Path):
     """PNG and SVG, under the name given, without dates or random ids."""
     contents = []
     for _ in range(2):
-        ax = plot_distribution(stats_frame(3))
-        written = save_figure(ax.figure, tmp_path / "weights", lambda path, data: path.write_bytes(data))
-        assert [path.name for path in written] == ["weights.png", "weights.svg"]
-        assert written[0].read_bytes().startswith(b"\x89PNG")
-        contents.append([path.read_bytes() for path in written])
+        figure = plot_distribution(stats_frame(3)).get_figure(root=True)
+        assert figure is not None
+        save_figure(figure, tmp_path / "weights")
+        files = [tmp_path / name for name in figure_files("weights")]
+        assert sorted(tmp_path.iterdir()) == files
+        assert files[0].read_bytes().startswith(b"\x89PNG")
+        contents.append([path.read_bytes() for path in files])
     assert contents[0] == contents[1]
-
-
-def test_only_whole_figures_are_saved(tmp_path: Path):
-    """A part of a figure has no paper of its own."""
-    with pytest.raises(TypeError, match="got a SubFigure"):
-        save_figure(Figure().subfigures(), tmp_path / "part", lambda path, data: path.write_bytes(data))

@@ -95,3 +95,29 @@ def test_a_constant_tensor_gives_a_usable_scale(estimator, value):
         assert torch.isfinite(estimate.scale).all()
         assert (estimate.scale > 0).all()
         torch.testing.assert_close(squared_error(x, estimate, scheme), torch.zeros(1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bit_width", [2, 3, 4])
+def test_an_offset_is_searched_together_with_the_scale(bit_width):
+    """On GELU outputs of small inputs no start of a dense grid of (scale, offset) ends with a much smaller error."""
+    generator = torch.Generator().manual_seed(6)
+    x = torch.nn.functional.gelu(torch.randn(1, 20_000, generator=generator) ** 3 * 0.7 - 0.3)
+    scheme = QuantScheme(bit_width=bit_width, signed=False, offset=True)
+    ours = squared_error(x, estimate_range(x, scheme, "mse"), scheme)
+    best = torch.tensor([float("inf")])
+    for offset in torch.linspace(x.min().item() * 1.2, 0.1, 25):
+        for scale in torch.logspace(-2, 0.5, 60) * x.max() / scheme.quant_max:
+            x_q = fake_quantize(x[None], scale[None], offset[None], bit_width, False)[0]
+            best = torch.minimum(best, (x_q - x).square().sum(dim=1))
+    assert ours <= best * 1.05
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_weights_of_values_are_repetitions(estimator):
+    """A value of weight 3 counts as three of them."""
+    x = torch.randn(1, 300, generator=torch.Generator().manual_seed(7))
+    weights = torch.arange(300) % 3 + 1
+    scheme = QuantScheme(bit_width=3, signed=True)
+    weighted = estimate_range(x, scheme, estimator, weights.float())
+    repeated = estimate_range(x.repeat_interleave(weights, dim=1), scheme, estimator)
+    torch.testing.assert_close(weighted.scale, repeated.scale, rtol=1e-4, atol=0)

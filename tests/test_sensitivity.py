@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from analysis.evaluation import compare_logits, logits_of
 from analysis.sensitivity import SENSITIVITY_COLUMNS, SweepConfig, sensitivity_table, sweep, sweep_keys
 from analysis.sites import find_sites
-from quant.calibrate import batchnorm_reestimated, make_quantizer, observe_activations
+from quant.batchnorm import batchnorm_reestimated
+from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
 from quant.prepare import quantized
 from quant.site import Site
@@ -50,6 +51,12 @@ def opened(name):
     model = model_of(name)
     trace, sites = find_sites(model, IMAGES[:2])
     return model, trace, [info for info in sites if info.quantizable]
+
+
+def quantizer_of(model, info, bit_width, sample=None):
+    """The quantizer of a site with its default scheme."""
+    scheme = default_scheme(model, info, bit_width, sample=sample)
+    return make_quantizer(model, info, scheme, sample=sample, estimator="mse")
 
 
 def rows_of(model, trace, sites, config):
@@ -119,7 +126,7 @@ def test_the_value_part_of_a_fused_qkv_changes_only_its_own_rows():
     """Rows of query and key stay; the scales are one a head, along the rows."""
     model, trace, sites = opened("vit")
     info = next(i for i in sites if i.site == Site("blocks.0.attn.qkv", "weight.value"))
-    quantizer = make_quantizer(model, info, 2, sample=None, estimator="mse")
+    quantizer = quantizer_of(model, info, 2)
     weight = model.blocks[0].attn.qkv.weight.detach().clone()
     with quantized(model, trace, {info.site: info}, {info.site: quantizer}):
         during = model.blocks[0].attn.qkv.weight.detach().clone()
@@ -138,7 +145,7 @@ def test_the_projection_has_one_scale_per_head_along_its_input_columns():
     info = next(i for i in sites if i.site == Site("blocks.0.attn.proj", "weight"))
     with torch.no_grad():
         model.blocks[0].attn.proj.weight[:, 8:16] *= 10
-    quantizer = make_quantizer(model, info, 4, sample=None, estimator="mse")
+    quantizer = quantizer_of(model, info, 4)
     assert quantizer.scale.shape == (4,)
     assert quantizer.scale[1] > 5 * quantizer.scale[[0, 2, 3]].max()
 
@@ -149,7 +156,7 @@ def test_attention_sites_have_at_most_2_to_the_b_codes_in_each_head():
     name = "layers.0.blocks.1.attn"
     chosen = {i.site: i for i in sites if i.site.module == name}
     samples = observe_activations(model, trace, chosen, IMAGES.split(8), count=3)
-    quantizers = {s: make_quantizer(model, i, 3, sample=samples[s], estimator="mse") for s, i in chosen.items()}
+    quantizers = {s: quantizer_of(model, i, 3, samples[s]) for s, i in chosen.items()}
     assert {s.tensor for s in chosen} == {"query", "key", "value", "attention"}
     seen = {}
 
@@ -242,7 +249,7 @@ def test_degenerate_channels_are_noted_and_stay_what_they_are():
         model.layer1[0].conv1.weight[3] = 0
     info = next(i for i in sites if i.site == Site("layer1.0.conv1", "weight"))
     row = rows_of(model, trace, [info], SweepConfig(bit_widths=(4,)))[0]
-    assert row["note"] == "degenerate: 1 of 8 scales borrowed"
+    assert row["note"] == "degenerate: 1 of 8 scales borrowed; rank bands not measured"
     assert math.isfinite(row["sqnr_db"])
 
 

@@ -89,12 +89,15 @@ def test_every_edge_is_told_from_both_sides():
 
 
 def test_include_and_exclude_choose_modules():
-    """Shell patterns over module names; what is left keeps its order."""
+    """Shell patterns over module names mark what they leave out; it is not quantized, and costs all the same."""
     _, all_sites = find_sites(swin(), torch.rand(1, 3, 32, 32))
     _, fewer = find_sites(swin(), torch.rand(1, 3, 32, 32), include=["*attn*"], exclude=["layers.1.*"])
-    assert [i.site for i in fewer] == [
-        i.site for i in all_sites if "attn" in i.site.module and not i.site.module.startswith("layers.1.")
-    ]
+    assert [i.site for i in fewer] == [i.site for i in all_sites]
+    for info in fewer:
+        left_out = "attn" not in info.site.module or info.site.module.startswith("layers.1.")
+        assert info.excluded == left_out
+        assert not (left_out and (info.quantizable or info.pinned))
+    assert list(cost_table(fewer)["macs"]) == list(cost_table(all_sites)["macs"])
 
 
 def test_a_pattern_without_a_match_is_an_error_that_shows_names():
@@ -164,3 +167,45 @@ def test_mobilenet_of_real_weights_keeps_the_padding_of_conv2d_same(shared):
     assert {name: type(module) for name, module in model.named_modules()} == before
     stem = next(i for i in sites if i.site == Site("conv_stem", "output"))
     assert stem.shape == (8, 112, 112)
+
+
+def test_modules_called_twice_cost_twice():
+    """A convolution that runs three times has three times the MACs, as torch counts them."""
+
+    class Thrice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.layer(self.layer(self.layer(x))).mean(dim=(2, 3)))
+
+    images = torch.rand(2, 3, 8, 8)
+    _, sites = find_sites(Thrice(), images)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        Thrice()(images)
+    assert 2 * sum(i.macs for i in sites) * 2 == counter.get_total_flops()
+    assert next(i for i in sites if i.site == Site("layer", "input")).numel == 3 * 3 * 8 * 8
+
+
+def test_tables_of_relative_positions_are_counted_once():
+    """SwinV2 computes its position bias once, whatever the number of images: one image gives torch's total."""
+    model = timm.create_model("swinv2_tiny_window8_256", img_size=32, patch_size=4, window_size=4, embed_dim=24,
+                              depths=(2, 2), num_heads=(2, 4), num_classes=10).eval()  # fmt: skip
+    image = torch.rand(1, 3, 32, 32)
+    _, sites = find_sites(model, image)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(image)
+    assert 2 * sum(i.macs for i in sites) == counter.get_total_flops()
+
+
+def test_a_shared_weight_is_counted_and_quantized_once():
+    """The second of two modules that hold one parameter owns nothing."""
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    _, sites = find_sites(nn.Sequential(first, second), torch.rand(2, 4))
+    weights = [i for i in sites if i.site.is_weight]
+    assert [(i.quantizable, i.numel) for i in weights] == [(True, 16), (False, 0)]
+    assert weights[1].note == "shares its weight with 0"

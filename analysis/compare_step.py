@@ -1,0 +1,38 @@
+"""`qvw compare`: the statistics of several runs side by side, as tables and figures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from analysis import comparison
+from analysis.console import as_text, say
+from analysis.files import write_bytes
+from analysis.panels import depth_figure, save_figure
+from analysis.runs import Run
+from quant.errors import InputError
+
+
+def run_compare(runs: Sequence[Path], out: Path, *, quiet: bool = False) -> None:
+    """Write comparison.csv, and for weights and inputs a figure over depth with its data, into `out`."""
+    if len(runs) < 2:
+        raise InputError("one run was given; name at least two run folders to compare.")
+    loaded: list[comparison.Run] = []
+    for path in runs:
+        run = Run(path)
+        stats, figures = run.read_table("stats"), run.read_json("variation")
+        loaded.append((_unique_name(path, [name for name, _, _ in loaded]), stats, figures))
+    table = comparison.compare(loaded)
+    write_bytes(out / "comparison.csv", table.to_csv(index=False).encode())
+    for tensor in ("weight", "input"):
+        frame = comparison.depth_frame(loaded, tensor=tensor)
+        if frame.empty:
+            continue
+        write_bytes(out / f"depth_{tensor}.csv", frame.to_csv(index=False).encode())
+        save_figure(depth_figure(frame, tensor), out / f"variation_{tensor}")
+    say(as_text(table[["tensor", "measure", *(name for name, _, _ in loaded)]]), quiet=quiet)
+    say(f"comparison.csv (with a sentence on each measure) and figures in {out}", quiet=quiet)
+
+
+def _unique_name(path: Path, taken: Sequence[str]) -> str:
+    """The run folder's name, which the user chose; with its parent's where two are named alike."""
+    path = path.resolve()
+    return path.name if path.name not in taken else f"{path.parent.name}/{path.name}"

@@ -1,0 +1,49 @@
+"""BatchNorm statistics after quantizing: taken anew for a while, then given back."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from quant.errors import InputError
+
+
+def batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The BatchNorm layers that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+
+
+@contextmanager
+def batchnorm_reestimated(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
+    """Let BatchNorm take its statistics from `batches` through the model as it now is; the stored ones come back.
+
+    Running mean and variance are averages over batches weighted by their images; all else stays in evaluation mode.
+    Without it the sensitivity of a convolution is mostly that of stale statistics. InputError for a single image.
+    """
+    layers = batchnorms(model)
+    stored = [({k: v.clone() for k, v in m.named_buffers(recurse=False)}, m.momentum, m.training) for m in layers]
+    try:
+        for module in layers:
+            module.reset_running_stats()
+            module.train()
+        seen = 0
+        with torch.no_grad():
+            for images in batches:
+                if len(images) < 2:  # one image alone has no variance at a 1 x 1 map
+                    continue
+                seen += len(images)
+                for module in layers:
+                    module.momentum = len(images) / seen
+                model(images)
+        if layers and not seen:
+            raise InputError("BatchNorm cannot take its statistics from batches of one image; raise --batch-size.")
+        for module in layers:
+            module.eval()
+        yield
+    finally:
+        for module, (buffers, momentum, training) in zip(layers, stored, strict=True):
+            for name, value in buffers.items():
+                getattr(module, name).copy_(value)
+            module.momentum = momentum
+            module.train(training)
