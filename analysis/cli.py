@@ -1,16 +1,18 @@
 """`qvw`: from a model and images to statistics, sensitivity, a bit plan and its accuracy. One function a command."""
 
+import errno
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from quant.choices import ESTIMATORS, GRANULARITIES, Estimator, Granularity
 from quant.errors import InputError
-from quant.range_estimators import ESTIMATORS, Estimator
-from quant.scheme import GRANULARITIES, Granularity
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,8 +48,8 @@ class _Json(click.ParamType):
             return value
         try:
             parsed = json.loads(value)
-        except json.JSONDecodeError as error:
-            self.fail(f"{value!r} is no JSON: {error}. Write such as '{{\"num_classes\": 10}}'.", param, ctx)
+        except (ValueError, RecursionError) as error:
+            self.fail(f"{str(value)[:80]!r} is no JSON: {error}. Write such as '{{\"num_classes\": 10}}'.", param, ctx)
         if not isinstance(parsed, dict):
             self.fail(f"{value!r} is no JSON object; write such as '{{\"num_classes\": 10}}'.", param, ctx)
         return parsed
@@ -77,7 +79,7 @@ _data_options = _stacked(
     click.option("--data", help="digits, folder:PATH, csv:FILE, or a timm data set (torch/cifar10, hfds/..., wds/...)"),
     click.option("--split", type=click.Choice(["train", "val"]), help="Which images; each command says its default."),
     click.option("--images", type=click.IntRange(min=1), help="How many images, balanced over the classes."),
-    click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True),
+    click.option("--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True),
     click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Decoding processes."),
     click.option("--holdout", type=click.FloatRange(0, 1, max_open=True),
                  help="Share of one-split data that becomes the validation split (0.5); 0: every image serves both."),
@@ -92,7 +94,7 @@ _data_options = _stacked(
 )  # fmt: skip
 _common_options = _stacked(
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps."),
-    click.option("--seed", type=click.IntRange(min=0), help="Choice of images, splits, untrained weights (0)."),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Choice of images, splits, untrained weights (0)."),
     click.option("--overwrite", is_flag=True, help="Start this step anew where the run folder holds other results."),
     click.option("--quiet", is_flag=True, help="No progress bar, no table."),
 )
@@ -260,6 +262,8 @@ def demo(run: Path, quiet: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `qvw`; wrong input ends with exit code 2, an interrupt with 130, a defect with its traceback and 1."""
+    with suppress(ValueError):  # only the main thread may set handlers
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = cli.main(list(arguments) if arguments is not None else None, prog_name="qvw", standalone_mode=False)
     except InputError as error:
@@ -273,7 +277,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("qvw: interrupted. What was computed is kept: the same command goes on from there.", err=True)
         code = 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stdout = None  # or Python complains of the pipe once more at exit
+        code = 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        code = _complain(f"qvw: error: no space left to write ({error.strerror}). Free some and run the command again.")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _complain(message: str) -> int:

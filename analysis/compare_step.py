@@ -8,6 +8,8 @@ from analysis.console import as_text, say
 from analysis.files import write_bytes
 from analysis.panels import depth_figure, save_figure
 from analysis.runs import Run
+from analysis.tensor_stats import STATS_COLUMNS
+from analysis.variation import variation
 from quant.errors import InputError
 
 
@@ -18,8 +20,8 @@ def run_compare(runs: Sequence[Path], out: Path, *, quiet: bool = False) -> None
     loaded: list[comparison.Run] = []
     for path in runs:
         run = Run(path)
-        stats, figures = run.read_table("stats"), run.read_json("variation")
-        loaded.append((_unique_name(path, [name for name, _, _ in loaded]), stats, figures))
+        stats = run.read_table("stats", STATS_COLUMNS)
+        loaded.append((_unique_name(path, [name for name, _, _ in loaded]), stats, variation(stats)))
     table = comparison.compare(loaded)
     write_bytes(out / "comparison.csv", table.to_csv(index=False).encode())
     for tensor in ("weight", "input"):

@@ -6,6 +6,11 @@ import pandas as pd
 
 from quant.site import SiteInfo
 
+COST_COLUMNS = (
+    "module", "tensor", "numel", "elements_per_image", "macs", "edges", "channels", "heads", "kind", "order",
+    "quantizable", "pinned",
+)  # fmt: skip
+
 
 def cost_table(sites: Sequence[SiteInfo]) -> pd.DataFrame:
     """The frame of cost.parquet: one row per weight, input and tensor inside attention, figures of ONE image.
@@ -36,4 +41,4 @@ def cost_table(sites: Sequence[SiteInfo]) -> pd.DataFrame:
                 "pinned": info.pinned,
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(COST_COLUMNS))

@@ -21,6 +21,7 @@ from analysis.evaluation import logits_of, scores
 from analysis.files import write_atomic
 from analysis.models import ModelSource, load_model
 from analysis.plan_step import PlanRequest, run_plan
+from analysis.runs import Run
 from analysis.sensitivity import SweepConfig
 from analysis.sensitivity_step import run_sensitivity
 from analysis.setup import Setup
@@ -58,6 +59,8 @@ RECIPES = (
 def run_demo(path: Path, *, quiet: bool = False) -> None:
     """Everything of the demo in `path`; what an earlier, interrupted call finished is kept."""
     started = time.monotonic()
+    for recipe in RECIPES:
+        Run(path / recipe.name).record  # noqa: B018  # a damaged record is told before any training
     for number, recipe in enumerate(RECIPES):
         _headline(f"{recipe.name}: {number + 1} of {len(RECIPES)}", quiet)
         run = path / recipe.name

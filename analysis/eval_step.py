@@ -21,11 +21,11 @@ from analysis.setup import Opened, Setup, open_run
 from quant.batchnorm import batchnorm_reestimated, batchnorms
 from quant.bit_plan import BitPlan, PlannedSite
 from quant.calibrate import ActivationSample, default_scheme, make_quantizer, observe_activations
+from quant.choices import ALLOWED_BIT_WIDTHS, Estimator
 from quant.errors import InputError
 from quant.prepare import quantized
-from quant.range_estimators import Estimator
 from quant.scheme import QuantScheme
-from quant.site import ALLOWED_BIT_WIDTHS, Site
+from quant.site import Site
 
 VERIFY_COLUMNS = (
     "plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "loss", "loss_se", "top1", "top1_se", "images",
@@ -187,7 +187,9 @@ def _row(kind: str, opened: Opened, sites: Sequence[PlannedSite], logits: Tensor
 def _keep(opened: Opened, row: Mapping[str, Any]) -> None:
     """Add a row to verify.parquet; a row of the same plan and cost takes the place of the older one."""
     path = opened.run.path / "verify.parquet"
-    rows = opened.run.read_table("verify").to_dict("records") if path.exists() else []
+    rows = opened.run.read_table("verify", VERIFY_COLUMNS).to_dict("records") if path.exists() else []
     same = ("plan", "weight_bits", "activation_bits", "size_bytes", "bitops")
-    rows = [old for old in rows if any(old[name] != row[name] for name in same)]
-    opened.run.write_table("verify", pd.DataFrame([*rows, row], columns=list(VERIFY_COLUMNS)))
+    kept = [old for old in rows if any(old[name] != row[name] for name in same)]
+    if len(kept) < len(rows):
+        warn(f"the row takes the place of an earlier one of the same plan in {path}.")
+    opened.run.write_table("verify", pd.DataFrame([*kept, row], columns=list(VERIFY_COLUMNS)))

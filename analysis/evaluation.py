@@ -12,13 +12,19 @@ from quant.errors import InputError
 
 def logits_of(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Logits (images, classes), float32 on the CPU, and labels of the batches of (images, labels)."""
-    rows, labels = [], []
+    rows: list[Tensor] = []
+    labels: list[Tensor] = []
     with torch.inference_mode():
         for images, batch_labels in batches:
             output = model(images)
             if not isinstance(output, Tensor) or output.ndim != 2:
                 what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
                 raise InputError(f"the model returned {what}; expected logits of shape (images, classes).")
+            if not torch.isfinite(output).all():
+                image = sum(len(part) for part in labels) + int((~torch.isfinite(output)).any(dim=1).nonzero()[0])
+                raise InputError(f"the logits of image {image} hold NaN or Inf. `qvw stats` says where they arise.")
+            if len(output) != len(batch_labels):
+                raise InputError(f"the model returned {len(output)} rows for {len(batch_labels)} images.")
             rows.append(output.float().cpu())
             labels.append(batch_labels)
     return torch.cat(rows), torch.cat(labels)

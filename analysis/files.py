@@ -21,6 +21,8 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
     permission raises InputError. The temporary name has the suffix of `path`, by which some writers choose a format.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no regular file. Choose another name.")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -170,17 +170,20 @@ def _list_csv(path: Path, config: InputConfig, *, named: bool) -> Listing:
             f"{path} has the columns {', '.join(header) or 'none'}; expected `file` and `class_index` or `label`."
         )
     table = [dict(zip(header, row, strict=False)) for row in rows if row]
+    short = next((i for i, row in enumerate(table) if not row.get("file")), None)
+    if short is not None:
+        raise InputError(f"{path}: row {short + 2} names no file. Fill it in or remove the row.")
     names = [row["file"] for row in table]
     column = next((c for c in (("label", "class_index") if named else ("class_index", "label")) if c in header), None)
     if column is None:
         return _list_files(path.parent, names, np.full(len(names), -1), None, config, one_split=True)
     values = [row.get(column, "").strip() for row in table]
-    if column == "label" and (named or not all(value.isdecimal() for value in values)):
+    if column == "label" and (named or not all(value.isdecimal() and len(value) < 10 for value in values)):
         classes = dict(enumerate(sorted(set(values), key=natural_key)))
         index = {name: label for label, name in classes.items()}
         labels = np.array([index[value] for value in values])
         return _list_files(path.parent, names, labels, classes, config, one_split=True)
-    wrong = next((i for i, value in enumerate(values) if not value.isdecimal()), None)
+    wrong = next((i for i, value in enumerate(values) if not (value.isdecimal() and len(value) < 10)), None)
     if wrong is not None:
         raise InputError(f"{path}: {column} of {names[wrong]!r} is {values[wrong]!r}, expected a whole number from 0.")
     labels = np.array([int(value) for value in values], dtype=np.int64)

@@ -5,7 +5,7 @@ import hashlib
 import importlib.util
 import inspect
 import logging
-import pickle
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -116,12 +115,10 @@ def _timm_model(source: ModelSource) -> nn.Module:
                 f"The pretrained weights of {source.model} could not be had: no network, or unknown "
                 f"({_one_line(error)}). Fetch them elsewhere and give `--weights FILE.safetensors`."
             ) from error
-        if source.kwargs:
-            raise InputError(
-                f"{source.model} cannot be built with `--model-kwargs` {dict(source.kwargs)}: "
-                f"{type(error).__name__}: {_one_line(error)}."
-            ) from error
-        raise
+        given = f" with `--model-kwargs` {dict(source.kwargs)}" if source.kwargs else ""
+        raise InputError(
+            f"{source.model} cannot be built{given}: {type(error).__name__}: {_one_line(error)}."
+        ) from error
 
 
 def _factory_model(source: ModelSource, path: Path, function: str) -> nn.Module:
@@ -229,7 +226,9 @@ def _read_weights(path: Path) -> Mapping[str, object]:
             if isinstance(loaded, Mapping):
                 return loaded
             raise InputError(f"{path} holds a {type(loaded).__name__}, not a state_dict.")
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # damaged files raise whatever their reader stumbles over
         raise InputError(
             f"{path} cannot be read ({_one_line(error)}): cut short, or not a {path.suffix} file. Fetch it again."
         ) from error
@@ -250,11 +249,13 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def _importable_from(folder: Path) -> Iterator[None]:
-    """Let the user's file import its neighbours."""
+    """Let the user's file import its neighbours, and change the working directory if it must."""
     sys.path.insert(0, str(folder))
+    working = Path.cwd()
     try:
         yield
     finally:
+        os.chdir(working)  # relative paths of the command stay what they were
         sys.path.remove(str(folder))
 
 

@@ -12,8 +12,9 @@ import pandas as pd
 from scipy.optimize import isotonic_regression
 
 from analysis import accounting
+from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
-from quant.site import ALLOWED_BIT_WIDTHS, Site
+from quant.site import Site
 
 _PINNED_BITS = 8  # of the first convolution or patch embedding and the classifier, in layout `paper`
 

@@ -14,12 +14,13 @@ from pydantic import TypeAdapter
 
 from analysis.comparison import bits_frame
 from analysis.console import say
+from analysis.cost import COST_COLUMNS
 from analysis.files import write_bytes
 from analysis.panels import bits_figure, figure_files, save_figure
 from analysis.plan_options import apply_pins, isotonic, layout_pins, tied_sites
 from analysis.planner import PlanSolution, plan_bits
 from analysis.runs import Run
-from analysis.sensitivity import preferred_rows
+from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
 from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
 from quant.errors import InputError
 from quant.site import Site
@@ -69,7 +70,8 @@ class PlanRequest:
 def run_plan(path: Path, request: PlanRequest) -> None:
     """Plan bits for the sites of a run's sensitivity.parquet and write the plan file with its figure."""
     run, budget = Run(path), request.budget
-    table, cost, model = run.read_table("sensitivity"), run.read_table("cost"), run.record.model
+    table, cost = run.read_table("sensitivity", SENSITIVITY_COLUMNS), run.read_table("cost", COST_COLUMNS)
+    model = run.record.model
     if model is None:
         raise InputError(f"{path}/run.json names no model; make the run with `qvw sensitivity`.")
     rows = preferred_rows(table)

@@ -15,7 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
-from quant.site import ALLOWED_BIT_WIDTHS, ATTENTION_TENSORS, WEIGHT_TENSORS
+from quant.choices import ALLOWED_BIT_WIDTHS
+from quant.site import ATTENTION_TENSORS, WEIGHT_TENSORS
 
 COLUMN, PAGE = 3.3, 6.8  # inches: widths of one column and of a page
 STYLE: dict[Any, Any] = {

@@ -174,17 +174,17 @@ class Run:
         """Write NAME.parquet."""
         write_atomic(self.path / f"{name}.parquet", lambda path: frame.to_parquet(path, index=False))
 
-    def has_table(self, name: str) -> bool:
-        """Whether there is a NAME.parquet."""
-        return (self.path / f"{name}.parquet").is_file()
-
-    def read_table(self, name: str) -> pd.DataFrame:
-        """The table of NAME.parquet; raises InputError where it is missing or unreadable."""
+    def read_table(self, name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
+        """The table of NAME.parquet; raises InputError where it is missing, unreadable, or lacks one of `columns`."""
         path = self._existing(f"{name}.parquet")
         try:
-            return pd.read_parquet(path)
+            table = pd.read_parquet(path)
         except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-            raise InputError(f"{path} cannot be read: {_first_line(error)}. Make it anew: {_maker(name)}.") from error
+            raise InputError(f"{path} cannot be read: {_first_line(error)}. {_remedy(name)}") from error
+        missing = [column for column in columns if column not in table]
+        if missing:
+            raise InputError(f"{path} lacks the column {missing[0]!r}: it is of another program. {_remedy(name)}")
+        return table
 
     def write_json(self, name: str, value: Any) -> None:
         """Write NAME.json, indented, keys in the order given."""
@@ -197,11 +197,9 @@ class Run:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path} is not JSON: line {error.lineno}: {error.msg}. Mend it, or make it anew: {_maker(name)}."
-            ) from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} cannot be read: {_first_line(error)}. Make it anew: {_maker(name)}.") from error
+            raise InputError(f"{path} is not JSON: line {error.lineno}: {error.msg}. {_remedy(name)}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path} cannot be read: {_first_line(error)}. {_remedy(name)}") from error
 
     def _existing(self, file: str) -> Path:
         path = self.path / file
@@ -236,7 +234,7 @@ class Run:
     def _remove(self, files: Sequence[str]) -> None:
         for file in files:
             path = self.path / file
-            if not path.resolve().is_relative_to(self.path.resolve()):  # run.json may have been edited
+            if self.path.resolve() not in path.resolve().parents:  # run.json may have been edited
                 raise InputError(
                     f"{self.path / 'run.json'} names {file!r}, which lies outside the run folder. Mend it."
                 )
@@ -257,6 +255,13 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
     """The value as JSON reads it back."""
     return json.loads(json.dumps(dict(value), default=json_scalar))
+
+
+def _remedy(name: str) -> str:
+    """What to do about a damaged file of the run folder."""
+    if name == "run":
+        return "Mend it, or choose another `--run`."
+    return f"Make it anew: {_maker(name)} with --overwrite."
 
 
 def _maker(name: str) -> str:

@@ -13,11 +13,10 @@ from analysis.evaluation import compare_logits, logits_of
 from analysis.noise import MeasuredQuantizer, Noise, output_noise
 from quant.batchnorm import batchnorm_reestimated, batchnorms
 from quant.calibrate import default_scheme, granularity_of, make_quantizer, observe_activations
+from quant.choices import Estimator, Granularity
 from quant.intercept import intercept
 from quant.prepare import quantized
 from quant.quantizer import Quantizer
-from quant.range_estimators import Estimator
-from quant.scheme import Granularity
 from quant.site import Site, SiteInfo
 from quant.trace import Trace
 

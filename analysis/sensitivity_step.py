@@ -9,11 +9,19 @@ from analysis.console import as_text, progress, say
 from analysis.cost import cost_table
 from analysis.files import RowLog
 from analysis.panels import figure_files, save_figure, sensitivity_figure
-from analysis.sensitivity import SweepConfig, preferred_rows, row_key, sensitivity_table, sweep, sweep_keys
+from analysis.sensitivity import (
+    SENSITIVITY_COLUMNS,
+    SweepConfig,
+    preferred_rows,
+    row_key,
+    sensitivity_table,
+    sweep,
+    sweep_keys,
+)
 from analysis.setup import Opened, Setup, open_run
 from analysis.sites import select_sites
+from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
-from quant.site import ALLOWED_BIT_WIDTHS
 
 IMAGES = 256
 LOG = "sensitivity.partial.jsonl"
@@ -56,8 +64,11 @@ def run_sensitivity(setup: Setup, config: SweepConfig, *, tensors: Sequence[str]
 def _finished(opened: Opened, log: RowLog) -> list[dict]:
     """Rows of the table and of a sweep that was stopped; a row in both is the same measurement."""
     table = opened.run.path / "sensitivity.parquet"
-    written = opened.run.read_table("sensitivity").to_dict("records") if table.exists() else []
-    return [*written, *log.read()]
+    written = opened.run.read_table("sensitivity", SENSITIVITY_COLUMNS).to_dict("records") if table.exists() else []
+    rows = [*written, *log.read()]
+    if not all(isinstance(row, dict) and set(SENSITIVITY_COLUMNS) <= set(row) for row in rows):
+        raise InputError(f"{log.path} is damaged. Start the step anew with --overwrite.")
+    return rows
 
 
 def _summary(rows: pd.DataFrame, value: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from analysis.console import progress, warn
@@ -145,6 +145,8 @@ def open_run(setup: Setup, *, needs_data: bool) -> Opened:
     """
     run = Run(setup.run)
     known = run.record.model
+    if setup.model is None and (setup.pretrained or setup.weights is not None or setup.model_kwargs is not None):
+        raise InputError("--pretrained, --weights and --model-kwargs need MODEL before them: name the model too.")
     if setup.model is not None:
         weights = None if setup.weights is None else str(setup.weights.resolve())
         source = ModelSource(
@@ -184,12 +186,21 @@ def _completed(setup: Setup, run: Run) -> Setup:
     record = run.record
     if setup.data is None and record.data:
         given = {name: getattr(setup, name) for name in REMEMBERED if getattr(setup, name) is not None}
-        setup = Setup.of(asdict(setup) | record.data | given)
+        try:
+            setup = Setup.of(asdict(setup) | {name: record.data.get(name) for name in REMEMBERED} | given)
+        except ValidationError as error:
+            raise InputError(
+                f"{run.path / 'run.json'} holds data options that cannot be used ({error.errors()[0]['loc'][0]}). "
+                "Mend the file, or choose another --run."
+            ) from error
     if setup.model is None and record.steps and not (setup.include or setup.exclude):
         last = list(record.steps.values())[-1].inputs
         setup = replace(setup, include=tuple(last.get("include", ())), exclude=tuple(last.get("exclude", ())))
     return replace(
-        setup, data=_absolute(setup.data), seed=0 if setup.seed is None else setup.seed,
+        setup, data=_absolute(setup.data),
+        class_map=None if setup.class_map is None else setup.class_map.resolve(),
+        data_root=None if setup.data_root is None else setup.data_root.resolve(),
+        seed=0 if setup.seed is None else setup.seed,
         holdout=0.5 if setup.holdout is None else setup.holdout,
     )  # fmt: skip
 
@@ -217,8 +228,8 @@ def _input_config(model: nn.Module, setup: Setup) -> InputConfig:
 def _place(model: nn.Module, device: str) -> None:
     try:
         model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # torch raises by device: RuntimeError, AssertionError, NotImplementedError
+        reason = _first_line(error)
         raise InputError(f"device {device!r} cannot be used: {reason}. Try --device cpu.") from error
 
 
@@ -227,19 +238,30 @@ def _traced(model: nn.Module, setup: Setup, name: str, config: InputConfig) -> t
 
     One image, so that tensors with no batch axis (tables of relative positions) are counted once.
     """
-    image = torch.rand(1, *config.input_size, generator=torch.Generator().manual_seed(0)).to(setup.device)
     try:
+        image = torch.rand(1, *config.input_size, generator=torch.Generator().manual_seed(0)).to(setup.device)
+        with torch.inference_mode():
+            first, second = model(image), model(image)
+        if isinstance(first, Tensor) and not torch.allclose(first, second, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise InputError(
+                f"{name} gives two answers to the same image: its forward pass is random, or changes the model. "
+                "Switch dropout and noise off in evaluation mode."
+            )
         return find_sites(
             model, image, include=setup.include, exclude=setup.exclude, classifier=classifier_names(model)
         )
     except InputError:
         raise
     except Exception as error:  # the model is the user's: whatever its forward raises is told
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = _first_line(error)
         raise InputError(
             f"{name} does not take images of size {config.input_size}: {reason} "
             "Give --input-size, or the constructor's arguments by --model-kwargs."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _jsonable(value: Any) -> Any:

@@ -47,6 +47,8 @@ def find_sites(
         if not any(fnmatchcase(name, pattern) for name in modules):
             raise InputError(f"no module matches {pattern!r}; the layers are named such as {_examples(modules)}.")
     executed = [m for (m, tensor) in trace.shapes if tensor == "input" and is_layer(modules[m])]
+    if not executed:
+        raise InputError("the model runs no convolution and no linear: there is nothing to quantize.")
     heads = set(classifier) or set(executed[-1:])
     kinds = {name: module_kind(name, module, trace, heads, modules) for name, module in modules.items()}
     first = executed[0] if executed else None

@@ -7,6 +7,7 @@ from analysis.panels import distribution_figure, figure_files, save_figure
 from analysis.setup import Setup, open_run
 from analysis.tensor_stats import collect_stats
 from analysis.variation import variation
+from quant.errors import InputError
 
 IMAGES = 2000
 FILES = ("stats.parquet", "channels.parquet", "histograms.parquet", "variation.json", *figure_files("distribution"))
@@ -18,6 +19,8 @@ def run_stats(setup: Setup) -> None:
     run, quiet, data = opened.run, setup.quiet, None
     if opened.setup.data is not None:
         data = opened.images(setup.split or "train", setup.images, at_most=IMAGES)
+    if not any(info.site.tensor == "input" and not info.excluded for info in opened.sites):
+        raise InputError("no convolution or linear is left to describe; see --include and --exclude.")
     if setup.overwrite or not run.is_done("stats", opened.inputs(data)):
         with opened.step("stats", data, FILES, {}):
             batches = None if data is None else (images for images, _ in opened.stream(data, "statistics"))

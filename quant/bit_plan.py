@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
+from quant.choices import ALLOWED_BIT_WIDTHS, Granularity
 from quant.errors import InputError
-from quant.scheme import Granularity, QuantScheme
-from quant.site import ALLOWED_BIT_WIDTHS, Site
+from quant.scheme import QuantScheme
+from quant.site import Site
 
 FORMAT: Literal["qvw-bit-plan"] = "qvw-bit-plan"
 VERSION: Literal[1] = 1

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from quant.choices import Estimator, Granularity
 from quant.errors import InputError
 from quant.functional import to_groups
 from quant.intercept import intercept
 from quant.prepare import weight_of
 from quant.quantizer import Quantizer
-from quant.range_estimators import Estimator, estimate_range
-from quant.scheme import Granularity, QuantScheme, axis_and_groups, default_granularity, default_range
+from quant.range_estimators import estimate_range
+from quant.scheme import QuantScheme, axis_and_groups, default_granularity, default_range
 from quant.site import Site, SiteInfo
 from quant.trace import Trace
 

@@ -1,15 +1,13 @@
 """The first scale (and offset) of a quantizer, from data: min-max, percentile, least squares."""
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from quant.choices import Estimator
 from quant.functional import fake_quantize, quantize
 from quant.scheme import QuantScheme
-
-Estimator = Literal["mse", "minmax", "percentile"]
-ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 
 DEGENERATE = 1e-6
 """A group whose abs-max is below this share of the tensor's holds no signal that a scale could be fitted to."""

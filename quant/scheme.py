@@ -1,16 +1,13 @@
 """The scheme of one quantized tensor, and the default scheme of each site."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from torch import nn
 
+from quant.choices import ALLOWED_BIT_WIDTHS, GRANULARITIES, Granularity
 from quant.errors import InputError
 from quant.functional import quant_range
-from quant.site import ALLOWED_BIT_WIDTHS, SiteInfo
-
-Granularity = Literal["per_tensor", "per_channel", "per_head"]
-GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+from quant.site import SiteInfo
 
 OFFSET_LIMIT = -0.1
 """A minimum above this share of the maximum is a tail (GELU, Swish): unsigned with an offset, not signed."""

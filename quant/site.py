@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 WEIGHT_TENSORS = ("weight", "weight.query", "weight.key", "weight.value")
 ATTENTION_TENSORS = ("query", "key", "value", "attention")
-ALLOWED_BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
 
 class Site(NamedTuple):

@@ -21,9 +21,9 @@ from quant.bit_plan import (
     TensorName,
     json_schema,
 )
+from quant.choices import ALLOWED_BIT_WIDTHS, GRANULARITIES
 from quant.errors import InputError
-from quant.scheme import GRANULARITIES
-from quant.site import ALLOWED_BIT_WIDTHS, ATTENTION_TENSORS, WEIGHT_TENSORS, Site
+from quant.site import ATTENTION_TENSORS, WEIGHT_TENSORS, Site
 
 SCHEMA_FILE = Path(quant.bit_plan.__file__).with_name("bit_plan.schema.json")
 

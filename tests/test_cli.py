@@ -184,16 +184,28 @@ WRONG = {
     "no choice in eval": (["eval", *MODEL, *DATA, "--run", "RUN"], "--plan FILE, --uniform wXaY and --float"),
     "uniform that is not understood": (["eval", *MODEL, *DATA, "--uniform", "4bit", "--run", "RUN"], "'4bit'.*w4a4"),
     "one run to compare": (["compare", "RUN", "--out", "OUT"], "at least two"),
+    "weights without a model": (["stats", "--weights", "w.safetensors", "--run", "RUN"], "name the model"),
+    "an objective that is none": (["plan", "--weight-bits", "4", "--objective", "sqnr_db", "--run", "FINISHED"],
+                                  "'sqnr_db' is unknown.*kl"),
+    "a budget that is no number": (["plan", "--size-mib", "nan", "--run", "FINISHED"], "--size-mib"),
+    "a pin that is not understood": (["plan", "--weight-bits", "4", "--pin", "fc", "--run", "FINISHED"], "PATTERN=BITS"),
+    "nothing left": (["stats", *MODEL, "--exclude", "*", "--run", "RUN"], "nothing|no convolution or linear is left"),
+    "a tensor that is none": (["sensitivity", *MODEL, *DATA, "--tensors", "bias", "--run", "RUN"], "'bias' is unknown"),
     "a model that takes other channels": (["stats", "resnet18", *DATA, "--run", "RUN"], r"1, 32, 32|in_chans|channels"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", sorted(WRONG))
-def test_wrong_input_is_one_clear_message_and_exit_code_2(case, tmp_path, capfd):
+def test_wrong_input_is_one_clear_message_and_exit_code_2(case, tmp_path, finished, capfd):
     """Standard error has one or two lines that name what came; no traceback, and no results are left behind."""
     arguments, message = WRONG[case]
     (tmp_path / "EMPTY").mkdir()
-    replacements = {"RUN": tmp_path / "run", "OUT": tmp_path / "out", "folder:EMPTY": f"folder:{tmp_path / 'EMPTY'}"}
+    replacements = {
+        "FINISHED": finished / "resnet",
+        "RUN": tmp_path / "run",
+        "OUT": tmp_path / "out",
+        "folder:EMPTY": f"folder:{tmp_path / 'EMPTY'}",
+    }
     for change in ("nan", "shape", "cut"):
         if change in arguments:
             replacements[change] = broken_weights(tmp_path, change)
@@ -329,3 +341,107 @@ def test_no_space_left_is_told_and_keeps_earlier_results(run, monkeypatch, capfd
     assert (
         len(RowLog(run / "sensitivity.partial.jsonl").read()) == len(pd.read_parquet(run / "sensitivity.parquet")) / 2
     )
+
+
+ODD_MODELS = """
+import timm, torch
+from torch import nn
+
+def net():
+    return timm.create_model("resnet18", layers=[1, 1, 1, 1], num_classes=10, in_chans=1, stem_width=8,
+                             channels=[8, 8, 16, 16], zero_init_last=False)
+
+class Random(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+    def forward(self, x):
+        return self.net(x) + torch.randn(())
+
+class Pair(Random):
+    def forward(self, x):
+        return self.net(x), x
+
+class NotANumber(Random):
+    def forward(self, x):
+        return self.net(x) / 0 * 0
+
+class Raises(Random):
+    def forward(self, x):
+        assert x.shape[1] == 7
+
+class Nothing(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :10]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("Random", "two answers to the same image"), ("Pair", "expected logits"), ("NotANumber", "NaN or Inf"),
+     ("Raises", "does not take images of size"), ("Nothing", "no convolution and no linear")],
+)  # fmt: skip
+def test_models_that_cannot_be_measured_are_told(name, message, tmp_path, capfd):
+    """A random forward, a tuple, NaN logits, a failing assertion, no layer at all: exit code 2 and the reason."""
+    (tmp_path / "odd.py").write_text(ODD_MODELS)
+    arguments = [f"{tmp_path / 'odd.py'}:{name}", *DATA, *SWEEP, "--mean", "0.5", "--std", "0.5"]
+    assert qvw("sensitivity", *arguments, "--run", tmp_path / "run") == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) <= 2
+
+
+def test_a_wrong_data_string_is_not_remembered(run, capfd):
+    """What cannot be read must not take the place of what could."""
+    before = (run / "run.json").read_bytes()
+    assert qvw("stats", "--run", run, "--data", "folder:/no/such/folder", *GREY, "--input-size", "1,32,32") == 2
+    assert (run / "run.json").read_bytes() == before
+    assert "/no/such/folder" in capfd.readouterr().err
+
+
+def test_a_kill_before_the_log_is_removed_doubles_nothing(run):
+    """Rows that are in the table and in the partial log are the same measurement."""
+    table = pd.read_parquet(run / "sensitivity.parquet")
+    RowLog(run / "sensitivity.partial.jsonl").append(table.to_dict("records"))
+    assert qvw("sensitivity", "--run", run, *DATA[2:], "--images", 48, "--bits", "2,8", "--bn", "stored") == 0
+    assert pd.read_parquet(run / "sensitivity.parquet").equals(table)
+    assert not (run / "sensitivity.partial.jsonl").exists()
+
+
+def test_a_missing_figure_or_cost_table_is_made_again(run):
+    """A sweep that finds its rows finished still leaves every file that it promises."""
+    for name in ("cost.parquet", "sensitivity.png"):
+        (run / name).unlink()
+    assert qvw("sensitivity", "--run", run, *DATA[2:], "--images", 48, "--bits", "2,8", "--bn", "stored") == 0
+    assert (run / "cost.parquet").exists()
+    assert (run / "sensitivity.png").exists()
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_head"])
+def test_a_plan_may_choose_another_granularity(finished, tmp_path, granularity):
+    """The activation is sampled in the groups of the plan, and the scales are counted."""
+    run = shutil.copytree(finished / "vit", tmp_path / "vit")
+    plan = json.loads((run / "plan.json").read_text())
+    for site in plan["sites"]:
+        if site["tensor"] == "query":
+            site["granularity"] = granularity
+    (tmp_path / "p.json").write_text(json.dumps(plan))
+    common = ["--run", run, "--images", 32, "--calibration-images", 32, *DATA[2:]]
+    assert qvw("eval", *common, "--plan", tmp_path / "p.json") == 0
+    bytes_now = pd.read_parquet(run / "verify.parquet")["size_bytes"].iloc[0]
+    fewer_scales = 2 * (4 - 1) * 4 if granularity == "per_tensor" else 0
+    assert bytes_now == plan["totals"]["size_bytes"] - fewer_scales
+
+
+def test_options_of_a_step_are_recorded(run):
+    """run.json alone can repeat an evaluation: estimator, BatchNorm and images of the calibration are there."""
+    arguments = ["--run", run, "--images", 32, "--uniform", "w4a8", "--estimator", "minmax", "--calibration-images", 40]
+    assert qvw("eval", *arguments, *DATA[2:]) == 0
+    options = json.loads((run / "run.json").read_text())["steps"]["eval"]["options"]
+    assert (options["uniform"], options["estimator"], options["calibration_images"]) == ("w4a8", "minmax", "40")
+
+
+def test_seed_and_holdout_may_be_given_as_their_default(run):
+    """A value that equals the default is still what the user said."""
+    assert qvw("eval", "--run", run, "--float", "--images", 32, "--seed", 3, *DATA[2:]) == 0
+    assert qvw("eval", "--run", run, "--float", "--images", 32, "--seed", 0, *DATA[2:]) == 2

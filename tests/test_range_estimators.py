@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quant.choices import ESTIMATORS
 from quant.functional import fake_quantize
-from quant.range_estimators import ESTIMATORS, estimate_range
+from quant.range_estimators import estimate_range
 from quant.scheme import QuantScheme
 
 
