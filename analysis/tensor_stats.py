@@ -65,7 +65,7 @@ def collect_stats(
 
 
 def _axis_and_groups(info: SiteInfo) -> tuple[int, int]:
-    """Heads for the sites inside attention and the weights that belong to heads by rows, else channels."""
+    """Heads for the sites inside attention, else channels."""
     if info.site.is_attention:
         return (info.head_axis, info.heads) if info.heads else (0, 1)
     return (info.channel_axis, info.channels) if info.channels else (0, 1)
