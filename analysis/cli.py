@@ -1,103 +1,18 @@
 """`qvw`: from a model and images to statistics, sensitivity, a bit plan and its accuracy. One function a command."""
 
 import errno
-import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from analysis.options import ListOf, common_options, data_options, model_options, quiet_option, run_option
 from quant.choices import ESTIMATORS, GRANULARITIES, Estimator, Granularity
 from quant.errors import InputError
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class _List(click.ParamType):
-    """A comma-separated list of one type, such as `2,3,4,8`."""
-
-    def __init__(self, kind: type, length: int | None = None) -> None:
-        self.kind, self.length = kind, length
-        self.name = "LIST"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        try:
-            items = tuple(self.kind(part.strip()) for part in str(value).split(","))
-        except ValueError:
-            self.fail(
-                f"{value!r} is no comma-separated list of {self.kind.__name__} values, such as 2,3,4.", param, ctx
-            )
-        if self.length is not None and len(items) != self.length:
-            self.fail(f"{value!r} has {len(items)} values, expected {self.length}.", param, ctx)
-        return items
-
-
-class _Json(click.ParamType):
-    """A JSON object."""
-
-    name = "JSON"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, dict):
-            return value
-        try:
-            parsed = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            self.fail(f"{str(value)[:80]!r} is no JSON: {error}. Write such as '{{\"num_classes\": 10}}'.", param, ctx)
-        if not isinstance(parsed, dict):
-            self.fail(f"{value!r} is no JSON object; write such as '{{\"num_classes\": 10}}'.", param, ctx)
-        return parsed
-
-
-def _stacked(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    def decorate(function: F) -> F:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
-_run = click.option(
-    "--run", type=click.Path(file_okay=False, path_type=Path), required=True, help="The run folder; made if missing."
-)
-_model_options = _stacked(
-    click.argument("model", required=False),
-    click.option("--pretrained", is_flag=True, help="timm's published weights (needs a network or a cache)."),
-    click.option("--weights", type=click.Path(path_type=Path), help="Weights: .safetensors, or .pt without code."),
-    click.option("--model-kwargs", type=_Json(), help="Arguments of the model's constructor, as JSON."),
-    click.option("--include", multiple=True, metavar="PATTERN", help="Only modules that match; may be repeated."),
-    click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out modules that match; may be repeated."),
-)
-_data_options = _stacked(
-    click.option("--data", help="digits, folder:PATH, csv:FILE, or a timm data set (torch/cifar10, hfds/..., wds/...)"),
-    click.option("--split", type=click.Choice(["train", "val"]), help="Which images; each command says its default."),
-    click.option("--images", type=click.IntRange(min=1), help="How many images, balanced over the classes."),
-    click.option("--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True),
-    click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Decoding processes."),
-    click.option("--holdout", type=click.FloatRange(0, 1, max_open=True),
-                 help="Share of one-split data that becomes the validation split (0.5); 0: every image serves both."),
-    click.option("--class-map", type=click.Path(path_type=Path), help="Lines `class` or `class,index`, where the "
-                 "folders are a subset of the head's classes."),
-    click.option("--data-root", type=click.Path(path_type=Path), help="Where a timm data set lies."),
-    click.option("--mean", type=_List(float), help="Normalisation, where the model does not say: 0.49,0.48,0.45."),
-    click.option("--std", type=_List(float), help="Normalisation, where the model does not say."),
-    click.option("--input-size", type=_List(int, 3), help="Channels, height, width: 3,32,32."),
-    click.option("--crop-pct", type=click.FloatRange(0, 1, min_open=True), help="Centre crop share after resizing."),
-    click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and count them."),
-)  # fmt: skip
-_common_options = _stacked(
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps."),
-    click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Choice of images, splits, untrained weights (0)."),
-    click.option("--overwrite", is_flag=True, help="Start this step anew where the run folder holds other results."),
-    click.option("--quiet", is_flag=True, help="No progress bar, no table."),
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -120,7 +35,7 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(short_help="Names of timm models.")
 @click.argument("pattern", required=False)
 def models(pattern: str | None) -> None:
     """Names of timm models that can be used; PATTERN is a part of the name, or has * in it."""
@@ -134,11 +49,11 @@ def models(pattern: str | None) -> None:
     click.echo("\n".join(names))
 
 
-@cli.command()
-@_model_options
-@_data_options
-@_run
-@_common_options
+@cli.command(short_help="Variance, kurtosis, outliers of every tensor.")
+@model_options
+@data_options
+@run_option
+@common_options
 def stats(**options: Any) -> None:
     """Variance, kurtosis, outliers, quantiles of every weight, and with --data of every activation.
 
@@ -150,13 +65,13 @@ def stats(**options: Any) -> None:
     run_stats(Setup.of(options))
 
 
-@cli.command()
-@_model_options
-@_data_options
-@_run
-@_common_options
-@click.option("--bits", type=_List(int), default="2,3,4,8", show_default=True, help="Bit-widths: 1 to 8, and 16.")
-@click.option("--tensors", type=_List(str), default="weight,input,attention", show_default=True,
+@cli.command(short_help="What one quantized tensor costs.")
+@model_options
+@data_options
+@run_option
+@common_options
+@click.option("--bits", type=ListOf(int), default="2,3,4,8", show_default=True, help="Bit-widths: 1 to 8, and 16.")
+@click.option("--tensors", type=ListOf(str), default="weight,input,attention", show_default=True,
               help="weight, input, attention (all four inside attention), or query, key, value, softmax.")  # fmt: skip
 @click.option("--granularity", type=click.Choice(GRANULARITIES), help="Of weights; by default what suits each site.")
 @click.option(
@@ -187,13 +102,13 @@ def sensitivity(
     run_sensitivity(Setup.of(options), config, tensors=tensors)
 
 
-@cli.command()
-@_run
+@cli.command(short_help="Bits for every site within a budget.")
+@run_option
 @click.option("--weight-bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of all weights.")
 @click.option("--activation-bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of all activations.")
 @click.option("--size-mib", type=click.FloatRange(min=0, min_open=True), help="Size of the quantized model.")
 @click.option("--gbitops", type=click.FloatRange(min=0, min_open=True), help="10^9 bit operations of one image.")
-@click.option("--candidates", type=_List(int), help="Bit-widths to choose from; by default all that were measured.")
+@click.option("--candidates", type=ListOf(int), help="Bit-widths to choose from; by default all that were measured.")
 @click.option("--objective", default="kl", show_default=True,
               help="What is to grow least: kl (least noisy), loss, logit_nmse, top1.")  # fmt: skip
 @click.option("--pin", multiple=True, metavar="PATTERN=BITS", help="Fix the bits of modules that match; repeatable.")
@@ -201,7 +116,7 @@ def sensitivity(
 @click.option("--layout", type=click.Choice(["paper", "strict"]), default="paper", show_default=True,
               help="paper: first layer and classifier at 8 bit; strict: no exception.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The plan file; by default RUN/plan.json.")
-@click.option("--quiet", is_flag=True)
+@quiet_option
 def plan(run: Path, **options: Any) -> None:
     """The bit plan that hurts least within the budgets, by an exact integer program, with its certificate.
 
@@ -212,11 +127,11 @@ def plan(run: Path, **options: Any) -> None:
     run_plan(run, PlanRequest.of(options))
 
 
-@cli.command(name="eval")
-@_model_options
-@_data_options
-@_run
-@_common_options
+@cli.command(name="eval", short_help="Accuracy of float, plan or uniform bits.")
+@model_options
+@data_options
+@run_option
+@common_options
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file.")
 @click.option("--uniform", metavar="wXaY", help="The same bits everywhere, such as w4a4.")
 @click.option("--float", "floating", is_flag=True, help="The model as it is.")
@@ -224,12 +139,14 @@ def plan(run: Path, **options: Any) -> None:
               help="Of --uniform: paper keeps first layer and classifier at 8 bit.")  # fmt: skip
 @click.option("--calibration-images", type=click.IntRange(min=1), default=256, show_default=True,
               help="Training images that set the scales of activations.")  # fmt: skip
-@click.option("--estimator", type=click.Choice(ESTIMATORS), default="mse", show_default=True)
-@click.option("--bn", type=click.Choice(["stored", "re-estimate"]), default="re-estimate", show_default=True)
+@click.option("--estimator", type=click.Choice(ESTIMATORS), default="mse", show_default=True, help="Of the scales.")
+@click.option("--bn", type=click.Choice(["stored", "re-estimate"]), default="re-estimate", show_default=True,
+              help="BatchNorm statistics: the model's own, or those of the quantized network.")  # fmt: skip
 def evaluate(**options: Any) -> None:
     """Loss and top-1 of the floating-point model, of a plan, or of uniform bits: calibrated, without training.
 
-    Validation images by default, all of them; scales come from training images. Adds a row to verify.parquet.
+    Validation images by default, all of them; scales come from training images. Adds a row to
+    verify.parquet; one of the same kind and cost takes its place.
     """
     from analysis.eval_step import EvalRequest, run_eval
     from analysis.setup import Setup
@@ -239,10 +156,10 @@ def evaluate(**options: Any) -> None:
     run_eval(Setup.of(options), request)
 
 
-@cli.command()
+@cli.command(short_help="Several runs side by side.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the results.")
-@click.option("--quiet", is_flag=True)
+@quiet_option
 def compare(runs: Sequence[Path], out: Path, quiet: bool) -> None:
     """Two or more runs side by side: how their weights and activations vary. Tables (CSV) and figures (PNG, SVG)."""
     from analysis.compare_step import run_compare
@@ -250,9 +167,10 @@ def compare(runs: Sequence[Path], out: Path, quiet: bool) -> None:
     run_compare(runs, out, quiet=quiet)
 
 
-@cli.command()
-@click.option("--run", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/demo"), show_default=True)
-@click.option("--quiet", is_flag=True)
+@cli.command(short_help="The whole path on bundled digits.")
+@click.option("--run", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/demo"), show_default=True,
+              help="Folder of the results.")  # fmt: skip
+@quiet_option
 def demo(run: Path, quiet: bool) -> None:
     """The whole path on scikit-learn's digits: a ResNet and a Swin, trained on the spot, to bit plans and figures."""
     from analysis.demo import run_demo

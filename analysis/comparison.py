@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from analysis.variation import layer_sites
@@ -51,13 +52,14 @@ def depth_frame(runs: Sequence[Run], *, tensor: str = "weight") -> pd.DataFrame:
     """One row per convolution or linear of every run, for lines over depth.
 
     Columns: model, module, tensor, relative_depth (0 the first, 1 the last) and `DEPTH_COLUMNS`, each in the unit of
-    stats.parquet. Parts of a fused weight are rows of their own at one depth.
+    stats.parquet. Parts of a fused weight are rows of their own, one after the other.
     """
     frames = []
     for name, stats, _ in runs:
         sites = layer_sites(stats, tensor).sort_values("order", kind="stable")
-        position = sites["module"].map({module: i for i, module in enumerate(sites["module"].unique())})
-        depth = position / max(sites["module"].nunique() - 1, 1)
+        if sites.empty:  # a run of weights only has no activations
+            continue
+        depth = np.arange(len(sites)) / max(len(sites) - 1, 1)
         frames.append(sites[["module", "tensor", *DEPTH_COLUMNS]].assign(model=name, relative_depth=depth))
     columns = ["model", "module", "tensor", "relative_depth", *DEPTH_COLUMNS]
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)

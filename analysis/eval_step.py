@@ -58,7 +58,7 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
     opened = open_run(setup, needs_data=True)
     widths = None if request.uniform is None else parse_uniform(request.uniform)
     plan = None if request.plan_file is None else read_plan(request.plan_file, opened)
-    data = opened.images(opened.setup.split or "val", setup.images)
+    data = opened.step_images("eval", "val")
     options = {name: None if value is None else str(value) for name, value in asdict(request).items()}
     options["plan_sha256"] = None if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()
     with opened.step("eval", data, ("verify.parquet",), options):
@@ -75,8 +75,8 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
         kind = "float" if request.floating else "uniform" if plan is None else "planned"
         row = _row(kind, opened, sites, logits, labels)
         _keep(opened, row)
-    say(as_text(pd.DataFrame([row])), quiet=setup.quiet)
-    say(f"a row of {opened.run.path / 'verify.parquet'}", quiet=setup.quiet)
+    say(_shown(opened.run.read_table("verify")), quiet=setup.quiet)
+    say(f"the last row is new in {opened.run.path / 'verify.parquet'}", quiet=setup.quiet)
 
 
 def parse_uniform(text: str) -> tuple[int, int]:
@@ -182,6 +182,20 @@ def _row(kind: str, opened: Opened, sites: Sequence[PlannedSite], logits: Tensor
         "top1_se": top1_se,
         "images": len(labels),
     }
+
+
+def _shown(rows: pd.DataFrame) -> str:
+    """The rows in the units of a reader: MiB, GBitOps, percent."""
+    shown = rows[["plan", "weight_bits", "activation_bits"]].assign(
+        size_mib=rows["size_bytes"] / 2**20,
+        gbitops=rows["bitops"] / 1e9,
+        loss=rows["loss"],
+        loss_se=rows["loss_se"],
+        top1_percent=100 * rows["top1"],
+        top1_se=100 * rows["top1_se"],
+        images=rows["images"],
+    )
+    return as_text(shown)
 
 
 def _keep(opened: Opened, row: Mapping[str, Any]) -> None:

@@ -42,7 +42,10 @@ def sensitivity_figure(rows: pd.DataFrame, name: str, *, value: str) -> Figure:
                                 layout="constrained")  # fmt: skip
     for tensor, ax in zip(tensors, axes[0], strict=True):
         plots.plot_sensitivity_heatmap(rows, value=value, tensors=tensor, ax=ax)
-    figure.suptitle(f"{name}: one site quantized at a time", fontsize=9)
+    images, batchnorm = int(rows["images"].iloc[0]), set(rows["batchnorm"])
+    treatment = {"re_estimated": ", BatchNorm re-estimated", "stored": ", BatchNorm as stored"}
+    note = treatment.get(next(iter(batchnorm)), "") if len(batchnorm) == 1 else ""
+    figure.suptitle(f"{name}: one site quantized at a time, {images} images{note}", fontsize=9)
     return figure
 
 
@@ -57,7 +60,7 @@ def depth_figure(frame: pd.DataFrame, tensor: str) -> Figure:
             legend.remove()
         if ax not in axes[-1]:
             ax.set_xlabel("")
-    figure.suptitle("weights" if tensor == "weight" else "inputs", fontsize=9)
+    figure.suptitle(f"{'weights' if tensor == 'weight' else 'inputs'} of convolutions and linears by depth", fontsize=9)
     return figure
 
 

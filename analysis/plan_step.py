@@ -155,4 +155,7 @@ def _summary(plan: BitPlan, solution: PlanSolution, request: PlanRequest) -> str
         if value is not None
     ]
     certificate = f"{solution.status}, gap {solution.gap:.2g}"
-    return "\n".join([f"predicted {request.objective} increase {solution.objective:.4g} ({certificate})", *lines])
+    title = f"sum of predicted changes of {request.objective}: {solution.objective:.4g} ({certificate})"
+    if plan.predicted_delta_loss is not None and request.objective != "loss":
+        title += f"; measured loss changes of these bits add up to {plan.predicted_delta_loss:.4g}"
+    return "\n".join([title, *lines])

@@ -106,7 +106,8 @@ def plot_sensitivity_heatmap(
     bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], fontsize=6)
     bar.ax.minorticks_off()
     bar.ax.xaxis.set_ticks_position("top")
-    bar.ax.set_title(LABELS.get(value, value), fontsize=7)
+    note = ", symmetric log scale" if signed else ""
+    bar.ax.set_title(LABELS.get(value, value) + note, fontsize=7)
     bar.outline.set_visible(False)
     return ax
 
@@ -140,12 +141,14 @@ def plot_distribution(stats: pd.DataFrame, *, tensor: str = "weight", ax: Axes |
     if reach > 10:
         ax.set_yscale("symlog", linthresh=4, linscale=1.2)
         low = float(scaled["min"].min())
+        ax.set_ylim(low - 0.5, ax.get_ylim()[1])
         marks = [mark for mark in (2, 4, 10, 30, 100, 300, 1000, 3000, 10_000) if mark <= max(reach, 4)]
         ticks = [-mark for mark in reversed(marks) if mark <= max(-low, 2)] + [0, *marks]
         ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
     _label_sites(ax, labels)
-    ax.set(ylabel=f"{tensor}, about its mean (std)")
+    logarithmic = ", log beyond 4" if reach > 10 else ""
+    ax.set(ylabel=f"{tensor} - mean (in std{logarithmic})")
     ax.grid(axis="y", color="0.9", linewidth=0.4)
     handles = [Patch(color=light), Patch(color=dark), Line2D([], [], color=point, marker="o", markersize=2.5, ls="")]
     names = ["0.01 % to 99.99 %", "1 % to 99 %, median in white", "min, max"]
@@ -176,6 +179,8 @@ def plot_variation_by_depth(frame: pd.DataFrame, *, value: str = "abs_mean", ax:
         ax.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(shown.loc[shown[value] > 0, value].min())))
     elif shown[value].abs().max() > 10:
         ax.set_yscale("symlog", linthresh=1)
+    if len(shown) and (shown[value] == 0).all():
+        ax.set_ylim(0, 1)
     ax.set(xlabel="relative depth (0 first layer, 1 last)", ylabel=LABELS.get(value, value), xlim=(-0.03, 1.03))
     ax.grid(axis="y", color="0.9", linewidth=0.4)
     if len(shown):

@@ -249,7 +249,10 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The keys whose values differ, as `key: old -> new`; JSON's eyes see a tuple as a list and NaN as itself."""
     before, after = ({k: json.dumps(v) for k, v in _plain(x).items()} for x in (old, new))
     keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]
-    return ", ".join(f"{k}: {before.get(k, 'absent')} -> {after.get(k, 'absent')}" for k in keys)
+    shorten = {k: 20 for k in keys if k.endswith("sha256")}  # enough of a hash to tell two apart
+    return ", ".join(
+        f"{k}: {before.get(k, 'absent')[: shorten.get(k)]} -> {after.get(k, 'absent')[: shorten.get(k)]}" for k in keys
+    )
 
 
 def _plain(value: Mapping[str, Any]) -> dict[str, Any]:

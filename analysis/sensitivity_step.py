@@ -35,7 +35,7 @@ def run_sensitivity(setup: Setup, config: SweepConfig, *, tensors: Sequence[str]
         raise InputError(f"--bits {wrong[0]} is not offered; choose from {', '.join(map(str, ALLOWED_BIT_WIDTHS))}.")
     opened = open_run(setup, needs_data=True)
     run, quiet = opened.run, setup.quiet
-    data = opened.images(setup.split or "train", setup.images, at_most=IMAGES)
+    data = opened.step_images("sensitivity", "train", at_most=IMAGES)
     sites = select_sites(opened.sites, tensors)
     if not sites:
         raise InputError(f"no site of {opened.name} holds {', '.join(tensors)}; see --tensors, --include, --exclude.")

@@ -81,6 +81,14 @@ class Opened:
         """The model's short name: timm's, or the factory's function."""
         return self.record.name
 
+    def step_images(self, step: str, split: str, at_most: int | None = None) -> ImageData:
+        """Images of a step: as many as the command says, else as when it was run before, else `at_most` or all."""
+        setup, before = self.setup, self.run.record.steps.get(step)
+        count = setup.images
+        if count is None and before is not None and not setup.overwrite:
+            count = before.inputs.get("images")
+        return self.images(setup.split or split, count, at_most)
+
     def images(self, split: str, count: int | None, at_most: int | None = None) -> ImageData:
         """Images of a split: exactly `count` where given (an error if there are fewer), else `at_most` or all."""
         setup = self.setup
@@ -164,6 +172,8 @@ def open_run(setup: Setup, *, needs_data: bool) -> Opened:
     if needs_data and setup.data is None:
         raise InputError(f"{setup.run} knows no images yet. Name them: --data digits, folder:PATH or csv:FILE.")
     model = load_model(source)
+    if setup.model is not None and source.factory is None and not source.pretrained and source.weights is None:
+        warn(f"{setup.model} has untrained weights: give --pretrained or --weights FILE for trained ones.")
     record = ModelRecord(
         typed=setup.model or (known.typed if known is not None else source.model), pretrained=source.pretrained,
         weights=source.weights, kwargs=dict(source.kwargs), seed=source.seed, name=source.model.rpartition(":")[2],

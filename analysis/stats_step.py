@@ -18,7 +18,7 @@ def run_stats(setup: Setup) -> None:
     opened = open_run(setup, needs_data=False)
     run, quiet, data = opened.run, setup.quiet, None
     if opened.setup.data is not None:
-        data = opened.images(setup.split or "train", setup.images, at_most=IMAGES)
+        data = opened.step_images("stats", "train", at_most=IMAGES)
     if not any(info.site.tensor == "input" and not info.excluded for info in opened.sites):
         raise InputError("no convolution or linear is left to describe; see --include and --exclude.")
     if setup.overwrite or not run.is_done("stats", opened.inputs(data)):

@@ -115,6 +115,23 @@ def test_compare_writes_a_table_and_figures(finished, tmp_path):
     assert {path.name for path in out.iterdir()} >= {"variation_weight.png", "variation_input.svg", "depth_weight.csv"}
 
 
+def test_compare_takes_runs_of_weights_only(finished, tmp_path):
+    """A run without images has no activations: their measures are empty, the weights' are compared."""
+    assert qvw("stats", *MODEL, "--run", tmp_path / "weights") == 0
+    out = tmp_path / "compared"
+    assert qvw("compare", tmp_path / "weights", finished / "vit", "--out", out) == 0
+    table = pd.read_csv(out / "comparison.csv").set_index(["tensor", "measure"])
+    assert table.loc[("weight", "sdam"), "weights"] > 0
+    assert pd.isna(table.loc[("input", "sdam"), "weights"])
+    assert qvw("compare", tmp_path / "weights", tmp_path / "weights", "--out", tmp_path / "same") == 0
+
+
+def test_a_step_repeated_takes_the_images_it_took_before(run):
+    """`qvw stats --run RUN` again, without --images, is the same step, and finds itself done."""
+    assert qvw("stats", "--run", run, *DATA[2:]) == 0
+    assert json.loads((run / "run.json").read_text())["steps"]["stats"]["inputs"]["images"] == 64
+
+
 def test_a_factory_of_ones_own_with_weights(finished, tmp_path):
     """A function in a file and a safetensors file give the run of the same timm model; images as a CSV list."""
     from PIL import Image

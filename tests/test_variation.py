@@ -128,11 +128,11 @@ def test_comparison_with_a_run_without_activations(tensors):
     assert row["reading"] == "Measured in full alone."
 
 
-def test_depth_runs_from_zero_to_one_and_joins_parts(tensors):
-    """Each model's layers spread over 0 to 1 in network order; the parts of qkv share a depth."""
+def test_depth_runs_from_zero_to_one(tensors):
+    """Each model's layers spread over 0 to 1 in network order; the parts of qkv follow each other."""
     frame = stats_frame("net", tensors)
     depth = depth_frame([("net", frame, variation(frame))])
-    assert depth["relative_depth"].tolist() == [0.0, 0.5, 0.5, 0.5, 1.0]
+    assert depth["relative_depth"].tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert depth["model"].unique().tolist() == ["net"]
 
 
