@@ -137,6 +137,7 @@ def plot_distribution(stats: pd.DataFrame, *, tensor: str = "weight", ax: Axes |
     ax.scatter(x, scaled["min"], s=size, color=point, linewidths=0)
     ax.axhline(0, color="0.5", linewidth=0.4, zorder=0)
     reach = max((float(np.abs(scaled[name]).max()) for name in ("min", "max")), default=4.0) if len(sites) else 4.0
+    ax.use_sticky_edges = False  # bars would hold the lowest points on the axis
     ax.margins(y=0.06)
     if reach > 10:
         ax.set_yscale("symlog", linthresh=4, linscale=1.2)
