@@ -66,7 +66,7 @@ def shorten_site(module: str, tensor: str) -> str:
 
 def heatmap_size(rows: int) -> tuple[float, float]:
     """Width and height in inches of a heatmap of `rows` sites, every one of them labelled."""
-    return COLUMN, 1.1 + ROW_HEIGHT * max(rows, 4)
+    return COLUMN, 1.2 + ROW_HEIGHT * max(rows, 4)
 
 
 @mpl.rc_context(STYLE)
@@ -77,7 +77,7 @@ def plot_sensitivity_heatmap(
 
     `sensitivity` has one row per (module, tensor, bit_width): choose the protocol and the BatchNorm treatment before.
     `tensors` keeps one of `TENSOR_CLASSES`. Changes (`delta_...`) have a diverging scale about 0. Cells that were not
-    measured are hatched.
+    measured are hatched; those within two standard errors (column `..._se`) of 0 are faded.
     """
     table = _of_class(sensitivity, tensors)
     if table.duplicated(["module", "tensor", "bit_width"]).any():
@@ -89,13 +89,19 @@ def plot_sensitivity_heatmap(
     limit = _round_up(float(np.abs(cells).max()) if cells.count() else 0.0)
     norm = SymLogNorm(limit / 1000, vmin=-limit if signed else 0, vmax=limit, base=10)
     mesh = ax.pcolormesh(cells, norm=norm, cmap="RdBu_r" if signed else "viridis", edgecolors="white", linewidth=0.3)
+    unsure = _within_noise(table, value, grid)
+    if unsure.any():  # white over the colour: what is not told from 0 must not look like a finding
+        ax.pcolormesh(np.ma.masked_where(~unsure, unsure), cmap=ListedColormap(["white"]), alpha=0.7)
     ax.patch.set(facecolor="0.92", edgecolor="0.6", hatch="//////")
     ax.set_xticks(np.arange(grid.shape[1]) + 0.5, [str(bits) for bits in grid.columns])
     labels = [shorten_site(module, tensor) for _, module, tensor in grid.index]
     ax.set_yticks(np.arange(len(grid)) + 0.5, labels, fontsize=6)
     ax.tick_params(length=0)
     ax.invert_yaxis()
-    ax.set(xlabel=f"bits ({tensors})" if tensors else "bits", ylabel="")
+    ax.set(
+        xlabel=(f"bits ({tensors})" if tensors else "bits") + ("\nfaded: within 2 s.e. of 0" if unsure.any() else "")
+    )
+    ax.set_ylabel("")
     sns.despine(ax=ax, left=True, bottom=True)
     height = ax.bbox.height / ax.figure.dpi
     bar = ax.figure.colorbar(
@@ -110,6 +116,14 @@ def plot_sensitivity_heatmap(
     bar.ax.set_title(LABELS.get(value, value) + note, fontsize=7)
     bar.outline.set_visible(False)
     return ax
+
+
+def _within_noise(table: pd.DataFrame, value: str, grid: pd.DataFrame) -> np.ndarray:
+    """Which cells of `grid` lie within two standard errors of 0; none where no error was measured."""
+    if f"{value}_se" not in table:
+        return np.zeros(grid.shape, dtype=bool)
+    errors = table.pivot(index=["order", "module", "tensor"], columns="bit_width", values=f"{value}_se").sort_index()
+    return np.abs(grid.to_numpy(dtype=np.float64)) < 2 * errors.to_numpy(dtype=np.float64)
 
 
 @mpl.rc_context(STYLE)

@@ -225,3 +225,16 @@ def test_saved_figures_are_the_same_bytes_each_time(tmp_path: Path):
         assert files[0].read_bytes().startswith(b"\x89PNG")
         contents.append([path.read_bytes() for path in files])
     assert contents[0] == contents[1]
+
+
+def test_heatmap_fades_what_is_within_its_noise():
+    """A change below two standard errors is drawn under white, one above it is not."""
+    frame = pd.DataFrame(
+        {"module": ["a", "a"], "tensor": ["weight"] * 2, "order": [0, 0], "bit_width": [2, 4], "delta_loss": [0.5, 0.01],
+         "delta_loss_se": [0.1, 0.1]}
+    )  # fmt: skip
+    ax = plot_sensitivity_heatmap(frame)
+    assert "2 s.e." in ax.get_xlabel()
+    faded = ax.collections[1].get_array()
+    assert np.ma.getmaskarray(faded).ravel().tolist() == [True, False]
+    assert "s.e." not in plot_sensitivity_heatmap(frame.drop(columns="delta_loss_se")).get_xlabel()
