@@ -230,8 +230,8 @@ def test_saved_figures_are_the_same_bytes_each_time(tmp_path: Path):
 def test_heatmap_fades_what_is_within_its_noise():
     """A change below two standard errors is drawn under white, one above it is not."""
     frame = pd.DataFrame(
-        {"module": ["a", "a"], "tensor": ["weight"] * 2, "order": [0, 0], "bit_width": [2, 4], "delta_loss": [0.5, 0.01],
-         "delta_loss_se": [0.1, 0.1]}
+        {"module": ["a", "a"], "tensor": ["weight"] * 2, "order": [0, 0], "bit_width": [2, 4],
+         "delta_loss": [0.5, 0.01], "delta_loss_se": [0.1, 0.1]}
     )  # fmt: skip
     ax = plot_sensitivity_heatmap(frame)
     assert "2 s.e." in ax.get_xlabel()
