@@ -203,9 +203,9 @@ def _completed(setup: Setup, run: Run) -> Setup:
                 f"{run.path / 'run.json'} holds data options that cannot be used ({error.errors()[0]['loc'][0]}). "
                 "Mend the file, or choose another --run."
             ) from error
-    if setup.model is None and record.steps and not (setup.include or setup.exclude):
-        last = list(record.steps.values())[-1].inputs
-        setup = replace(setup, include=tuple(last.get("include", ())), exclude=tuple(last.get("exclude", ())))
+    chosen = [step.inputs for step in record.steps.values() if {"include", "exclude"} <= set(step.inputs)]
+    if setup.model is None and chosen and not (setup.include or setup.exclude):
+        setup = replace(setup, include=tuple(chosen[-1]["include"]), exclude=tuple(chosen[-1]["exclude"]))
     return replace(
         setup, data=_absolute(setup.data),
         class_map=None if setup.class_map is None else setup.class_map.resolve(),

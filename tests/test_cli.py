@@ -132,6 +132,23 @@ def test_a_step_repeated_takes_the_images_it_took_before(run):
     assert json.loads((run / "run.json").read_text())["steps"]["stats"]["inputs"]["images"] == 64
 
 
+def test_excluded_modules_stay_excluded_in_every_later_step(tmp_path):
+    """Patterns of the first command hold for sensitivity, plan and uniform bits, also after the plan."""
+    run = ["--run", tmp_path / "run"]
+    assert qvw("stats", *MODEL, *DATA, *run, "--images", 32, "--exclude", "*downsample*") == 0
+    assert (
+        qvw("sensitivity", *run, *DATA[2:], "--images", 32, "--bits", "8", "--bn", "stored", "--tensors", "weight") == 0
+    )
+    assert qvw("plan", *run, "--weight-bits", 8) == 0
+    common = [*run, *DATA[2:], "--images", 32, "--calibration-images", 32]
+    for choice in (["--plan", tmp_path / "run" / "plan.json"], ["--uniform", "w8a16"]):
+        assert qvw("eval", *common, *choice) == 0
+    assert not pd.read_parquet(tmp_path / "run" / "sensitivity.parquet")["module"].str.contains("downsample").any()
+    rows = pd.read_parquet(tmp_path / "run" / "verify.parquet")
+    # The uniform row has besides the scales of the inputs, two numbers at most for each of some twenty.
+    assert 0 < rows["size_bytes"].iloc[1] - rows["size_bytes"].iloc[0] <= 20 * 2 * 4
+
+
 def test_a_factory_of_ones_own_with_weights(finished, tmp_path):
     """A function in a file and a safetensors file give the run of the same timm model; images as a CSV list."""
     from PIL import Image
