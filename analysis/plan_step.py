@@ -102,7 +102,7 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     planned = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(request).items()}
     with run.start_step(
         "plan", command=shlex.join(["qvw", *sys.argv[1:]]), options=planned, inputs=inputs, seed=0, device="cpu",
-        files=() if request.out is not None else ("plan.json", *figure_files("plan")), overwrite=True,
+        files=("plan.json", *figure_files("plan")), renew=True,
     ):  # fmt: skip
         write_bytes(out, plan.to_json().encode())
         frame = pd.DataFrame([{"module": s.module, "tensor": s.tensor, "bit_width": s.bit_width} for s in plan.sites])

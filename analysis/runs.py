@@ -138,16 +138,17 @@ class Run:
         device: str,
         files: Sequence[str],
         overwrite: bool = False,
+        renew: bool = False,
     ) -> AbstractContextManager[None]:
         """Note that a step runs; the context returned notes how it ended: done, interrupted or failed.
 
         `inputs` is all that fixes the result. Where the folder holds the step with other inputs, finished or not,
-        raises InputError that lists them. `overwrite` removes what the step left. `files` are all that it may write,
-        those for resuming too, relative to the run folder.
+        raises InputError that lists them. `overwrite` removes what the step left; `renew` keeps it until the step writes
+        anew. `files` are all that it may write, those for resuming too, relative to the run folder.
         """
         old = self.record.steps.get(name)
         changes = _changes(old.inputs, inputs) if old is not None else ""
-        if changes and not overwrite:
+        if changes and not (overwrite or renew):
             raise InputError(
                 f"{self.path} holds {name} with other inputs ({changes}). "
                 "Choose another `--run`, or start the step anew with `--overwrite`."

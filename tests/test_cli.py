@@ -285,6 +285,16 @@ def test_an_unreachable_budget_names_the_cheapest_and_keeps_the_old_plan(run, ca
     assert (run / "plan.json").read_text() == before
 
 
+def test_a_second_plan_elsewhere_leaves_the_first(run, tmp_path):
+    """--out writes another file; plan.json of the run stays what it was, and a new plan takes its place whole."""
+    before = (run / "plan.json").read_bytes()
+    assert qvw("plan", "--run", run, "--weight-bits", 6, "--out", tmp_path / "other.json") == 0
+    assert (run / "plan.json").read_bytes() == before
+    assert (tmp_path / "other.png").exists()
+    assert qvw("plan", "--run", run, "--weight-bits", 6) == 0
+    assert (run / "plan.json").read_bytes() == (tmp_path / "other.json").read_bytes() != before
+
+
 def test_another_models_run_folder_is_refused(run, capfd):
     """Results of two models are not mixed; --overwrite removes the old ones."""
     before = {path.name: path.read_bytes() for path in run.iterdir()}
