@@ -143,7 +143,7 @@ class Run:
         """Note that a step runs; the context returned notes how it ended: done, interrupted or failed.
 
         `inputs` is all that fixes the result. Where the folder holds the step with other inputs, finished or not,
-        raises InputError that lists them. `overwrite` removes what the step left; `renew` keeps it until the step writes
+        raises InputError that lists them. `overwrite` removes what the step left; `renew` keeps it until it writes
         anew. `files` are all that it may write, those for resuming too, relative to the run folder.
         """
         old = self.record.steps.get(name)
