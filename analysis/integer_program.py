@@ -125,7 +125,7 @@ def binding_budgets(
             low, high = (math.ceil(Fraction(total, per * unit) * 10**6) / 10**6 for total in (cheapest, dearest))
             raise InputError(
                 f"No plan is within {limit / unit:.10g} {words}: the cheapest has {low:.10g}, the dearest {high:.10g}, "
-                "pinned sites counted. Raise the budget or offer a smaller bit-width."
+                "pinned sites counted. Raise the budget, offer a smaller bit-width, or pin less (--layout strict)."
             )
         if most < dearest:
             binding.append(
