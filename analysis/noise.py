@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.attention import closed_forward
 from quant.quantizer import Quantizer
 
 
@@ -66,7 +67,7 @@ def output_noise(model: nn.Module, name: str, weight: nn.Parameter | None) -> It
         try:
             if weight is not None:
                 module._parameters["weight"] = weight
-            noise.add(type(module).forward(module, *args, **kwargs), output)
+            noise.add(closed_forward(module, *args, **kwargs), output)
         finally:
             if weight is not None:
                 module._parameters["weight"] = current

@@ -2,13 +2,14 @@
 
 timm computes attention in two ways. Fused, `scaled_dot_product_attention` gets query, key and value and shows nothing
 of the softmax; explicit, a matrix product, a softmax and a second product follow each other. One TorchFunctionMode
-sees both while a forward pass runs, and can replace what it sees.
+sees both while a module's forward runs, and can replace what it sees.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,36 +37,6 @@ class AttentionForm:
     value_matmul: int = -1
 
 
-class RunningModules:
-    """The stack of attention modules whose forward is running, each with its count of matrix products so far."""
-
-    def __init__(self) -> None:
-        self.stack: list[tuple[str, list[int]]] = []
-
-    @contextmanager
-    def followed(self, model: nn.Module, names: Iterator[str] | list[str]) -> Iterator[None]:
-        """Keep the stack while the block runs; hooks are removed on exit, also after an error."""
-        handles = []
-
-        def enter(name: str) -> Callable[..., None]:
-            return lambda _module, _args: self.stack.append((name, [0]))
-
-        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-            if self.stack:
-                self.stack.pop()
-
-        try:
-            for name in names:
-                module = model.get_submodule(name)
-                handles.append(module.register_forward_pre_hook(enter(name)))
-                handles.append(module.register_forward_hook(leave, always_call=True))
-            yield
-        finally:
-            self.stack.clear()
-            for handle in handles:
-                handle.remove()
-
-
 @contextmanager
 def fused_where_offered(model: nn.Module, names: list[str]) -> Iterator[None]:
     """Let modules with timm's `fused_attn` switch use the fused form, which hands over query before 1/sqrt(d)."""
@@ -80,39 +51,98 @@ def fused_where_offered(model: nn.Module, names: list[str]) -> Iterator[None]:
 
 
 class AttentionMode(TorchFunctionMode):
-    """Calls handlers on query, key, value and attention of the running attention module.
+    """Calls handlers on query, key, value and attention while ONE call of an attention module runs.
 
-    `handlers` maps a module's name to its handlers by tensor. Fused attention is computed by its formula, since the
-    kernel has no softmax to show (Vaswani et al., NeurIPS 2017, arXiv:1706.03762).
+    Fused attention is computed by its formula, since the kernel has no softmax to show (Vaswani et al., NeurIPS 2017,
+    arXiv:1706.03762). Matrix products of two activations are counted, to know the two that matter.
     """
 
-    def __init__(
-        self, running: RunningModules, forms: Mapping[str, AttentionForm], handlers: Mapping[str, Mapping[str, Handler]]
-    ) -> None:
+    def __init__(self, form: AttentionForm, handlers: Mapping[str, Handler]) -> None:
         super().__init__()
-        self.running, self.forms, self.handlers = running, forms, handlers
+        self.form, self.handlers, self.products = form, handlers, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.running.stack:
-            return func(*args, **kwargs)
-        name, count = self.running.stack[-1]
-        form, handlers = self.forms[name], self.handlers[name]
-        if form.fused and func is F.scaled_dot_product_attention:
-            return explicit_attention(handlers, *args, **kwargs)
+        form, handlers = self.form, self.handlers
         if form.fused:
+            if func is F.scaled_dot_product_attention:
+                return explicit_attention(handlers, *args, **kwargs)
             return func(*args, **kwargs)
         if func in MATMULS and is_product_of_activations(args):
-            count[0] += 1
-            if count[0] - 1 == form.score_matmul:
+            self.products += 1
+            if self.products - 1 == form.score_matmul:
                 key = _handled(handlers, "key", args[1].transpose(-2, -1)).transpose(-2, -1)
                 return func(_handled(handlers, "query", args[0]), key)
-            if count[0] - 1 == form.value_matmul:
+            if self.products - 1 == form.value_matmul:
                 return func(args[0], _handled(handlers, "value", args[1]))
         result = func(*args, **kwargs)
-        if func in SOFTMAXES and form.score_matmul < count[0] <= form.value_matmul:
+        if func in SOFTMAXES and form.score_matmul < self.products <= form.value_matmul:
             return _handled(handlers, "attention", result)
         return result
+
+
+class _OpenedAttention(nn.Module):
+    """What `open_attention_` adds to an attention module's class: its forward runs under an AttentionMode."""
+
+    attention_form: Any  # AttentionForm; Any, as nn.Module's attributes are tensors and modules to a type checker
+    attention_handlers: Any  # list of mappings from tensor to handler; the one opened last sees a tensor first
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        handlers: dict[str, Handler] = {}
+        for opened in reversed(self.attention_handlers):
+            for tensor, handler in opened.items():
+                handlers[tensor] = _in_turn(handlers[tensor], handler) if tensor in handlers else handler
+        with AttentionMode(self.attention_form, handlers):
+            return super().forward(*args, **kwargs)
+
+
+def open_attention_(module: nn.Module, form: AttentionForm, handlers: Mapping[str, Handler] | nn.ModuleDict) -> None:
+    """Let handlers (by tensor) see, and replace, what flows inside the attention module, until `close_attention_`.
+
+    The module becomes a dynamic subclass of its own class, whose forward stays as written. timm's `fused_attn` switch
+    is set where there is one, for the fused form hands over query before 1/sqrt(d). A module may be opened again.
+    """
+    opened: Any = module  # to a type checker, nn.Module's attributes are tensors and modules
+    if not isinstance(module, _OpenedAttention):
+        original: Any = type(module)
+        opened.__class__ = _opened_class(original)
+        opened.attention_form, opened.attention_handlers = form, []
+        opened.fused_attn_before = getattr(module, "fused_attn", None)
+        if form.fused and opened.fused_attn_before is False:
+            opened.fused_attn = True
+    opened.attention_handlers.append(handlers)
+
+
+def close_attention_(module: nn.Module) -> None:
+    """Undo the last `open_attention_` of the module."""
+    assert isinstance(module, _OpenedAttention)
+    module.attention_handlers.pop()
+    if module.attention_handlers:
+        return
+    if module.fused_attn_before is not None:
+        module.fused_attn = module.fused_attn_before
+    del module.attention_form, module.attention_handlers, module.fused_attn_before
+    module.__class__ = type(module).__bases__[1]
+
+
+def closed_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What the module returns when nothing inside its attention is replaced; without hooks."""
+    original = type(module).__bases__[1] if isinstance(module, _OpenedAttention) else type(module)
+    return original.forward(module, *args, **kwargs)  # type: ignore[attr-defined]  # a class of modules
+
+
+@cache
+def _opened_class(original: Any) -> Any:
+    return type(original.__name__, (_OpenedAttention, original), {"__module__": original.__module__})
+
+
+def _in_turn(first: Handler, second: Handler) -> Handler:
+    def both(x: Tensor) -> Tensor | None:
+        replaced = first(x)
+        again = second(x if replaced is None else replaced)
+        return replaced if again is None else again
+
+    return both
 
 
 def is_product_of_activations(args: tuple[Any, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""BatchNorm statistics after quantizing: taken anew for a while, then given back."""
+"""BatchNorm statistics after quantizing: taken anew, for a while or for good."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,15 +14,16 @@ def batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
 
 
-@contextmanager
-def batchnorm_reestimated(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
-    """Let BatchNorm take its statistics from `batches` through the model as it now is; the stored ones come back.
+def reestimate_batchnorm_(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Let BatchNorm take its statistics from `batches` through the model as it now is, which stays in evaluation mode.
 
-    Running mean and variance are averages over batches weighted by their images; all else stays in evaluation mode.
-    Without it the sensitivity of a convolution is mostly that of stale statistics. InputError for a single image.
+    Running mean and variance are averages over batches weighted by their images. Without it the sensitivity of a
+    convolution is mostly that of stale statistics. InputError for batches of a single image.
     """
     layers = batchnorms(model)
-    stored = [({k: v.clone() for k, v in m.named_buffers(recurse=False)}, m.momentum, m.training) for m in layers]
+    if not layers:
+        return
+    momenta = [module.momentum for module in layers]
     try:
         for module in layers:
             module.reset_running_stats()
@@ -36,14 +37,24 @@ def batchnorm_reestimated(model: nn.Module, batches: Iterable[Tensor]) -> Iterat
                 for module in layers:
                     module.momentum = len(images) / seen
                 model(images)
-        if layers and not seen:
+        if not seen:
             raise InputError("BatchNorm cannot take its statistics from batches of one image; raise --batch-size.")
-        for module in layers:
+    finally:
+        for module, momentum in zip(layers, momenta, strict=True):
+            module.momentum = momentum
             module.eval()
+
+
+@contextmanager
+def batchnorm_reestimated(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
+    """`reestimate_batchnorm_` while the block runs; the stored statistics come back, also after an error."""
+    layers = batchnorms(model)
+    stored = [({k: v.clone() for k, v in m.named_buffers(recurse=False)}, m.training) for m in layers]
+    try:
+        reestimate_batchnorm_(model, batches)
         yield
     finally:
-        for module, (buffers, momentum, training) in zip(layers, stored, strict=True):
+        for module, (buffers, training) in zip(layers, stored, strict=True):
             for name, value in buffers.items():
                 getattr(module, name).copy_(value)
-            module.momentum = momentum
             module.train(training)

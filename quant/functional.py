@@ -74,6 +74,22 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: in
     return _FakeQuantize.apply(x, scale, offset, bit_width, signed)
 
 
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x` itself, bit for bit, whose gradient is multiplied by `factor`."""
+    return _ScaleGradient.apply(x, factor)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0] * ctx.factor, None
+
+
 class _FakeQuantize(torch.autograd.Function):
     """The value and gradients of `fake_quantize`; the codes are computed again in backward rather than kept."""
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quant.attention import AttentionMode, Handler, RunningModules, fused_where_offered
+from quant.attention import Handler, close_attention_, open_attention_
 from quant.site import Site
 from quant.trace import Trace
 
@@ -24,6 +24,7 @@ def intercept(model: nn.Module, trace: Trace, handlers: Mapping[Site, Handler]) 
     attention: dict[str, dict[str, Handler]] = {}
     functional: dict[str, dict[str, Handler]] = {}
     handles = []
+    opened: list[str] = []
     with ExitStack() as stack:
         try:
             for site, handler in handlers.items():
@@ -38,15 +39,15 @@ def intercept(model: nn.Module, trace: Trace, handlers: Mapping[Site, Handler]) 
                     handles.append(module.register_forward_hook(_after(handler)))
             if functional:
                 stack.enter_context(_FunctionalLinears(model, functional))
-            if attention:
-                running = RunningModules()
-                stack.enter_context(fused_where_offered(model, list(attention)))
-                stack.enter_context(running.followed(model, list(attention)))
-                stack.enter_context(AttentionMode(running, trace.attention, attention))
+            for name, by_tensor in attention.items():
+                open_attention_(model.get_submodule(name), trace.attention[name], by_tensor)
+                opened.append(name)
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for name in opened:
+                close_attention_(model.get_submodule(name))
 
 
 def _before(handler: Handler) -> Callable[..., Any]:

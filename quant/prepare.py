@@ -1,4 +1,4 @@
-"""Run a network with some of its sites quantized, and give it back bit for bit."""
+"""Quantize some sites of a network: for a while with fixed scales, or for training with learned ones."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -6,7 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from quant.attention import close_attention_, open_attention_
+from quant.errors import InputError
 from quant.intercept import intercept
+from quant.layers import is_quantized, quantize_layer_, restore_layer_, weight_parts
+from quant.quantizer import LSQQuantizer, Quantizer
 from quant.site import Site, SiteInfo
 from quant.trace import Trace
 
@@ -48,3 +52,124 @@ def quantized(
     finally:
         for name, original in originals.items():
             model.get_submodule(name)._parameters["weight"] = original
+
+
+def prepare_qat_(
+    model: nn.Module,
+    quantizers: Mapping[Site, Quantizer],
+    *,
+    trace: Trace,
+    sites: Mapping[Site, SiteInfo],
+    image: Tensor,
+) -> None:
+    """Quantize the sites of `quantizers` from now on, each with learned scales that start at the given ones.
+
+    `trace` and `sites` are those of the floating-point model on one image. A forward pass of `image` (1, channels,
+    height, width) then proves that every site was executed as it was traced: as many elements, at most 2^bits values a
+    group. Raises InputError with all sites that were not, the model restored. `restore_float_` undoes it.
+    """
+    unsupported = sorted({site.module for site in quantizers if site.module in trace.functional})
+    if unsupported:
+        raise InputError(
+            f"{unsupported[0]} is used without being called ({len(unsupported)} such layers), which training does not "
+            f"support yet. Leave them out: --exclude '{unsupported[0]}'."
+        )
+    learned = {
+        site: LSQQuantizer(start, elements_per_scale=max(1, sites[site].numel // start.groups)).to(image.device)
+        for site, start in quantizers.items()
+    }
+    by_module: dict[str, dict[str, LSQQuantizer]] = {}
+    for site, quantizer in learned.items():
+        by_module.setdefault(site.module, {})[site.tensor] = quantizer
+    try:
+        for name, by_tensor in by_module.items():
+            _attach_(model, name, by_tensor, trace, sites)
+        _prove(model, learned, sites, image)
+    except BaseException:
+        restore_float_(model)
+        raise
+
+
+def _attach_(
+    model: nn.Module,
+    name: str,
+    by_tensor: Mapping[str, LSQQuantizer],
+    trace: Trace,
+    sites: Mapping[Site, SiteInfo],
+) -> None:
+    module = model.get_submodule(name)
+    inside = {tensor: q for tensor, q in by_tensor.items() if Site(name, tensor).is_attention}
+    if inside:
+        module.attention_quantizers = nn.ModuleDict(inside)
+        open_attention_(module, trace.attention[name], module.attention_quantizers)
+    outside = {tensor: q for tensor, q in by_tensor.items() if tensor not in inside}
+    if outside:
+        weights = {
+            tensor.removeprefix("weight."): (sites[Site(name, tensor)].rows, quantizer)
+            for tensor, quantizer in outside.items()
+            if tensor != "input"
+        }
+        quantize_layer_(module, weights, outside.get("input"))
+
+
+def restore_float_(model: nn.Module) -> None:
+    """Undo `prepare_qat_`: the layers are of their own classes again, with the latent weights, bit for bit."""
+    for module in model.modules():
+        if is_quantized(module):
+            restore_layer_(module)
+        if hasattr(module, "attention_quantizers"):
+            close_attention_(module)
+            del module.attention_quantizers
+
+
+def latent_weights(model: nn.Module) -> dict[Site, tuple[Tensor, LSQQuantizer]]:
+    """The latent weight, with gradient, and the quantizer of every quantized weight site, in the model's order."""
+    found = {}
+    for name, module in model.named_modules():
+        if is_quantized(module):
+            for tensor, latent, quantizer in weight_parts(module):
+                site = Site(name, tensor if tensor == "weight" else f"weight.{tensor}")
+                found[site] = (latent, quantizer)
+    return found
+
+
+def _prove(
+    model: nn.Module, learned: Mapping[Site, LSQQuantizer], sites: Mapping[Site, SiteInfo], image: Tensor
+) -> None:
+    """Raise InputError unless one image passes every quantizer exactly as it passed the floating-point model."""
+    elements = dict.fromkeys(learned, 0)
+    too_many_values: set[Site] = set()
+
+    def watch(site: Site) -> Callable[..., None]:
+        def hook(quantizer: LSQQuantizer, args: tuple[Tensor], output: Tensor) -> None:
+            elements[site] += output.numel()
+            codes = quantizer.codes(args[0]).transpose(0, 1).flatten(1)
+            if max(len(group.unique()) for group in codes) > 2**quantizer.scheme.bit_width:
+                too_many_values.add(site)
+
+        return hook
+
+    handles = [quantizer.register_forward_hook(watch(site)) for site, quantizer in learned.items()]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(image)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    wrong = [
+        f"{site} ({elements[site]} of {sites[site].numel} elements)"
+        for site in learned
+        if site in too_many_values or not _as_traced(site, elements[site], sites[site])
+    ]
+    if wrong:
+        raise InputError(
+            f"{len(wrong)} of {len(learned)} planned sites were not executed as planned: {', '.join(wrong)}. "
+            "Leave these modules out with --exclude, and plan again."
+        )
+
+
+def _as_traced(site: Site, elements: int, info: SiteInfo) -> bool:
+    """Whether a site saw what it should: an activation every element once, a weight its own, once a use."""
+    return elements > 0 and (elements % info.numel == 0 if site.is_weight else elements == info.numel)

@@ -1,11 +1,15 @@
-"""A calibrated quantizer: a scheme with its scale and offset."""
+"""Quantizers: a scheme with its scale and offset, fixed by calibration or learned in training."""
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from quant.functional import fake_quantize, to_groups
+from quant.functional import fake_quantize, quantize, scale_gradient, to_groups
 from quant.scheme import QuantScheme
+
+LEAST_SCALE = 1e-3
+"""A learned scale stays above this share of its start: at 0 every code would be lost, and no gradient leads back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,3 +32,49 @@ class Quantizer:
         grouped = to_groups(x, self.axis, self.groups).float()
         scheme = self.scheme
         return fake_quantize(grouped, self.scale, self.offset, scheme.bit_width, scheme.signed).reshape(x.shape).to(x)
+
+
+class LSQQuantizer(nn.Module):
+    """Learned step size quantization (Esser et al., ICLR 2020, arXiv:1902.08153), with LSQ+'s offset where planned.
+
+    `scale` is the paper's step size s, `offset` LSQ+'s beta (Bhalgat et al., CVPRW 2020, arXiv:2004.09576); both have
+    one float32 value a group, start at those of a calibrated quantizer, and have their gradient multiplied by
+    1 / sqrt(N Q_P). `elements_per_scale` is the paper's N, how many elements share one scale, of one image.
+    """
+
+    def __init__(self, start: Quantizer, *, elements_per_scale: int) -> None:
+        super().__init__()
+        if not (torch.isfinite(start.scale) & (start.scale > 0)).all():
+            raise ValueError(f"A scale must start finite and above 0, got a minimum of {start.scale.min().item():g}.")
+        if elements_per_scale < 1:
+            raise ValueError(f"`elements_per_scale` must be at least 1, got {elements_per_scale}.")
+        self.scheme, self.axis, self.groups = start.scheme, start.axis, start.groups
+        self.scale = nn.Parameter(start.scale.detach().float().clone())
+        self.offset = None if start.offset is None else nn.Parameter(start.offset.detach().float().clone())
+        self.register_buffer("least_scale", LEAST_SCALE * self.scale.detach())
+        self.grad_factor = (elements_per_scale * start.scheme.quant_max) ** -0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` on the grid, in its own shape and type; the arithmetic is float32, under autocast too."""
+        scale = scale_gradient(self.scale, self.grad_factor)
+        offset = None if self.offset is None else scale_gradient(self.offset, self.grad_factor)
+        grouped = to_groups(x, self.axis, self.groups).float()
+        quantized = fake_quantize(grouped, scale, offset, self.scheme.bit_width, self.scheme.signed)
+        return quantized.reshape(x.shape).to(x.dtype)
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """The integer codes of `x`, in canonical form (outer, groups, inner), as float32."""
+        grouped = to_groups(x, self.axis, self.groups).float()
+        return quantize(grouped, self.scale, self.offset, self.scheme.bit_width, self.scheme.signed)
+
+    @torch.no_grad()
+    def clamp_scale_(self) -> None:
+        """Hold the scale above `LEAST_SCALE` of its start; the training loop calls it after each optimizer step."""
+        self.scale.copy_(torch.maximum(self.scale, self.get_buffer("least_scale")))
+
+    def extra_repr(self) -> str:
+        """The scheme, as print(model) shows it."""
+        sign = "signed" if self.scheme.signed else "unsigned"
+        plus = " with offset" if self.scheme.offset else ""
+        return f"{self.scheme.bit_width} bit {sign}{plus}, {self.scheme.granularity}: {self.groups} scales"
