@@ -53,24 +53,27 @@ class ChosenImages(Dataset[tuple[Tensor, int]]):
         return len(self.names)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.transform(self.raw(i)).float(), int(self.labels[i])
+
+    def raw(self, i: int) -> Any:
+        """The image as it was read, before it is prepared."""
         try:
-            image = self.read(int(self.indices[i]))
+            return self.read(int(self.indices[i]))
         except _UNREADABLE as error:
             raise InputError(
                 f"The image {os.path.join(self.root, self.names[i])} cannot be read: {error}. "
                 "Replace it, or leave such images out with `--skip-broken`."
             ) from error
-        return self.transform(image).float(), int(self.labels[i])
 
 
-class _Broken(NamedTuple):
+class Broken(NamedTuple):
     """An image that could not be read, and the message of its InputError."""
 
     name: str
     message: str
 
 
-class _Guarded(Dataset[tuple[Tensor, int] | _Broken]):
+class _Guarded(Dataset[tuple[Tensor, int] | Broken]):
     """Hands errors over as values: raised in a worker process they would reach the user as a traceback of torch's."""
 
     def __init__(self, dataset: ChosenImages) -> None:
@@ -79,18 +82,18 @@ class _Guarded(Dataset[tuple[Tensor, int] | _Broken]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int] | _Broken:
+    def __getitem__(self, i: int) -> tuple[Tensor, int] | Broken:
         try:
             return self.dataset[i]
         except InputError as error:
-            return _Broken(self.dataset.names[i], str(error))
+            return Broken(self.dataset.names[i], str(error))
 
 
-def _collate(items: Sequence[tuple[Tensor, int] | _Broken]) -> tuple[Tensor, Tensor, list[_Broken]]:
+def collate(items: Sequence[tuple[Tensor, int] | Broken]) -> tuple[Tensor, Tensor, list[Broken]]:
     """A batch of the images that could be read, their labels, and the others."""
-    good = [item for item in items if not isinstance(item, _Broken)]
+    good = [item for item in items if not isinstance(item, Broken)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    return images, torch.tensor([label for _, label in good]), [item for item in items if isinstance(item, _Broken)]
+    return images, torch.tensor([label for _, label in good]), [item for item in items if isinstance(item, Broken)]
 
 
 def resolve_input(
@@ -207,7 +210,7 @@ def batches(data: ImageData, *, batch_size: int, num_workers: int = 0) -> Iterat
         _Guarded(data.dataset),
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     read = 0

@@ -1,7 +1,6 @@
-"""`qvw eval`: accuracy of the floating-point model, of a plan, of uniform bits; calibrated, without training."""
+"""`qvw eval`: accuracy of the floating-point model, of a plan or uniform bits without training, of a trained model."""
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -13,19 +12,17 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from analysis import accounting
+from analysis.calibration import Calibrated, Layout, calibrated, parse_uniform, read_plan
+from analysis.checkpoint import load_trained_
 from analysis.console import as_text, say, warn
 from analysis.cost import cost_table
 from analysis.evaluation import logits_of, mean_and_error, scores
-from analysis.plan_options import uniform_bits
 from analysis.setup import Opened, Setup, open_run
 from quant.batchnorm import batchnorm_reestimated, batchnorms
-from quant.bit_plan import BitPlan, PlannedSite
-from quant.calibrate import ActivationSample, default_scheme, make_quantizer, observe_activations
-from quant.choices import ALLOWED_BIT_WIDTHS, Estimator
+from quant.bit_plan import PlannedSite
+from quant.choices import Estimator
 from quant.errors import InputError
 from quant.prepare import quantized
-from quant.scheme import QuantScheme
-from quant.site import Site
 
 VERIFY_COLUMNS = (
     "plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "loss", "loss_se", "top1", "top1_se", "images",
@@ -34,12 +31,13 @@ VERIFY_COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRequest:
-    """What is evaluated, and how it is calibrated; exactly one of `plan_file`, `uniform` and `floating` is set."""
+    """What is evaluated: exactly one of `plan_file`, `uniform`, `floating` and `checkpoint` is set."""
 
     plan_file: Path | None = None
     uniform: str | None = None
     floating: bool = False
-    layout: Literal["paper", "strict"] = "paper"
+    checkpoint: Path | None = None  # a folder that `qvw train` wrote
+    layout: Layout = "paper"
     calibration_images: int = 256
     estimator: Estimator = "mse"
     batchnorm: Literal["stored", "re-estimate"] = "re-estimate"
@@ -48,123 +46,65 @@ class EvalRequest:
     def of(cls, options: Mapping[str, Any]) -> "EvalRequest":
         """The options of a command line, checked."""
         request = TypeAdapter(cls).validate_python(dict(options))
-        if sum((request.plan_file is not None, request.uniform is not None, request.floating)) != 1:
-            raise InputError("give one of --plan FILE, --uniform wXaY and --float, to say what is evaluated.")
+        chosen = (request.plan_file, request.uniform, request.checkpoint, request.floating or None)
+        if sum(choice is not None for choice in chosen) != 1:
+            raise InputError(
+                "give one of --plan FILE, --uniform wXaY, --checkpoint DIR and --float, to say what is evaluated."
+            )
         return request
 
 
 def run_eval(setup: Setup, request: EvalRequest) -> None:
     """Evaluate what is asked for, and keep the result as a row of verify.parquet."""
     opened = open_run(setup, needs_data=True)
-    widths = None if request.uniform is None else parse_uniform(request.uniform)
-    plan = None if request.plan_file is None else read_plan(request.plan_file, opened)
+    if request.uniform is not None:
+        parse_uniform(request.uniform)
+    plan = request.uniform if request.plan_file is None else read_plan(request.plan_file, opened)
+    sites: Sequence[PlannedSite] = ()
+    if request.checkpoint is not None:
+        sites = load_trained_(opened, request.checkpoint)
     data = opened.step_images("eval", "val")
     options = {name: None if value is None else str(value) for name, value in asdict(request).items()}
-    options["plan_sha256"] = None if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()
+    text = plan if plan is None or isinstance(plan, str) else plan.to_json()
+    options["plan_sha256"] = None if text is None else hashlib.sha256(text.encode()).hexdigest()
     with opened.step("eval", data, ("verify.parquet",), options):
-        sites: Sequence[PlannedSite] = ()
         running: Any = nullcontext()
-        if not request.floating:
-            calibration = opened.images("train", None, at_most=request.calibration_images)
-            images = [x for x, _ in opened.stream(calibration, "calibration")]
-            samples = _samples(opened, plan, images)
-            sites = plan.sites if plan is not None else _uniform(opened, widths, request.layout, samples)
-            running = _quantized(opened, sites, samples, images, request)
+        if plan is not None:
+            made = calibrated(
+                opened, plan, layout=request.layout, calibration_images=request.calibration_images,
+                estimator=request.estimator,
+            )  # fmt: skip
+            sites = made.plan.sites
+            running = _quantized(opened, made, request.batchnorm)
         with running:
             logits, labels = logits_of(opened.model, opened.stream(data, "evaluation"))
-        kind = "float" if request.floating else "uniform" if plan is None else "planned"
-        row = _row(kind, opened, sites, logits, labels)
-        _keep(opened, row)
-    say(_shown(opened.run.read_table("verify")), quiet=setup.quiet)
-    say(f"the last row is new in {opened.run.path / 'verify.parquet'}", quiet=setup.quiet)
+        keep_row(opened, verify_row(_kind(request), opened, sites, logits, labels))
+    show_rows(opened)
 
 
-def parse_uniform(text: str) -> tuple[int, int]:
-    """Weight and activation bits of `w3a4`."""
-    match = re.fullmatch(r"w(\d{1,2})a(\d{1,2})", text)
-    if match is None or not {int(match[1]), int(match[2])} <= set(ALLOWED_BIT_WIDTHS):
-        raise InputError(f"--uniform {text!r} is not understood; write w4a4, with bit-widths 1 to 8 or 16.")
-    return int(match[1]), int(match[2])
-
-
-def read_plan(path: Path, opened: Opened) -> BitPlan:
-    """The plan in a file, checked against the model: its sites must exist and have the planned axes."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the plan {path} cannot be read: {error}. Make one with `qvw plan`.") from error
-    plan = BitPlan.from_json(text, source=str(path))
-    if not plan.sites:
-        raise InputError(f"{path} plans no site: nothing would be quantized. Use --float for the model as it is.")
-    known = {info.site: info for info in opened.sites if info.quantizable}
-    plan.check_sites(known)
-    for planned in plan.sites:
-        info = known[planned.site]
-        axes = {"per_tensor": 1, "per_channel": info.channels, "per_head": info.heads}
-        if not axes[planned.granularity]:
-            raise InputError(
-                f"{path} plans {planned.site} {planned.granularity}, but {opened.name} has no such axis there. "
-                f"Plan it per_tensor, or plan again for this model."
-            )
-    theirs, ours = plan.model.weights_sha256, opened.record.weights_sha256
-    if theirs not in (None, ours):
-        warn(f"{path} was made for weights {str(theirs)[:12]}, these are {ours[:12]}: its bits may not suit them.")
-    return plan
-
-
-def _samples(opened: Opened, plan: BitPlan | None, images: Sequence[Tensor]) -> dict[Site, ActivationSample]:
-    wanted = None if plan is None else {site.site: site.granularity for site in plan.sites}
-    chosen = {
-        info.site: info
-        for info in opened.sites
-        if info.quantizable and not info.site.is_weight and (wanted is None or info.site in wanted)
-    }
-    return observe_activations(
-        opened.model, opened.trace, chosen, images, count=len(images), granularities=wanted or {}
-    )
-
-
-def _uniform(
-    opened: Opened, widths: tuple[int, int] | None, layout: str, samples: Mapping[Site, ActivationSample]
-) -> list[PlannedSite]:
-    assert widths is not None
-    bits = uniform_bits(cost_table(opened.sites), *widths, layout)
-    planned = []
-    for info in opened.sites:
-        if info.site in bits:
-            scheme = default_scheme(opened.model, info, bits[info.site], sample=samples.get(info.site))
-            planned.append(PlannedSite.of(info.site, scheme))
-    return planned
+def _kind(request: EvalRequest) -> str:
+    """What verify.parquet calls it; a trained model has the name of its folder."""
+    if request.checkpoint is not None:
+        return request.checkpoint.resolve().name
+    return "float" if request.floating else "uniform" if request.plan_file is None else "planned"
 
 
 @contextmanager
-def _quantized(
-    opened: Opened,
-    sites: Sequence[PlannedSite],
-    samples: Mapping[Site, ActivationSample],
-    images: Sequence[Tensor],
-    request: EvalRequest,
-) -> Iterator[None]:
-    """A context in which the model runs with these sites quantized."""
-    model = opened.model
+def _quantized(opened: Opened, made: Calibrated, batchnorm: str) -> Iterator[None]:
+    """A context in which the model runs with these quantizers."""
     infos = {info.site: info for info in opened.sites}
-    quantizers = {}
-    for planned in sites:
-        scheme = QuantScheme(
-            bit_width=planned.bit_width, signed=planned.signed, offset=planned.offset, granularity=planned.granularity
-        )
-        quantizers[planned.site] = make_quantizer(
-            model, infos[planned.site], scheme, sample=samples.get(planned.site), estimator=request.estimator
-        )
-    anew = request.batchnorm == "re-estimate" and bool(batchnorms(model))
+    anew = batchnorm == "re-estimate" and bool(batchnorms(opened.model))
     with (
-        quantized(model, opened.trace, infos, quantizers),
-        batchnorm_reestimated(model, images) if anew else nullcontext(),
+        quantized(opened.model, opened.trace, infos, made.quantizers),
+        batchnorm_reestimated(opened.model, made.images) if anew else nullcontext(),
     ):
         yield
 
 
-def _row(kind: str, opened: Opened, sites: Sequence[PlannedSite], logits: Tensor, labels: Tensor) -> dict[str, Any]:
+def verify_row(
+    kind: str, opened: Opened, sites: Sequence[PlannedSite], logits: Tensor, labels: Tensor
+) -> dict[str, Any]:
+    """A row of verify.parquet: what the quantization of `sites` costs, and the figures of the logits."""
     per_image = scores(logits, labels)
     loss, loss_se = mean_and_error(per_image.loss)
     top1, top1_se = mean_and_error(per_image.hit)
@@ -184,8 +124,20 @@ def _row(kind: str, opened: Opened, sites: Sequence[PlannedSite], logits: Tensor
     }
 
 
-def _shown(rows: pd.DataFrame) -> str:
-    """The rows in the units of a reader: MiB, GBitOps, percent."""
+def keep_row(opened: Opened, row: Mapping[str, Any]) -> None:
+    """Add a row to verify.parquet; a row of the same plan and cost takes the place of the older one."""
+    path = opened.run.path / "verify.parquet"
+    rows = opened.run.read_table("verify", VERIFY_COLUMNS).to_dict("records") if path.exists() else []
+    same = ("plan", "weight_bits", "activation_bits", "size_bytes", "bitops")
+    kept = [old for old in rows if any(old[name] != row[name] for name in same)]
+    if len(kept) < len(rows):
+        warn(f"the row takes the place of an earlier one of the same plan in {path}.")
+    opened.run.write_table("verify", pd.DataFrame([*kept, row], columns=list(VERIFY_COLUMNS)))
+
+
+def show_rows(opened: Opened) -> None:
+    """Print verify.parquet in the units of a reader: MiB, GBitOps, percent."""
+    rows = opened.run.read_table("verify")
     shown = rows[["plan", "weight_bits", "activation_bits"]].assign(
         size_mib=rows["size_bytes"] / 2**20,
         gbitops=rows["bitops"] / 1e9,
@@ -195,15 +147,5 @@ def _shown(rows: pd.DataFrame) -> str:
         top1_se=100 * rows["top1_se"],
         images=rows["images"],
     )
-    return as_text(shown)
-
-
-def _keep(opened: Opened, row: Mapping[str, Any]) -> None:
-    """Add a row to verify.parquet; a row of the same plan and cost takes the place of the older one."""
-    path = opened.run.path / "verify.parquet"
-    rows = opened.run.read_table("verify", VERIFY_COLUMNS).to_dict("records") if path.exists() else []
-    same = ("plan", "weight_bits", "activation_bits", "size_bytes", "bitops")
-    kept = [old for old in rows if any(old[name] != row[name] for name in same)]
-    if len(kept) < len(rows):
-        warn(f"the row takes the place of an earlier one of the same plan in {path}.")
-    opened.run.write_table("verify", pd.DataFrame([*kept, row], columns=list(VERIFY_COLUMNS)))
+    say(as_text(shown), quiet=opened.setup.quiet)
+    say(f"the last row is new in {opened.run.path / 'verify.parquet'}", quiet=opened.setup.quiet)

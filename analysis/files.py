@@ -113,6 +113,12 @@ class RowLog:
                 ) from error
         return rows
 
+    def keep(self, up_to_step: int) -> list[dict[str, Any]]:
+        """Drop the rows whose `step` is later than `up_to_step`; the rows that stay."""
+        rows = [row for row in self.read() if row["step"] <= up_to_step]
+        write_bytes(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        return rows
+
     def remove(self) -> None:
         """Delete the file, if there is one."""
         self.path.unlink(missing_ok=True)

@@ -79,12 +79,11 @@ model_options = _stacked(
     ),
     click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out modules that match; may be repeated."),
 )
-data_options = _stacked(
+image_options = _stacked(
     click.option("--data", help="digits, folder:PATH, csv:FILE, or a timm data set (torch/cifar10, hfds/..., wds/...)"),
     click.option("--split", type=click.Choice(["train", "val"]), help="Which images; each command says its default."),
     click.option("--images", type=click.IntRange(min=1), help="How many images, balanced over the classes: by default "
                  "2,000 for stats, 256 for sensitivity, all for eval; when repeated, as before."),
-    click.option("--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True),
     click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Decoding processes."),
     click.option("--holdout", type=click.FloatRange(0, 1, max_open=True),
                  help="Share of one-split data that becomes the validation split (0.5); 0: every image serves both."),
@@ -97,6 +96,9 @@ data_options = _stacked(
     click.option("--crop-pct", type=click.FloatRange(0, 1, min_open=True), help="Centre crop share after resizing."),
     click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and count them."),
 )  # fmt: skip
+data_options = _stacked(
+    image_options, click.option("--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True)
+)
 common_options = _stacked(
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps."),
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Choice of images, splits, untrained weights (0)."),

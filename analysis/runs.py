@@ -109,7 +109,7 @@ class Run:
                         f"{self.path} holds the results of another model ({changes}). "
                         "Choose another `--run`, or remove those results with `--overwrite`."
                     )
-                self._remove([file for step in now.steps.values() for file in step.files])
+                self.remove([file for step in now.steps.values() for file in step.files])
                 now = RunRecord()
         if now.model != record:
             self._write(replace(now, model=record))
@@ -154,7 +154,7 @@ class Run:
                 "Choose another `--run`, or start the step anew with `--overwrite`."
             )
         if overwrite:
-            self._remove([*files, *(old.files if old is not None else [])])
+            self.remove([*files, *(old.files if old is not None else [])])
         now = self.record
         step = StepRecord(
             command=command,
@@ -232,7 +232,8 @@ class Run:
             raise
         finish("done")
 
-    def _remove(self, files: Sequence[str]) -> None:
+    def remove(self, files: Sequence[str]) -> None:
+        """Delete files and folders, named relative to the run folder, where they are there."""
         for file in files:
             path = self.path / file
             if self.path.resolve() not in path.resolve().parents:  # run.json may have been edited

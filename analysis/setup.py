@@ -102,6 +102,10 @@ class Opened:
             skip_broken=setup.skip_broken,
         )  # fmt: skip
 
+    def probe_image(self) -> Tensor:
+        """One image of noise (1, channels, height, width) on the device, always the same."""
+        return _probe_image(self.input_config, self.setup.device)
+
     def stream(self, data: ImageData, what: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of (images on the device, labels), with a progress bar that counts images."""
         setup = self.setup
@@ -128,12 +132,17 @@ class Opened:
         return fixed
 
     def step(
-        self, name: str, data: ImageData | None, files: Sequence[str], options: Mapping[str, Any]
+        self,
+        name: str,
+        data: ImageData | None,
+        files: Sequence[str],
+        options: Mapping[str, Any],
+        inputs: Mapping[str, Any] | None = None,
     ) -> AbstractContextManager[None]:
         """Note in run.json the model, the images and that a step runs; the context notes how it ended.
 
         Refuses to mix it with another model or other inputs. `files` are what it writes, `--overwrite` removes them
-        first; `options` are those of the step's own.
+        first; `options` are those of the step's own, `inputs` what else than model and images fixes its result.
         """
         setup = self.setup
         self.run.set_model(self.record, overwrite=setup.overwrite)
@@ -142,7 +151,8 @@ class Opened:
         assert setup.seed is not None
         return self.run.start_step(
             name, command=shlex.join(["qvw", *sys.argv[1:]]), options=_jsonable(asdict(setup) | dict(options)),
-            inputs=self.inputs(data), seed=setup.seed, device=setup.device, files=files, overwrite=setup.overwrite,
+            inputs=self.inputs(data) | dict(inputs or {}), seed=setup.seed, device=setup.device, files=files,
+            overwrite=setup.overwrite,
         )  # fmt: skip
 
 
@@ -249,7 +259,7 @@ def _traced(model: nn.Module, setup: Setup, name: str, config: InputConfig) -> t
     One image, so that tensors with no batch axis (tables of relative positions) are counted once.
     """
     try:
-        image = torch.rand(1, *config.input_size, generator=torch.Generator().manual_seed(0)).to(setup.device)
+        image = _probe_image(config, setup.device)
         with torch.inference_mode():
             first, second = model(image), model(image)
         if isinstance(first, Tensor) and not torch.allclose(first, second, rtol=1e-3, atol=1e-5, equal_nan=True):
@@ -268,6 +278,10 @@ def _traced(model: nn.Module, setup: Setup, name: str, config: InputConfig) -> t
             f"{name} does not take images of size {config.input_size}: {reason} "
             "Give --input-size, or the constructor's arguments by --model-kwargs."
         ) from error
+
+
+def _probe_image(config: InputConfig, device: str) -> Tensor:
+    return torch.rand(1, *config.input_size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _first_line(error: Exception) -> str:

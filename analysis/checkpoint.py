@@ -1,0 +1,54 @@
+"""A trained, quantized network on the disk: model.safetensors and plan.json in one folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+
+from analysis.calibration import read_plan, uncalibrated
+from analysis.files import write_atomic, write_bytes
+from analysis.setup import Opened
+from quant.bit_plan import BitPlan, PlannedSite
+from quant.errors import InputError
+from quant.prepare import prepare_qat_
+
+
+def save_trained(folder: Path, opened: Opened, plan: BitPlan | None) -> None:
+    """Write the model, prepared for `plan`, and the plan; a floating-point model (plan None) has no plan.json."""
+    if plan is not None:
+        write_bytes(folder / "plan.json", plan.to_json().encode())
+    write_atomic(folder / "model.safetensors", lambda path: save_model(opened.model, str(path)))
+
+
+def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
+    """Turn the opened model into the trained one of `folder`; the sites that are quantized, none if it is float.
+
+    Raises InputError where the folder is none of `qvw train`, damaged, or of another network.
+    """
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise InputError(f"{folder} has no model.safetensors: name a folder that `qvw train` has finished, RUN/qat.")
+    sites: Sequence[PlannedSite] = ()
+    if (folder / "plan.json").exists():
+        plan = read_plan(folder / "plan.json", opened)
+        infos = {info.site: info for info in opened.sites}
+        prepare_qat_(
+            opened.model, uncalibrated(opened, plan), trace=opened.trace, sites=infos, image=opened.probe_image()
+        )
+        sites = plan.sites
+    try:
+        missing, unexpected = load_model(opened.model, weights, strict=False)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{weights} cannot be loaded ({first}): cut short, or of another network. Train again with --overwrite."
+        ) from error
+    if missing or unexpected:
+        example = sorted([*missing, *unexpected])[0]
+        raise InputError(
+            f"{weights} is not of this network and plan: {len(missing)} tensors are missing and {len(unexpected)} "
+            f"unexpected, such as {example!r}. Was plan.json changed? Train again with --overwrite."
+        )
+    opened.model.eval()
+    return sites

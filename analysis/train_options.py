@@ -1,0 +1,60 @@
+"""The configuration of a training, from a YAML file and `--set key=value`."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from quant.config import QATConfig
+from quant.errors import InputError
+
+
+def read_config(path: Path | None, settings: Sequence[str]) -> QATConfig:
+    """The configuration in a YAML file of `key: value` lines, changed by settings `key=value`; defaults elsewhere.
+
+    Raises InputError for unknown keys, with the nearest, and for values that cannot be.
+    """
+    values = {} if path is None else _read_yaml(path)
+    source = "--set" if path is None else str(path)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {setting!r} is not understood; write key=value, such as learning_rate=0.001.")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {setting!r}: the value is not readable: {_first_line(error)}.") from error
+    names = [field.name for field in fields(QATConfig)]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"{source}: {str(key)!r} is no setting of a training; the nearest is {near}. All: {', '.join(names)}."
+            )
+    try:
+        return TypeAdapter(QATConfig).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        wrong = first["msg"].removeprefix("Input ")
+        raise InputError(f"{where}={str(first['input'])[:40]}: {wrong}. Change it by --set {where}=VALUE.") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"The configuration {path} cannot be read: {_first_line(error)}.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"The configuration {path} holds a {type(values).__name__}, expected lines `key: value`.")
+    return values
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

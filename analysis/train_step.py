@@ -1,0 +1,242 @@
+"""`qvw train`: quantization-aware training from a plan or uniform bits, and the float model trained the same way."""
+
+import copy
+import hashlib
+import re
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from analysis.calibration import Layout, calibrated, parse_uniform, read_plan
+from analysis.checkpoint import save_trained
+from analysis.console import progress, say
+from analysis.data import ImageData
+from analysis.eval_step import keep_row, show_rows, verify_row
+from analysis.evaluation import logits_of, scores
+from analysis.files import RowLog
+from analysis.models import ModelSource, load_model, weights_sha256
+from analysis.setup import Opened, Setup, open_run
+from analysis.training_data import TrainingImages, training_batches
+from quant.batchnorm import reestimate_batchnorm_
+from quant.bit_plan import BitPlan
+from quant.checkpoints import last_step
+from quant.config import QATConfig
+from quant.errors import InputError
+from quant.prepare import prepare_qat_
+from quant.train import total_steps, train_qat
+
+_TERMS = ("task", "kd", "obr_distance", "obr_variance", "dampening", "kurtosis")
+_GRADIENTS = ("grad_task", "grad_kd", "grad_obr", "grad_dampening", "grad_kurtosis")
+HISTORY_COLUMNS = (
+    "step", "epoch", "images", "lr", "split", "loss", *_TERMS, *_GRADIENTS, "top1", "seconds",
+)  # fmt: skip
+OSCILLATION_COLUMNS = ("step", "module", "tensor", "weights", "oscillating", "oscillating_ema")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """What is trained: at most one of `plan_file`, `uniform` and `floating`; by default the run's own plan."""
+
+    plan_file: Path | None = None
+    uniform: str | None = None
+    floating: bool = False
+    layout: Layout = "paper"  # of uniform bits
+    name: str | None = None  # the results go to RUN/qat, or to RUN/qat-NAME
+    config: QATConfig = field(default_factory=QATConfig)
+    teacher: str | None = None  # as MODEL; the floating-point model itself where None
+    teacher_weights: Path | None = None
+    teacher_pretrained: bool = False
+    teacher_kwargs: dict[str, Any] | None = None
+    val_images: int | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "TrainRequest":
+        """The options of a command line, checked."""
+        request = TypeAdapter(cls).validate_python(dict(options))
+        given = (request.plan_file, request.uniform, request.floating or None)
+        if sum(choice is not None for choice in given) > 1:
+            raise InputError("give at most one of --plan FILE, --uniform wXaY and --float.")
+        if request.name is not None and not re.fullmatch(r"[\w.+-]{1,64}", request.name):
+            raise InputError(f"--name {request.name!r} is no name of a folder; use letters, digits, - and _.")
+        if request.teacher is None and (request.teacher_weights or request.teacher_pretrained):
+            raise InputError("--teacher-weights and --teacher-pretrained need --teacher MODEL.")
+        return request
+
+    @property
+    def folder(self) -> str:
+        """The name of the results' folder inside the run folder, and of the step."""
+        return "qat" if self.name is None else f"qat-{self.name}"
+
+
+def run_train(setup: Setup, request: TrainRequest) -> None:
+    """Train, and leave history, oscillation, the final model with its plan, and its accuracy in the run folder.
+
+    What was interrupted goes on from its last checkpoint; what is done with the same inputs is not done again.
+    """
+    config = request.config
+    accelerator = _accelerator(setup.device)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        setup = replace(setup, device=str(accelerator.device))
+    opened = open_run(setup, needs_data=True)
+    folder = opened.run.path / request.folder
+    plan = _plan(opened, request)
+    train = opened.images("train", setup.images)
+    val = opened.images("val", request.val_images)
+    if not (train.labelled and val.labelled):
+        raise InputError("training needs labels, of the training and of the validation images.")
+    total = total_steps(config, train.images)
+    teacher, teacher_sha256 = _teacher(opened, request)
+    text = plan.to_json() if isinstance(plan, BitPlan) else plan
+    inputs = {
+        "val_images": val.images, "val_sha256": val.sha256, "teacher_sha256": teacher_sha256, "layout": request.layout,
+        "plan": None if text is None else text if isinstance(plan, str) else hashlib.sha256(text.encode()).hexdigest(),
+        **{f"config.{key}": value for key, value in asdict(config).items()},
+    }  # fmt: skip
+    if opened.run.is_done(request.folder, opened.inputs(train) | inputs) and not setup.overwrite:
+        say(f"{folder} holds this training already; --overwrite trains anew.", quiet=setup.quiet)
+        return
+    files = [f"{request.folder}/{name}" for name in _FILES]
+    options = {name: value for name, value in asdict(request).items() if name != "config"}
+    main = accelerator.is_main_process
+    with opened.step(request.folder, train, files, options, inputs) if main else nullcontext():
+        if main:
+            opened.run.write_json(f"{request.folder}/config", asdict(config))
+        if plan is not None:
+            plan = _prepare_(opened, plan, request)
+        _train(opened, teacher, request, train, val, total, accelerator)
+        if main:
+            _finish(opened, plan, request, val)
+    if main:
+        show_rows(opened)
+        say(f"the model and its history are in {folder}", quiet=setup.quiet)
+
+
+_FILES = (
+    "config.json", "history.parquet", "oscillation.parquet", "history.partial.jsonl", "oscillation.partial.jsonl",
+    "checkpoints", "model.safetensors", "plan.json",
+)  # fmt: skip
+
+
+def _accelerator(device: str) -> Accelerator:
+    """The processes and the device of a training; gradients are averaged where `torchrun` has started several."""
+    if AcceleratorState._shared_state and AcceleratorState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training may have used another device
+    return Accelerator(cpu=device == "cpu")
+
+
+def _plan(opened: Opened, request: TrainRequest) -> BitPlan | str | None:
+    """The plan, or uniform bits as `w3a4`, or None for floating point."""
+    if request.floating:
+        return None
+    if request.uniform is not None:
+        parse_uniform(request.uniform)
+        return request.uniform
+    own = opened.run.path / "plan.json"
+    if request.plan_file is None and not own.exists():
+        raise InputError(f"{own} does not exist: make it with `qvw plan`, or give --plan, --uniform w4a4 or --float.")
+    return read_plan(request.plan_file or own, opened)
+
+
+def _teacher(opened: Opened, request: TrainRequest) -> tuple[nn.Module | None, str | None]:
+    """The network whose logits are distilled, and its hash; checked against the student on one image."""
+    if not request.config.kd_weight:
+        return None, None
+    if request.teacher is None:
+        teacher, name = copy.deepcopy(opened.model), opened.name
+    else:
+        source = ModelSource(
+            model=request.teacher, pretrained=request.teacher_pretrained, kwargs=request.teacher_kwargs or {},
+            weights=None if request.teacher_weights is None else str(request.teacher_weights), seed=0,
+        )  # fmt: skip
+        teacher, name = load_model(source).to(opened.setup.device), request.teacher
+    image, size = opened.probe_image(), opened.input_config.input_size
+    with torch.no_grad():
+        expected = opened.model(image)
+        try:
+            answer = teacher(image)
+        except Exception as error:  # whatever the forward of a network of other images raises
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"the teacher {name} does not take the images of {opened.name}, {size}: {first} "
+                "Choose another --teacher, or build it with --teacher-kwargs."
+            ) from error
+    if not isinstance(answer, Tensor) or answer.shape != expected.shape:
+        came = f"{answer.shape[-1]} classes" if isinstance(answer, Tensor) else type(answer).__name__
+        raise InputError(
+            f"the teacher {name} answers with {came}, {opened.name} has {expected.shape[-1]}: it cannot teach it. "
+            "Choose another --teacher, or train without one: --set kd_weight=0."
+        )
+    return teacher.requires_grad_(False).eval(), weights_sha256(teacher)
+
+
+def _prepare_(opened: Opened, plan: BitPlan | str, request: TrainRequest) -> BitPlan:
+    """Quantize the opened model with calibrated scales, BatchNorm re-estimated; the plan, uniform bits written out."""
+    config = request.config
+    made = calibrated(
+        opened, plan, layout=request.layout, calibration_images=config.calibration_images, estimator=config.estimator
+    )
+    infos = {info.site: info for info in opened.sites}
+    prepare_qat_(opened.model, made.quantizers, trace=opened.trace, sites=infos, image=opened.probe_image())
+    reestimate_batchnorm_(opened.model, made.images)
+    return made.plan
+
+
+def _train(
+    opened: Opened,
+    teacher: nn.Module | None,
+    request: TrainRequest,
+    train: ImageData,
+    val: ImageData,
+    total: int,
+    accelerator: Accelerator,
+) -> None:
+    """Run the loop, its rows on the disk as they come."""
+    folder, config, setup = opened.run.path / request.folder, request.config, opened.setup
+    images = TrainingImages(train, config, opened.input_config)
+    first = last_step(folder / "checkpoints")
+    history, oscillation = (RowLog(folder / f"{name}.partial.jsonl") for name in ("history", "oscillation"))
+    if accelerator.is_main_process:
+        history.keep(first if first else -1)
+        oscillation.keep(first if first else -1)
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        model.eval()
+        figures = scores(*logits_of(model, opened.stream(val, "validation")))
+        return {"loss": figures.loss.mean().item(), "top1": figures.hit.mean().item()}
+
+    reports = train_qat(
+        opened.model, teacher, config=config, images=train.images, validate=validate, accelerator=accelerator,
+        load=lambda sampler: training_batches(images, sampler, train, num_workers=setup.num_workers),
+        checkpoints=folder / "checkpoints",
+    )  # fmt: skip
+    quiet = setup.quiet or not accelerator.is_main_process
+    with progress(total, f"train {request.folder}", "step", quiet=quiet) as bar:
+        bar.update(first)
+        for report in reports:
+            if accelerator.is_main_process:
+                if report.history:
+                    history.append(report.history)
+                if report.oscillation:
+                    oscillation.append(report.oscillation)
+            bar.update(report.step - bar.n)
+
+
+def _finish(opened: Opened, plan: BitPlan | None, request: TrainRequest, val: ImageData) -> None:
+    """Write the tables and the model, evaluate it once more for its row of verify.parquet, drop the checkpoints."""
+    run, name = opened.run, request.folder
+    for table, columns in (("history", HISTORY_COLUMNS), ("oscillation", OSCILLATION_COLUMNS)):
+        rows = RowLog(run.path / name / f"{table}.partial.jsonl").read()
+        run.write_table(f"{name}/{table}", pd.DataFrame(rows, columns=list(columns)))
+    save_trained(run.path / name, opened, plan)
+    logits, labels = logits_of(opened.model, opened.stream(val, "evaluation"))
+    keep_row(opened, verify_row(name, opened, () if plan is None else plan.sites, logits, labels))
+    run.remove([f"{name}/checkpoints", f"{name}/history.partial.jsonl", f"{name}/oscillation.partial.jsonl"])

@@ -1,0 +1,52 @@
+"""Every number that changes a quantization-aware training."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from quant.choices import Estimator
+
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QATConfig:
+    """How a quantized network is trained; checked by pydantic where it is read, saved beside the result.
+
+    The loss is task_weight * cross-entropy + kd_weight * distillation + the ramped regularizers; a weight of 0 leaves
+    its term out. Loss terms are in nats; the regularizers are sums over weights.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    epochs: Count = 1
+    steps: Count | None = None  # optimizer steps in all; given, it takes the place of epochs
+    batch_size: Count = 64  # images of one optimizer step, over all processes
+    optimizer: str = "adamw"  # timm's name
+    learning_rate: Positive = 5e-4  # peak
+    scale_learning_rate: Positive = 5e-4  # peak, of scales and offsets
+    weight_decay: NotNegative = 1e-4  # of weights; biases, norms and scales have none
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up; the first two go down to 0
+    warmup: Share = 0.05  # share of the steps in which the rates rise from 0
+    clip_grad_norm: Positive | None = None
+    task_weight: NotNegative = 1.0  # cross-entropy with the labels
+    kd_weight: NotNegative = 1.0  # distillation from the teacher (Hinton et al., 2015, arXiv:1503.02531)
+    kd_temperature: Positive = 1.0
+    obr_weight: NotNegative = 0.0  # oscillation-aware bin regularization (Huang et al., TMLR 2024, arXiv:2307.00331)
+    dampening_weight: NotNegative = 0.0  # Nagel et al., ICML 2022, arXiv:2203.11086
+    kurtosis_weight: NotNegative = 0.0  # Chmiel et al., NeurIPS 2020, arXiv:2002.07686; a mean over layers, not ramped
+    ramp_start: Annotated[float, Field(ge=0, lt=1)] = 0.25  # share of the training before OBR and dampening set in
+    crop_area: Annotated[float, Field(gt=0, le=1)] = 0.7  # smallest share of an image that a random crop keeps
+    horizontal_flip: Share = 0.5  # probability
+    precision: Literal["no", "bf16"] = "no"  # autocast; scales and quantization stay in float32
+    calibration_images: Count = 256  # set the start of the scales, and BatchNorm's statistics
+    estimator: Estimator = "mse"  # of the start of the scales
+    oscillation_window: Count = 200  # steps
+    log_every: Count = 10  # steps; the first and the last are logged too
+    gradient_norms_every: Count = 50  # steps; each term takes a backward pass of its own
+    checkpoint_every: Count = 200  # steps
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # order of images, augmentation, dropout
