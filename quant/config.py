@@ -42,7 +42,7 @@ class QATConfig:
     ramp_start: Annotated[float, Field(ge=0, lt=1)] = 0.25  # share of the training before OBR and dampening set in
     crop_area: Annotated[float, Field(gt=0, le=1)] = 0.7  # smallest share of an image that a random crop keeps
     horizontal_flip: Share = 0.5  # probability
-    precision: Literal["no", "bf16"] = "no"  # autocast; scales and quantization stay in float32
+    precision: Literal["fp32", "bf16"] = "fp32"  # autocast; scales and quantization stay in float32
     calibration_images: Count = 256  # set the start of the scales, and BatchNorm's statistics
     estimator: Estimator = "mse"  # of the start of the scales
     oscillation_window: Count = 200  # steps

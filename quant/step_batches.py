@@ -22,7 +22,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
         self.per_epoch = images // batch_size
 
     def __len__(self) -> int:
-        return self.steps - self.first_step
+        return max(0, self.steps - self.first_step)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order, drawn = torch.empty(0), -1

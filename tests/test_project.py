@@ -18,9 +18,11 @@ SOURCES = sorted(path for package in ("quant", "analysis") for path in (ROOT / p
 QUANT_MAY_IMPORT = {
     "attention": {"timm"},  # the attention classes that it describes
     "train": {"timm", "accelerate"},  # optimizers and schedules; devices
+    "checkpoints": {"accelerate"},  # the state of model, optimizer and random numbers
     "bit_plan": {"pydantic"},  # validation of a file that a person may have edited
+    "config": {"pydantic"},  # the same
 }
-ANALYSIS_MAY_IMPORT_TIMM = {"models", "data", "listing"}
+ANALYSIS_MAY_IMPORT_TIMM = {"models", "data", "listing", "training_data"}
 
 # Names to import, where they differ from the names that PyPI gives to the packages.
 PYPI_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}

@@ -1,0 +1,240 @@
+"""The training loop: it learns, goes on where it stopped to the same bits, and stops before it spoils anything."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from quant.checkpoints import last_step
+from quant.config import QATConfig
+from quant.errors import InputError
+from quant.prepare import latent_weights, prepare_qat_
+from quant.train import DivergedError, train_qat
+from tests.test_prepare import opened
+from tests.test_sensitivity import model_of
+
+GENERATOR = torch.Generator().manual_seed(7)
+LABELS = torch.arange(64) % 4
+IMAGES = torch.randn(4, 3, 32, 32, generator=GENERATOR)[LABELS] + 0.7 * torch.randn(64, 3, 32, 32, generator=GENERATOR)
+
+
+def load(sampler):
+    """The batches of a sampler, from memory."""
+    for keys in sampler:
+        chosen = [index for _, index in keys]
+        yield IMAGES[chosen], LABELS[chosen]
+
+
+def validate(model):
+    """Loss and top-1 on all images."""
+    with torch.no_grad():
+        logits = model.eval()(IMAGES)
+    return {"loss": nn.functional.cross_entropy(logits, LABELS).item(),
+            "top1": (logits.argmax(dim=1) == LABELS).float().mean().item()}  # fmt: skip
+
+
+def dropping_vit():
+    """A small ViT with dropout and stochastic depth, whose masks are drawn at every step."""
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=10,
+        proj_drop_rate=0.2, attn_drop_rate=0.2, drop_path_rate=0.2,
+    ).eval()  # fmt: skip
+
+
+def learning_resnet():
+    """A small ResNet as it is before training, its BatchNorm statistics those of the images."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", layers=(1, 1, 1, 1), channels=(8, 16, 16, 16), stem_width=8, num_classes=10,
+                              zero_init_last=False)  # fmt: skip
+    with torch.no_grad():
+        for _ in range(20):
+            model.train()(IMAGES)
+    return model.eval()
+
+
+def prepared(model, bits=3):
+    """The model with every site quantized, and its floating-point teacher."""
+    teacher = copy.deepcopy(model)
+    trace, infos, quantizers = opened(model, bits=bits, images=IMAGES[:16])
+    prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1])
+    return model, teacher
+
+
+def reports(model, teacher, config, folder):
+    """The generator of a training into `folder`."""
+    return train_qat(
+        model, teacher, config=config, images=len(IMAGES), load=load, validate=validate,
+        accelerator=Accelerator(cpu=True), checkpoints=folder,
+    )  # fmt: skip
+
+
+def rows_of(done):
+    """History and oscillation rows of reports, times aside."""
+    history = [{k: v for k, v in row.items() if k != "seconds"} for report in done for row in report.history]
+    return history, [row for report in done for row in report.oscillation]
+
+
+def test_training_recovers_what_two_bits_destroyed(tmp_path):
+    """From near chance the 2-bit network comes close to its labels; the teacher and its hooks are untouched."""
+    model, teacher = prepared(learning_resnet(), bits=2)
+    before = copy.deepcopy(teacher.state_dict())
+    config = QATConfig(epochs=16, batch_size=16, learning_rate=3e-3, scale_learning_rate=1e-3, kd_weight=0)
+    history, _ = rows_of(list(reports(model, teacher, config, tmp_path)))
+    val = [row["top1"] for row in history if row["split"] == "val"]
+    assert val[0] < 0.5
+    assert val[-1] > 0.9
+    assert len(val) == 17  # the start, and every epoch
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert not model.training
+    for weight, quantizer in latent_weights(model).values():
+        assert len(quantizer(weight).unique()) <= 2**2 * quantizer.groups
+
+
+def test_a_teacher_that_is_the_model_teaches_nothing(tmp_path):
+    """Distilling a floating-point network from itself starts at a loss and a gradient of 0."""
+    model = dropping_vit().train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) or type(module).__name__ == "DropPath":
+            module.p = module.drop_prob = 0.0
+    for block in model.blocks:
+        block.attn.attn_drop.p = 0.0
+    teacher = copy.deepcopy(model)
+    config = QATConfig(steps=1, task_weight=0, gradient_norms_every=1, weight_decay=0)
+    history, oscillation = rows_of(list(reports(model, teacher, config, tmp_path)))
+    train = next(row for row in history if row["split"] == "train")
+    assert train["kd"] == pytest.approx(0, abs=1e-6)
+    assert train["grad_kd"] == pytest.approx(0, abs=1e-5)
+    assert "task" not in train
+    assert oscillation == []  # nothing is quantized
+
+
+@pytest.mark.parametrize("make", [dropping_vit, lambda: model_of("resnet")], ids=["vit", "resnet"])
+def test_a_stopped_training_ends_with_the_same_bits(make, tmp_path):
+    """Stopped twice between checkpoints and started anew, weights, scales, statistics and rows are the same."""
+    config = QATConfig(epochs=3, batch_size=16, checkpoint_every=2, log_every=1, gradient_norms_every=3, obr_weight=0.1,
+                       dampening_weight=0.1, kurtosis_weight=0.1, learning_rate=1e-3, oscillation_window=4)  # fmt: skip
+    whole, teacher = prepared(make())
+    expected = rows_of(list(reports(whole, teacher, config, tmp_path / "whole")))
+
+    history, oscillation = [], []
+    for stop in (5, 9, 99):
+        model, teacher = prepared(make())
+        first = last_step(tmp_path / "parts")
+        history = [row for row in history if row["step"] <= first]
+        oscillation = [row for row in oscillation if row["step"] <= first]
+        if not first:
+            history, oscillation = [], []
+        for report in reports(model, teacher, config, tmp_path / "parts"):
+            new = rows_of([report])
+            history, oscillation = history + new[0], oscillation + new[1]
+            if report.step == stop:
+                break
+    assert last_step(tmp_path / "parts") == 10
+    state = model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
+    assert history == expected[0]
+    assert oscillation == expected[1]
+
+
+def test_terms_are_logged_by_name_and_add_up(tmp_path):
+    """Every weighted term has a column, the loss is their sum, each has the norm of its own gradient."""
+    model, teacher = prepared(model_of("vit"))
+    config = QATConfig(epochs=2, batch_size=16, obr_weight=0.3, dampening_weight=0.2, kurtosis_weight=0.1, log_every=1,
+                       gradient_norms_every=1)  # fmt: skip
+    history, oscillation = rows_of(list(reports(model, teacher, config, tmp_path)))
+    rows = [row for row in history if row["split"] == "train"]
+    terms = ("task", "kd", "obr_distance", "obr_variance", "dampening", "kurtosis")
+    for row in rows:
+        assert row["loss"] == pytest.approx(sum(row[term] for term in terms), rel=1e-5)
+    assert rows[0]["obr_distance"] == rows[1]["obr_distance"] == rows[1]["grad_obr"] == 0  # before 25 %
+    assert all(row["obr_distance"] > 0 and row["grad_obr"] > 0 for row in rows[3:])
+    assert all(row[f"grad_{name}"] > 0 for row in rows for name in ("task", "kd", "kurtosis"))
+    assert rows[0]["lr"] < rows[1]["lr"] or config.warmup * 8 < 1
+    weights = {(row["module"], row["tensor"]): row["weights"] for row in oscillation}
+    assert weights[("blocks.0.attn.qkv", "weight.query")] == 32 * 32
+    assert {row["step"] for row in oscillation} == set(range(9))
+
+
+def test_bin_regularization_draws_the_weights_to_the_grid(tmp_path):
+    """With the term the weights end nearer to their codes' values than without it."""
+    distances = {}
+    for weight in (0.0, 10.0):
+        model, teacher = prepared(model_of("vit"))
+        config = QATConfig(epochs=8, batch_size=16, obr_weight=weight)
+        list(reports(model, teacher, config, tmp_path / str(weight)))
+        with torch.no_grad():
+            parts = latent_weights(model).values()
+            distances[weight] = sum(((q(w) - w) / q.scale.mean()).square().mean().item() for w, q in parts)
+    assert distances[10.0] < 0.8 * distances[0.0]
+
+
+def test_a_diverging_training_stops_and_keeps_its_checkpoint(tmp_path):
+    """It says the step and the checkpoint that is kept, and leaves finite weights in that checkpoint."""
+    model, teacher = prepared(model_of("resnet"))
+    done = reports(model, teacher, QATConfig(steps=4, batch_size=16, checkpoint_every=2), tmp_path)
+    for report in done:
+        if report.step == 3:
+            break
+    assert last_step(tmp_path) == 2
+    config = QATConfig(steps=40, batch_size=16, learning_rate=1e12)
+    model, teacher = prepared(model_of("resnet"))
+    with pytest.raises(DivergedError, match=r"diverged at step \d+: .* step 2 is kept .*Lower learning_rate"):
+        list(reports(model, teacher, config, tmp_path))
+    assert last_step(tmp_path) == 2
+
+
+def test_a_label_loss_beyond_all_bounds_is_a_divergence(tmp_path):
+    """Finite, but a thousand nats: stopped all the same."""
+    model = model_of("resnet")
+    with torch.no_grad():
+        model.fc.weight.mul_(1e6)
+    with pytest.raises(DivergedError, match=r"diverged at step 1: the term task is .*No checkpoint was written yet"):
+        list(reports(model, None, QATConfig(steps=2, batch_size=16), tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "no manifest"])
+def test_a_damaged_checkpoint_is_told_before_anything_is_loaded(damage, tmp_path):
+    """A file cut short, a file gone, no manifest: the folder is named, and where the training would go on from."""
+    model, teacher = prepared(model_of("resnet"))
+    for report in reports(model, teacher, QATConfig(steps=6, batch_size=16, checkpoint_every=2), tmp_path):
+        if report.step == 5:
+            break
+    newest = tmp_path / "step_00000004"
+    if damage == "cut":
+        path = newest / "optimizer.bin"
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        (newest / ("model.safetensors" if damage == "missing" else "manifest.json")).unlink()
+    with pytest.raises(InputError, match=r"step_00000004 is damaged or cut short.*Delete this folder .*from step 2"):
+        last_step(tmp_path)
+
+
+def test_batchnorm_refuses_single_images(tmp_path):
+    """One image has no variance; a network without BatchNorm takes it."""
+    model, teacher = prepared(model_of("resnet"))
+    with pytest.raises(InputError, match=r"BatchNorm cannot be trained on one image at a time.*Raise batch_size"):
+        next(reports(model, teacher, QATConfig(steps=1, batch_size=1), tmp_path))
+    vit, teacher = prepared(model_of("vit"))
+    done = list(reports(vit, teacher, QATConfig(steps=1, batch_size=1), tmp_path))
+    assert math.isfinite(done[-1].history[0]["loss"])
+
+
+def test_more_images_than_there_are_is_an_error(tmp_path):
+    """A batch larger than the data set is told."""
+    with pytest.raises(InputError, match="batch_size=65, but there are 64 images"):
+        next(reports(model_of("vit"), None, QATConfig(batch_size=65), tmp_path))
+
+
+def test_bf16_keeps_scales_in_float32(tmp_path):
+    """Under autocast the network learns, scales and latent weights stay float32."""
+    model, teacher = prepared(model_of("vit"), bits=4)
+    config = QATConfig(epochs=6, batch_size=16, precision="bf16", learning_rate=1e-3)
+    history, _ = rows_of(list(reports(model, teacher, config, tmp_path)))
+    val = [row["loss"] for row in history if row["split"] == "val"]
+    assert val[-1] < val[0]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}

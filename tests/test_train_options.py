@@ -1,0 +1,63 @@
+"""The configuration of a training: files and settings, and what is refused."""
+
+from dataclasses import asdict
+
+import pytest
+import yaml
+
+from analysis.train_options import read_config
+from quant.config import QATConfig
+from quant.errors import InputError
+
+
+def test_settings_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    """Three sources in this order; numbers such as 5e-4, which YAML takes for text, are understood."""
+    path = tmp_path / "qat.yaml"
+    path.write_text("epochs: 3\nlearning_rate: 1e-3\nobr_weight: 0.5\n")
+    config = read_config(path, ["learning_rate=5e-4", "clip_grad_norm=null", "precision=bf16", "precision=fp32"])
+    assert config == QATConfig(epochs=3, learning_rate=5e-4, obr_weight=0.5)
+
+
+def test_what_was_written_is_read_again(tmp_path):
+    """A configuration saved by a training is a configuration file."""
+    config = QATConfig(steps=7, kd_temperature=2.0, horizontal_flip=0.0)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(asdict(config)))
+    assert read_config(path, []) == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("kd_temperature=0", r"kd_temperature=0: should be greater than 0"),
+        ("kd_temperature=-1", r"kd_temperature=-1: should be greater than 0"),
+        ("obr_weight=-0.1", r"obr_weight=-0.1: should be greater than or equal to 0"),
+        ("kd_weight=nan", r"kd_weight=nan: should be .*number"),
+        ("task_weight=.inf", r"task_weight=inf: should be a finite number"),
+        ("epochs=0", r"epochs=0: should be greater than or equal to 1"),
+        ("epochs=2.5", r"epochs=2.5: should be a valid integer"),
+        ("batch_size=many", r"batch_size=many: should be a valid integer"),
+        ("schedule=cos", r"schedule=cos: should be 'cosine', 'linear' or 'constant'"),
+        ("learning-rate=1", r"'learning-rate' is no setting of a training; the nearest is learning_rate"),
+        ("lambda=1", r"'lambda' is no setting"),
+        ("learning_rate", r"'learning_rate' is not understood; write key=value"),
+        ("=3", r"'=3' is not understood"),
+        ("seed=[1", r"the value is not readable"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_named(setting, message):
+    """What came, what was expected, and how to change it."""
+    with pytest.raises(InputError, match=message):
+        read_config(None, [setting])
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "holds a list"), ("a: [", "cannot be read"),
+                                               ("lr: 1", "'lr' is no setting")])  # fmt: skip
+def test_a_wrong_file_is_named(text, message, tmp_path):
+    """A file that is no mapping, no YAML, or has an unknown key."""
+    path = tmp_path / "qat.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_config(path, [])
+    with pytest.raises(InputError, match="cannot be read"):
+        read_config(tmp_path / "absent.yaml", [])
