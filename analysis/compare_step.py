@@ -7,6 +7,7 @@ from analysis import comparison
 from analysis.console import as_text, say
 from analysis.files import write_bytes
 from analysis.panels import depth_figure, save_figure
+from analysis.report_step import run_report
 from analysis.runs import Run
 from analysis.tensor_stats import STATS_COLUMNS
 from analysis.variation import variation
@@ -14,7 +15,7 @@ from quant.errors import InputError
 
 
 def run_compare(runs: Sequence[Path], out: Path, *, quiet: bool = False) -> None:
-    """Write comparison.csv, and for weights and inputs a figure over depth with its data, into `out`."""
+    """Write comparison.csv, for weights and inputs a figure over depth with its data, and the report, into `out`."""
     if len(runs) < 2:
         raise InputError("one run was given; name at least two run folders to compare.")
     loaded: list[comparison.Run] = []
@@ -32,6 +33,7 @@ def run_compare(runs: Sequence[Path], out: Path, *, quiet: bool = False) -> None
         save_figure(depth_figure(frame, tensor), out / f"variation_{tensor}")
     say(as_text(table[["tensor", "measure", *(name for name, _, _ in loaded)]]), quiet=quiet)
     say(f"comparison.csv (with a sentence on each measure) and figures in {out}", quiet=quiet)
+    run_report(runs, out, quiet=quiet)
 
 
 def _unique_name(path: Path, taken: Sequence[str]) -> str:

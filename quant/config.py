@@ -27,8 +27,8 @@ class QATConfig:
     steps: Count | None = None  # optimizer steps in all; given, it takes the place of epochs
     batch_size: Count = 64  # images of one optimizer step, over all processes
     optimizer: str = "adamw"  # timm's name
-    learning_rate: Positive = 5e-4  # peak
-    scale_learning_rate: Positive = 5e-4  # peak, of scales and offsets
+    learning_rate: Positive = 1e-3  # peak
+    scale_learning_rate: Positive = 1e-3  # peak, of scales and offsets
     weight_decay: NotNegative = 1e-4  # of weights; biases, norms and scales have none
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up; the first two go down to 0
     warmup: Share = 0.05  # share of the steps in which the rates rise from 0

@@ -1,5 +1,6 @@
 """The training loop of a quantized network."""
 
+import difflib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]  # timm exports it all the same
+from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]  # timm exports them
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import Tensor, nn
 
@@ -67,6 +68,9 @@ def train_qat(
     Raises DivergedError where the loss does, before the step that would spoil the weights.
     """
     total = total_steps(config, images)
+    if config.optimizer not in list_optimizers():
+        near = ", ".join(difflib.get_close_matches(config.optimizer, list_optimizers(), n=3, cutoff=0.0))
+        raise InputError(f"timm has no optimizer {config.optimizer!r}. The nearest: {near}. Change it by --set.")
     _refuse_single_images(model, config.batch_size // accelerator.num_processes)
     set_seed(config.seed, device_specific=True)
     weights = latent_weights(model)

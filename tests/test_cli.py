@@ -216,7 +216,7 @@ WRONG = {
     "no sensitivity yet": (["plan", "--weight-bits", "3", "--run", "RUN"], "qvw sensitivity"),
     "unknown option": (["stats", "--budget", "3", "--run", "RUN"], "No such option.*--help"),
     "a device that is not there": (["stats", *MODEL, "--device", "cuda:77", "--run", "RUN"], "cuda:77"),
-    "no choice in eval": (["eval", *MODEL, *DATA, "--run", "RUN"], "--plan FILE, --uniform wXaY and --float"),
+    "no choice in eval": (["eval", *MODEL, *DATA, "--run", "RUN"], "--uniform wXaY, --checkpoint DIR and --float"),
     "uniform that is not understood": (["eval", *MODEL, *DATA, "--uniform", "4bit", "--run", "RUN"], "'4bit'.*w4a4"),
     "one run to compare": (["compare", "RUN", "--out", "OUT"], "at least two"),
     "weights without a model": (["stats", "--weights", "w.safetensors", "--run", "RUN"], "name the model"),

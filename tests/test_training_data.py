@@ -120,4 +120,4 @@ def test_epochs_are_in_another_order():
     """Two epochs, and two seeds, are two permutations."""
     steps = list(StepBatches(50, batch_size=50, steps=2, seed=0))
     assert [i for _, i in steps[0]] != [i for _, i in steps[1]]
-    assert steps[0] != list(StepBatches(50, batch_size=50, steps=1, seed=1))[0]
+    assert steps[0] != next(iter(StepBatches(50, batch_size=50, steps=1, seed=1)))

@@ -1,0 +1,175 @@
+"""What a report reads: the tables and records of a run folder, and of each training in it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.runs import Run, RunRecord
+from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
+from analysis.tensor_stats import STATS_COLUMNS
+from quant.bit_plan import BitPlan
+from quant.errors import InputError
+
+VERIFY_COLUMNS = (
+    "plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "loss", "loss_se", "top1", "top1_se", "images",
+)  # fmt: skip
+HISTORY_COLUMNS = ("step", "split", "loss", "top1")
+OSCILLATION_COLUMNS = ("step", "weights", "oscillating", "oscillating_ema")
+NO_TERMS = {"step", "epoch", "images", "lr", "split", "loss", "top1", "seconds"}  # history's columns besides the terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One training of a run: `history` has a row per logged step and validation, `oscillation` per step and tensor."""
+
+    name: str  # of its folder: qat, qat-uniform, qat-float, ...
+    finished: bool
+    history: pd.DataFrame
+    oscillation: pd.DataFrame | None
+    config: dict[str, Any]
+    plan: BitPlan | None  # None for a training in floating point
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContent:
+    """One run folder in memory; None stands for a table that was not made yet."""
+
+    name: str  # by which the page tells runs apart
+    folder: Path
+    record: RunRecord
+    stats: pd.DataFrame | None
+    sensitivity: pd.DataFrame | None  # one row per (module, tensor, bit_width)
+    verify: pd.DataFrame | None
+    plan: BitPlan | None
+    trainings: tuple[Training, ...]
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunContent]:
+    """The content of each run folder, in the order given, under names that tell them apart.
+
+    Raises InputError for no folder, one given twice, one that is none or holds nothing to report, and damaged files.
+    """
+    if not folders:
+        raise InputError("no run folder was given; name at least one.")
+    names: list[str] = []
+    for folder in folders:
+        path = folder.resolve()
+        name = path.name if path.name not in names else f"{path.parent.name}/{path.name}"
+        if name in names:
+            raise InputError(f"the run folder {folder} cannot be told from another one named {name}. Give each once.")
+        names.append(name)
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def read_run(folder: Path, name: str) -> RunContent:
+    """What a run folder holds; InputError where that is nothing, or a file of it is damaged."""
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is no run folder: there is no such folder. Make one with `qvw stats --run {folder}`."
+        )
+    run = Run(folder)
+    sensitivity = _table(run, "sensitivity", SENSITIVITY_COLUMNS)
+    if sensitivity is not None:
+        sensitivity = preferred_rows(sensitivity)
+    content = RunContent(
+        name=name,
+        folder=folder,
+        record=run.record,
+        stats=_table(run, "stats", STATS_COLUMNS),
+        sensitivity=None if sensitivity is None or sensitivity.empty else sensitivity,
+        verify=_table(run, "verify", VERIFY_COLUMNS),
+        plan=_plan(folder),
+        trainings=_trainings(folder),
+    )
+    found = (content.stats, content.sensitivity, content.verify, content.plan, content.trainings or None)
+    if all(part is None for part in found):
+        raise InputError(f"{folder} holds nothing to report. Measure a model first: `qvw stats MODEL --run {folder}`.")
+    return content
+
+
+def terms(trainings: Sequence[Training]) -> list[str]:
+    """The terms of the loss that were logged, in the order of the tables; those never measured are left out."""
+    found: dict[str, None] = {}
+    for history in (training.history.select_dtypes("number") for training in trainings):
+        names = (name for name in history if name not in NO_TERMS and not name.startswith("grad_"))
+        found.update(dict.fromkeys(name for name in names if history[name].notna().any()))
+    return list(found)
+
+
+def history_frame(trainings: Sequence[Training]) -> pd.DataFrame:
+    """The histories of several trainings one after the other, `training` being the name; steps in order."""
+    return pd.concat(
+        [t.history.assign(training=t.name).sort_values("step", kind="stable") for t in trainings], ignore_index=True
+    )
+
+
+def oscillation_frame(trainings: Sequence[Training]) -> pd.DataFrame:
+    """Shares of oscillating weights over steps: training, step, oscillating, oscillating_ema.
+
+    Over all weights that were tracked, so that a large tensor counts more; empty where nothing was tracked.
+    """
+    frames = []
+    for training in trainings:
+        if training.oscillation is None:
+            continue
+        shares = oscillating_shares(training.oscillation)
+        frames.append(shares.assign(training=training.name))
+    columns = ["training", "step", "oscillating", "oscillating_ema"]
+    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+
+
+def oscillating_shares(oscillation: pd.DataFrame) -> pd.DataFrame:
+    """The shares over all tracked weights, a row a step, from rows of oscillation.parquet (shares per tensor)."""
+    names = ["oscillating", "oscillating_ema"]
+    counts = oscillation[names].mul(oscillation["weights"], axis=0).assign(weights=oscillation["weights"])
+    totals = counts.groupby(oscillation["step"]).sum(min_count=1)
+    return totals[names].div(totals["weights"], axis=0).reset_index()
+
+
+def _trainings(folder: Path) -> tuple[Training, ...]:
+    """The trainings of a run, `qat` first, then by name; a folder without history has nothing to show yet."""
+    found = []
+    for path in sorted(p for p in folder.glob("qat*") if p.name == "qat" or p.name.startswith("qat-")):
+        run = Run(path)
+        history = _table(run, "history", HISTORY_COLUMNS)
+        if history is None:
+            continue
+        config = run.read_json("config") if (path / "config.json").exists() else {}
+        if not isinstance(config, dict):
+            raise InputError(
+                f"{path / 'config.json'} is no table of settings. Train anew with `qvw train --overwrite`."
+            )
+        found.append(
+            Training(
+                name=path.name,
+                finished=(path / "model.safetensors").exists(),
+                history=history,
+                oscillation=_table(run, "oscillation", OSCILLATION_COLUMNS),
+                config=config,
+                plan=_plan(path),
+            )
+        )
+    return tuple(found)
+
+
+def _table(run: Run, name: str, columns: Sequence[str]) -> pd.DataFrame | None:
+    """A table of the run; None where it was not made or has no row."""
+    if not (run.path / f"{name}.parquet").exists():
+        return None
+    table = run.read_table(name, columns)
+    return None if table.empty else table
+
+
+def _plan(folder: Path) -> BitPlan | None:
+    path = folder / "plan.json"
+    if not path.exists():
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the plan {path} cannot be read: {error}. Make it anew with `qvw plan`.") from error
+    plan = BitPlan.from_json(text, source=str(path))
+    return plan if plan.sites else None

@@ -1,0 +1,100 @@
+"""The figures of a report: run content in, PNG as base64 with the words that stand for it out."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from analysis.comparison import depth_frame
+from analysis.panels import bits_figure, depth_figure, distribution_figure, sensitivity_figure
+from analysis.report_content import RunContent, history_frame, oscillation_frame, terms
+from analysis.training_plots import terms_figure, training_figure
+from analysis.variation import variation
+
+DOTS = 180  # an inch: sharp on a screen, and ten runs still fit in 5 MiB
+COLOURS = 256  # of a figure, its shades at the edges of letters included: a third of the bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure inside the page."""
+
+    caption: str
+    words: str  # what it shows, for those who do not see it
+    png: str  # base64
+    inches: float  # its natural width
+
+
+def distribution(content: RunContent) -> Picture | None:
+    """Where the values of each tensor lie."""
+    if content.stats is None:
+        return None
+    words = "bands of quantiles of every weight, input and attention tensor, in its own standard deviations"
+    return _picture(distribution_figure(content.stats, content.name), f"{content.name}: distribution", words)
+
+
+def by_depth(contents: Sequence[RunContent]) -> list[Picture]:
+    """Six measures against relative depth, a line a run, for weights and for inputs; only from two runs on."""
+    runs = [(c.name, c.stats, variation(c.stats)) for c in contents if c.stats is not None]
+    pictures = []
+    for tensor in ("weight", "input") if len(runs) > 1 else ():
+        frame = depth_frame(runs, tensor=tensor)
+        if not frame.empty:
+            words = "absolute mean, standard deviation, kurtosis, outliers and channel ranges of each layer by depth"
+            pictures.append(_picture(depth_figure(frame, tensor), f"{tensor}s of all runs by depth", words))
+    return pictures
+
+
+def sensitivity(content: RunContent) -> Picture | None:
+    """Heatmaps of site by bit-width: loss increase, or KL where there were no labels."""
+    rows = content.sensitivity
+    if rows is None:
+        return None
+    value = "delta_loss" if rows["delta_loss"].notna().any() else "kl"
+    what = "loss increase" if value == "delta_loss" else "KL of the logits"
+    words = f"heatmap of the {what} of every site, a column a bit-width"
+    figure = sensitivity_figure(rows, content.name, value=value)
+    return _picture(figure, f"{content.name}: {what} of each site", words)
+
+
+def plan(content: RunContent) -> Picture | None:
+    """The bits of each planned site."""
+    if content.plan is None:
+        return None
+    sites = content.plan.sites  # in network order
+    frame = pd.DataFrame(
+        [{"module": s.module, "tensor": s.tensor, "bit_width": s.bit_width, "order": i} for i, s in enumerate(sites)]
+    )
+    words = "modules in network order across, tensors down, colour is the bit-width; the table of sites has the same"
+    return _picture(bits_figure(frame, content.name), f"{content.name}: bits of each site", words)
+
+
+def trainings(content: RunContent) -> list[Picture]:
+    """Curves of all trainings of a run, and the terms of their losses."""
+    if not content.trainings:
+        return []
+    history = history_frame(content.trainings)
+    figure = training_figure(history, oscillation_frame(content.trainings), content.name)
+    words = "loss, top-1 and share of oscillating weights over steps, a colour a training"
+    pictures = [_picture(figure, f"{content.name}: trainings", words)]
+    names = terms(content.trainings)
+    if names:
+        words = f"{', '.join(names)} over steps, a panel a training"
+        pictures.append(_picture(terms_figure(history, names, content.name), f"{content.name}: loss terms", words))
+    return pictures
+
+
+def _picture(figure: Figure, caption: str, words: str) -> Picture:
+    """The figure as PNG of few colours; it is closed. The same figure gives the same bytes."""
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DOTS)
+    plt.close(figure)
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(COLOURS).save(packed, "png", optimize=True)
+    width = float(figure.get_size_inches()[0])
+    return Picture(caption=caption, words=words, png=base64.b64encode(packed.getvalue()).decode(), inches=width)

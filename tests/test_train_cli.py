@@ -1,0 +1,256 @@
+"""`qvw train` as a person uses it: results, evaluation in a new process, kills, and wrong input."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from analysis.train_step import HISTORY_COLUMNS, OSCILLATION_COLUMNS
+from quant.bit_plan import BitPlan
+from tests.test_cli import MODEL, ROOT, VIT_KWARGS, qvw
+
+VIT = ["vit_tiny_patch16_224", "--model-kwargs", VIT_KWARGS]
+DATA = ["--data", "digits", "--num-workers", "0"]
+SHORT = ["--images", "200", "--val-images", "100", "--set", "batch_size=20", "--set", "log_every=2",
+         "--set", "checkpoint_every=2", "--set", "calibration_images=40", "--set", "obr_weight=0.1"]  # fmt: skip
+
+
+def train(run, *arguments, model=VIT):
+    """Exit code of a short training into `run`."""
+    return qvw("train", *model, *DATA, "--run", run, *SHORT, *arguments)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder of a ViT with three trainings; tests copy before they change."""
+    run = tmp_path_factory.mktemp("runs with a space") / "vit"
+    assert train(run, "--uniform", "w3a4") == 0
+    assert train(run, "--uniform", "w8a8", "--name", "w8") == 0
+    assert train(run, "--float", "--name", "float") == 0
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A run folder that a test may change."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_a_training_leaves_the_files_of_the_design(trained):
+    """Tables with the promised columns, configuration, model with its plan; no checkpoint is left over."""
+    for name in ("qat", "qat-w8", "qat-float"):
+        folder = trained / name
+        history = pd.read_parquet(folder / "history.parquet")
+        assert list(history.columns) == list(HISTORY_COLUMNS)
+        assert history["step"].max() == 10
+        assert set(history["split"]) == {"train", "val"}
+        oscillation = pd.read_parquet(folder / "oscillation.parquet")
+        assert list(oscillation.columns) == list(OSCILLATION_COLUMNS)
+        assert (len(oscillation) > 0) == (name == "qat")  # nothing of at most 4 bits in the others
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["batch_size"], config["learning_rate"]) == (20, 1e-3)
+        assert load_file(folder / "model.safetensors")["blocks.0.attn.qkv.weight"].shape == (96, 32)
+        assert (folder / "plan.json").exists() == (name != "qat-float")
+        assert not (folder / "checkpoints").exists()
+        assert not list(folder.glob("*.jsonl"))
+    plan = BitPlan.from_json((trained / "qat" / "plan.json").read_text())
+    assert {site.bit_width for site in plan.sites} == {3, 4, 8}
+    assert plan.solver.name == "uniform"
+    rows = pd.read_parquet(trained / "verify.parquet").set_index("plan")
+    assert list(rows.index) == ["qat", "qat-w8", "qat-float"]
+    assert rows.loc["qat", "size_bytes"] < rows.loc["qat-w8", "size_bytes"] < rows.loc["qat-float", "size_bytes"]
+    assert rows.loc["qat", "weight_bits"] == plan.totals.weight_bits
+
+
+@pytest.mark.parametrize("name", ["qat", "qat-float"])
+def test_a_new_process_measures_the_same_to_the_last_digit(run, name):
+    """`eval --checkpoint` from the files alone gives loss and top-1 of the training's end, bit for bit."""
+    before = pd.read_parquet(run / "verify.parquet").set_index("plan").loc[name]
+    (run / "verify.parquet").unlink()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "analysis", "eval", "--run", run, "--checkpoint", run / name, "--images", "100",
+         "--num-workers", "0"], cwd=ROOT, env=environment, check=True, capture_output=True,
+    )  # fmt: skip
+    after = pd.read_parquet(run / "verify.parquet").set_index("plan").loc[name]
+    pd.testing.assert_series_equal(after, before, check_exact=True)
+
+
+def test_the_runs_own_plan_is_the_default(tmp_path):
+    """After sensitivity and plan, `train` takes plan.json, and leaves the plan as it was."""
+    run = tmp_path / "run"
+    assert qvw("sensitivity", *MODEL, *DATA, "--run", run, "--images", 40, "--bits", "2,8", "--bn", "stored") == 0
+    assert qvw("plan", "--run", run, "--weight-bits", 4, "--activation-bits", 5) == 0
+    assert qvw("train", "--run", run, *SHORT) == 0
+    assert (run / "qat" / "plan.json").read_text() == (run / "plan.json").read_text()
+    state = load_file(run / "qat" / "model.safetensors")
+    assert any(key.endswith("running_mean") and value.any() for key, value in state.items())
+
+
+def test_a_finished_training_is_not_repeated(run, capfd):
+    """The same command says that it is done; another setting is refused by name until --overwrite."""
+    before = (run / "qat" / "model.safetensors").read_bytes()
+    assert train(run, "--uniform", "w3a4") == 0
+    assert "--overwrite trains anew" in capfd.readouterr().out
+    assert train(run, "--uniform", "w3a4", "--set", "learning_rate=0.002") == 2
+    assert "config.learning_rate: 0.001 -> 0.002" in capfd.readouterr().err
+    assert train(run, "--uniform", "w2a4") == 2
+    assert 'plan: "w3a4" -> "w2a4"' in capfd.readouterr().err
+    assert (run / "qat" / "model.safetensors").read_bytes() == before
+    assert train(run, "--uniform", "w3a4", "--set", "learning_rate=0.002", "--overwrite") == 0
+    assert (run / "qat" / "model.safetensors").read_bytes() != before
+
+
+def test_killed_trainings_end_with_the_same_weights(trained, tmp_path):
+    """Killed (SIGKILL) at two steps, each time started anew: the final tensors and the tables are those of one go."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "analysis", "train", *VIT, *DATA, "--run", run, *SHORT, "--uniform", "w3a4"]
+    log = run / "qat" / "history.partial.jsonl"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for step in (3, 7):
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            steps = [int(n) for n in re.findall(r'"step": (\d+)', log.read_text())] if log.exists() else []
+            if steps and max(steps) >= step:
+                break
+            time.sleep(0.005)
+        assert process.poll() is None, "the training ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (run / "qat" / "model.safetensors").exists()
+    assert train(run, "--uniform", "w3a4") == 0
+    state, expected = (load_file(folder / "qat" / "model.safetensors") for folder in (run, trained))
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in state.items())
+    for table in ("history", "oscillation"):
+        one, other = (pd.read_parquet(folder / "qat" / f"{table}.parquet") for folder in (run, trained))
+        columns = one.columns.drop("seconds", errors="ignore")
+        pd.testing.assert_frame_equal(one[columns], other[columns], check_exact=True)
+
+
+def test_an_interrupted_training_says_so_and_refuses_another_configuration(tmp_path, monkeypatch, capfd):
+    """Ctrl-C: exit code 130; going on with other settings is refused with what differs; a cut checkpoint is named."""
+    import quant.train
+
+    run, saved = tmp_path / "run", quant.train.save_checkpoint
+
+    def stop_after_four(accelerator, folder, step):
+        saved(accelerator, folder, step)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(quant.train, "save_checkpoint", stop_after_four)
+    assert train(run, "--uniform", "w3a4") == 130
+    monkeypatch.setattr(quant.train, "save_checkpoint", saved)
+    assert train(run, "--uniform", "w3a4", "--set", "kd_weight=0.5") == 2
+    assert "config.kd_weight: 1.0 -> 0.5" in capfd.readouterr().err
+    optimizer = run / "qat" / "checkpoints" / "step_00000004" / "optimizer.bin"
+    whole = optimizer.read_bytes()
+    optimizer.write_bytes(whole[: len(whole) // 2])
+    assert train(run, "--uniform", "w3a4") == 2
+    assert "step_00000004 is damaged or cut short: optimizer.bin" in capfd.readouterr().err
+    shutil.rmtree(optimizer.parent)
+    assert train(run, "--uniform", "w3a4") == 0
+
+
+OTHER_SIZE = VIT_KWARGS.replace('"img_size": 32', '"img_size": 64')
+WRONG = {
+    "two choices": (["--uniform", "w4a4", "--float"], "at most one of --plan"),
+    "no plan": ([], "plan.json does not exist: make it with `qvw plan`, or give"),
+    "bits that are not offered": (["--uniform", "w9a4"], "'w9a4' is not understood"),
+    "a plan that quantizes nothing": (["--plan", "EMPTY"], "plans no site: nothing would be quantized"),
+    "a negative temperature": (["--float", "--set", "kd_temperature=-1"], "kd_temperature=-1: should be gr"),
+    "a negative lambda": (["--float", "--set", "obr_weight=-1"], "obr_weight=-1: should be greater than or equal to 0"),
+    "an unknown setting": (["--float", "--set", "lr=1"], "'lr' is no setting of a training; the nearest is"),
+    "a folder's name that is none": (["--float", "--name", "../x"], "is no name of a folder"),
+    "a teacher of other classes": (["--float", "--teacher", VIT[0], "--teacher-kwargs", VIT_KWARGS.replace("10", "7")],
+                                   "answers with 7 classes, vit_tiny_patch16_224 has 10"),
+    "a teacher of another size": (["--float", "--teacher", VIT[0], "--teacher-kwargs", OTHER_SIZE],
+                                  r"does not take the images of vit_tiny_patch16_224, \(1, 32, 32\)"),
+    "a teacher that does not exist": (["--float", "--teacher", "resnet1"], "timm has no model 'resnet1'"),
+    "teacher weights without a teacher": (["--float", "--teacher-weights", "x.safetensors"], "need --teacher MODEL"),
+    "more in a batch than there are": (["--float", "--set", "batch_size=300"], "batch_size=300, but there are 200"),
+    "an optimizer that is none": (["--float", "--set", "optimizer=sdg"], "timm has no optimizer 'sdg'"),
+    "no such option": (["--float", "--batch-size", "8"], "--batch-size"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(WRONG))
+def test_wrong_input_is_one_clear_message_and_exit_code_2(case, tmp_path, trained, capfd):
+    """Standard error has one or two lines that name what came; no traceback, no results."""
+    arguments, message = WRONG[case]
+    content = json.loads((trained / "qat" / "plan.json").read_text()) | {"sites": []}
+    (tmp_path / "empty.json").write_text(json.dumps(content))
+    arguments = [str(tmp_path / "empty.json") if a == "EMPTY" else a for a in arguments]
+    assert train(tmp_path / "run", *arguments) == 2
+    error = capfd.readouterr().err
+    lines = [line for line in error.strip().splitlines() if "warning" not in line]
+    assert 1 <= len(lines) <= 2, error
+    assert "Traceback" not in error
+    assert re.search(message, error), error
+    assert not (tmp_path / "run" / "qat" / "model.safetensors").exists()
+
+
+def test_one_image_a_batch_needs_a_network_without_batchnorm(tmp_path, capfd):
+    """BatchNorm has no variance of one image."""
+    assert train(tmp_path / "run", "--float", "--set", "batch_size=1", model=MODEL) == 2
+    assert "BatchNorm cannot be trained on one image at a time" in capfd.readouterr().err
+
+
+def test_a_diverging_training_stops_and_says_what_is_kept(tmp_path, capfd):
+    """Exit code 2; no model is written, the history up to there stays."""
+    run = tmp_path / "run"
+    assert train(run, "--uniform", "w3a4", "--set", "learning_rate=1e14", "--set", "warmup=0") == 2
+    assert re.search(r"diverged at step \d+: .*Lower learning_rate", capfd.readouterr().err)
+    assert not (run / "qat" / "model.safetensors").exists()
+    assert (run / "qat" / "history.partial.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut", "model.safetensors cannot be loaded"),
+        ("absent", "has no model.safetensors"),
+        ("another plan", "is not of this network and plan: .* such as"),
+        ("another network", "no site|cannot be loaded|is not of this network"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_cannot_be_used_is_named(damage, message, run, tmp_path, capfd):
+    """Cut short, not there, with a changed plan, or of another network."""
+    folder, target = run / "qat", run
+    if damage == "cut":
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "absent":
+        folder = tmp_path
+    elif damage == "another plan":
+        content = json.loads((folder / "plan.json").read_text())
+        content["sites"] = content["sites"][:-3]
+        (folder / "plan.json").write_text(json.dumps(content))
+    else:
+        target = tmp_path / "other"
+        assert train(target, "--float", model=MODEL) == 0
+    assert qvw("eval", "--run", target, "--checkpoint", folder, "--images", 100) == 2
+    error = capfd.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+
+
+def test_help_names_the_settings(capfd):
+    """The help of train tells where the settings are and how to resume."""
+    assert qvw("train", "--help") == 0
+    text = capfd.readouterr().out
+    for word in ("learning_rate", "obr_weight", "--teacher", "checkpoint", "QATConfig"):
+        assert word in text
+    assert (Path(ROOT) / "quant" / "config.py").exists()
