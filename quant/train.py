@@ -69,7 +69,7 @@ def train_qat(
     """
     total = total_steps(config, images)
     if config.optimizer not in list_optimizers():
-        near = ", ".join(difflib.get_close_matches(config.optimizer, list_optimizers(), n=3, cutoff=0.0))
+        near = ", ".join(map(str, difflib.get_close_matches(config.optimizer, list_optimizers(), n=3, cutoff=0.0)))
         raise InputError(f"timm has no optimizer {config.optimizer!r}. The nearest: {near}. Change it by --set.")
     _refuse_single_images(model, config.batch_size // accelerator.num_processes)
     set_seed(config.seed, device_specific=True)
