@@ -125,11 +125,11 @@ def train_qat(
         rows = []
         logged = _due(step, total, config.log_every)
         if logged or norms:
-            values = {name: term.item() for name, term in terms.items()}
-            top1 = (logits.argmax(dim=1) == labels).float().mean().item()
+            figures = {"loss": loss, **terms, "top1": (logits.argmax(dim=1) == labels).float().mean()}
+            means = accelerator.reduce(torch.stack(list(figures.values())).detach(), reduction="mean").tolist()
             rows.append(
-                {**place, "split": "train", "lr": optimizer.param_groups[0]["lr"], "loss": loss.item(), **values,
-                 **norms, "top1": top1, "seconds": time.monotonic() - started}
+                {**place, "split": "train", "lr": optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started,
+                 **dict(zip(figures, means, strict=True)), **norms}
             )  # fmt: skip
         if step % per_epoch == 0 or step == total:
             rows.append({**place, "split": "val", "seconds": time.monotonic() - started, **validate(model)})
