@@ -36,7 +36,7 @@ class QATConfig:
     task_weight: NotNegative = 1.0  # cross-entropy with the labels
     kd_weight: NotNegative = 1.0  # distillation from the teacher (Hinton et al., 2015, arXiv:1503.02531)
     kd_temperature: Positive = 1.0
-    obr_weight: NotNegative = 0.0  # oscillation-aware bin regularization (Huang et al., TMLR 2024, arXiv:2307.00331)
+    obr_weight: NotNegative = 0.01  # oscillation-aware bin regularization (Huang et al., TMLR 2024, arXiv:2307.00331)
     dampening_weight: NotNegative = 0.0  # Nagel et al., ICML 2022, arXiv:2203.11086
     kurtosis_weight: NotNegative = 0.0  # Chmiel et al., NeurIPS 2020, arXiv:2002.07686; a mean over layers, not ramped
     ramp_start: Annotated[float, Field(ge=0, lt=1)] = 0.25  # share of the training before OBR and dampening set in

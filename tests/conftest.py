@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no window for figures, and the folder of trained weights and real images."""
+"""What every test shares: one thread, no window for figures, trained weights and real images, the demo's folder."""
 
 from pathlib import Path
 
@@ -25,3 +25,29 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no folder {SHARED}: the trained weights and real images are not part of the repository")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def demonstrated(tmp_path_factory) -> Path:
+    """The demo's folder after an interruption before the second model's plan, and a second start; not to be changed."""
+    from analysis import demo  # late: the tests that need no demo then start sooner
+    from analysis.plan_step import run_plan
+
+    folder = tmp_path_factory.mktemp("demo")
+    calls = []
+
+    def stopped(path, request):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        run_plan(path, request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "run_plan", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            demo.run_demo(folder, quiet=True)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/weights.safetensors")}
+    assert len(before) == 2
+    demo.run_demo(folder, quiet=True)
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # trained once
+    return folder

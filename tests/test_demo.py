@@ -1,35 +1,12 @@
 """`qvw demo` for real: the whole path on the bundled digits, stopped in the middle and started again."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
 
-from analysis import demo
-from analysis.plan_step import run_plan
-
-
-@pytest.fixture(scope="module")
-def demonstrated(tmp_path_factory):
-    """The demo's folder after an interruption before the second model's plan, and a second start."""
-    folder = tmp_path_factory.mktemp("demo")
-    calls = []
-
-    def stopped(path, request):
-        calls.append(path)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        run_plan(path, request)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "run_plan", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            demo.run_demo(folder, quiet=True)
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/weights.safetensors")}
-    assert len(before) == 2
-    demo.run_demo(folder, quiet=True)
-    assert {path: path.stat().st_mtime_ns for path in before} == before  # trained once
-    return folder
+from analysis.demo import measure_demo
 
 
 @pytest.mark.parametrize(("name", "least"), [("resnet", 0.97), ("swin", 0.96)])
@@ -65,3 +42,22 @@ def test_the_two_models_are_compared(demonstrated):
     table = pd.read_csv(demonstrated / "compare" / "comparison.csv")
     assert {"resnet", "swin", "reading"} <= set(table.columns)
     assert (demonstrated / "compare" / "variation_weight.png").exists()
+
+
+def test_what_is_measured_is_not_measured_again(demonstrated):
+    """On a folder that holds everything `measure_demo` returns the two runs and writes nothing."""
+    before = {path: path.stat().st_mtime_ns for path in demonstrated.rglob("*")}
+    assert measure_demo(demonstrated, quiet=True) == [demonstrated / "resnet", demonstrated / "swin"]
+    assert {path: path.stat().st_mtime_ns for path in demonstrated.rglob("*")} == before
+
+
+def test_what_is_missing_is_measured(demonstrated, tmp_path):
+    """A table that is gone and a bit-width that was not swept are made, and come out as they were."""
+    shutil.copytree(demonstrated, tmp_path / "demo")
+    folder = tmp_path / "demo" / "swin"
+    whole = pd.read_parquet(folder / "sensitivity.parquet")
+    whole[whole["bit_width"] != 8].to_parquet(folder / "sensitivity.parquet", index=False)
+    (folder / "cost.parquet").unlink()
+    measure_demo(tmp_path / "demo", quiet=True)
+    assert (folder / "cost.parquet").exists()
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "sensitivity.parquet"), whole)
