@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +15,11 @@ from analysis.plan_options import uniform_bits
 from analysis.setup import Opened
 from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlannedSite, PlanSolver
 from quant.calibrate import ActivationSample, default_scheme, make_quantizer, observe_activations
-from quant.choices import ALLOWED_BIT_WIDTHS, Estimator
+from quant.choices import ALLOWED_BIT_WIDTHS, Estimator, Layout
 from quant.errors import InputError
 from quant.quantizer import Quantizer
 from quant.scheme import QuantScheme, axis_and_groups
 from quant.site import Site
-
-Layout = Literal["paper", "strict"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from analysis.options import (
+    CommandWithSettings,
     JsonObject,
     ListOf,
     common_options,
@@ -19,6 +20,7 @@ from analysis.options import (
     model_options,
     quiet_option,
     run_option,
+    seed_option,
 )
 from quant.choices import ESTIMATORS, GRANULARITIES, Estimator, Granularity
 from quant.errors import InputError
@@ -64,6 +66,7 @@ def models(pattern: str | None) -> None:
 @model_options
 @data_options
 @run_option
+@seed_option
 @common_options
 def stats(**options: Any) -> None:
     """Variance, kurtosis, outliers, quantiles of every weight, and with --data of every activation.
@@ -80,6 +83,7 @@ def stats(**options: Any) -> None:
 @model_options
 @data_options
 @run_option
+@seed_option
 @common_options
 @click.option("--bits", type=ListOf(int), default="2,3,4,8", show_default=True, help="Bit-widths: 1 to 8, and 16.")
 @click.option("--tensors", type=ListOf(str), default="weight,input,attention", show_default=True,
@@ -142,6 +146,7 @@ def plan(run: Path, **options: Any) -> None:
 @model_options
 @data_options
 @run_option
+@seed_option
 @common_options
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file.")
 @click.option("--uniform", metavar="wXaY", help="The same bits everywhere, such as w4a4.")
@@ -168,7 +173,7 @@ def evaluate(**options: Any) -> None:
     run_eval(Setup.of(options), request)
 
 
-@cli.command(short_help="Train with a plan or uniform bits.")
+@cli.command(cls=CommandWithSettings, short_help="Train with a plan or uniform bits.")
 @model_options
 @image_options
 @run_option
@@ -181,21 +186,20 @@ def evaluate(**options: Any) -> None:
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="A YAML file of settings, key: value.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
               help="One setting, such as learning_rate=0.001 or batch_size=128; may be repeated.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Order of images, augmentation, dropout (0).")
 @click.option("--name", help="The results go to RUN/qat-NAME instead of RUN/qat: several trainings in one run.")
 @click.option("--teacher", help="A network whose logits are distilled, as MODEL; by default the float model itself.")
 @click.option("--teacher-weights", type=click.Path(path_type=Path), help="Its weights, .safetensors.")
 @click.option("--teacher-pretrained", is_flag=True, help="timm's published weights for it.")
 @click.option("--teacher-kwargs", type=JsonObject(), help="Arguments of its constructor, as JSON.")
 @click.option("--val-images", type=click.IntRange(min=1), help="Images to validate on; by default all.")
-def train(config_file: Path | None, settings: tuple[str, ...], **options: Any) -> None:
+def train(config_file: Path | None, settings: tuple[str, ...], seed: int | None, **options: Any) -> None:
     """Quantization-aware training (LSQ) of exactly the plan, with distillation and the oscillation term.
 
     Training images, all by default (--images N for fewer). Writes into RUN/qat: model.safetensors with plan.json,
     history.parquet, oscillation.parquet, config.json; and a row of verify.parquet. Interrupted and started again, it
     goes on from its last checkpoint.
 
-    Settings and their defaults are the fields of QATConfig in quant/config.py: epochs or steps, batch_size,
-    learning_rate, scale_learning_rate, weight_decay, task_weight, kd_weight, kd_temperature, obr_weight, ...
     """
     from analysis.setup import Setup
     from analysis.train_options import read_config
@@ -203,7 +207,7 @@ def train(config_file: Path | None, settings: tuple[str, ...], **options: Any) -
 
     names = ("plan_file", "uniform", "floating", "layout", "name", "teacher", "teacher_weights", "teacher_pretrained",
              "teacher_kwargs", "val_images")  # fmt: skip
-    config = read_config(config_file, settings)
+    config = read_config(config_file, [*settings, *([] if seed is None else [f"seed={seed}"])])
     request = TrainRequest.of({name: options.pop(name) for name in names} | {"config": config})
     run_train(Setup.of(options), request)
 
@@ -235,7 +239,7 @@ def compare(runs: Sequence[Path], out: Path, quiet: bool) -> None:
               help="Folder of the results.")  # fmt: skip
 @quiet_option
 def demo(run: Path, quiet: bool) -> None:
-    """The whole path on scikit-learn's digits: a ResNet and a Swin, trained on the spot, to bit plans and figures."""
+    """The whole path on scikit-learn's digits: a ResNet and a Swin, from training on the spot to a report of all."""
     from analysis.demo import run_demo
 
     run_demo(run, quiet=quiet)

@@ -89,7 +89,7 @@ class _Guarded(Dataset[tuple[Tensor, int] | Broken]):
             return Broken(self.dataset.names[i], str(error))
 
 
-def collate(items: Sequence[tuple[Tensor, int] | Broken]) -> tuple[Tensor, Tensor, list[Broken]]:
+def _collate(items: Sequence[tuple[Tensor, int] | Broken]) -> tuple[Tensor, Tensor, list[Broken]]:
     """A batch of the images that could be read, their labels, and the others."""
     good = [item for item in items if not isinstance(item, Broken)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
@@ -210,7 +210,7 @@ def batches(data: ImageData, *, batch_size: int, num_workers: int = 0) -> Iterat
         _Guarded(data.dataset),
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=_collate,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     read = 0

@@ -12,21 +12,18 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from analysis import accounting
-from analysis.calibration import Calibrated, Layout, calibrated, parse_uniform, read_plan
-from analysis.checkpoint import load_trained_
+from analysis.calibration import Calibrated, calibrated, parse_uniform, read_plan
+from analysis.columns import VERIFY_COLUMNS
 from analysis.console import as_text, say, warn
 from analysis.cost import cost_table
 from analysis.evaluation import logits_of, mean_and_error, scores
 from analysis.setup import Opened, Setup, open_run
+from analysis.trained_model import load_trained_
 from quant.batchnorm import batchnorm_reestimated, batchnorms
 from quant.bit_plan import PlannedSite
-from quant.choices import Estimator
+from quant.choices import Estimator, Layout
 from quant.errors import InputError
 from quant.prepare import quantized
-
-VERIFY_COLUMNS = (
-    "plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "loss", "loss_se", "top1", "top1_se", "images",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

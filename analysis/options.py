@@ -50,6 +50,20 @@ class JsonObject(click.ParamType):
         return parsed
 
 
+class CommandWithSettings(click.Command):
+    """A command whose help ends with the settings of a training and their defaults."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the settings below the options."""
+        from dataclasses import fields
+
+        from quant.config import QATConfig
+
+        defaults = [f"{field.name}={'none' if field.default is None else field.default}" for field in fields(QATConfig)]
+        with formatter.section("Settings (--set, --config) with their defaults; quant/config.py explains each"):
+            formatter.write_text(", ".join(defaults))
+
+
 def _stacked(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         for decorator in reversed(decorators):
@@ -64,7 +78,7 @@ run_option = click.option(
     "--run",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="The run folder, which keeps model, images and results; stats and sensitivity make it.",
+    help="The run folder, which keeps model, images and results; it is made where it is not there.",
 )
 model_options = _stacked(
     click.argument("model", required=False),
@@ -81,9 +95,8 @@ model_options = _stacked(
 )
 image_options = _stacked(
     click.option("--data", help="digits, folder:PATH, csv:FILE, or a timm data set (torch/cifar10, hfds/..., wds/...)"),
-    click.option("--split", type=click.Choice(["train", "val"]), help="Which images; each command says its default."),
     click.option("--images", type=click.IntRange(min=1), help="How many images, balanced over the classes: by default "
-                 "2,000 for stats, 256 for sensitivity, all for eval; when repeated, as before."),
+                 "2,000 for stats, 256 for sensitivity, all for eval and train; when repeated, as before."),
     click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Decoding processes."),
     click.option("--holdout", type=click.FloatRange(0, 1, max_open=True),
                  help="Share of one-split data that becomes the validation split (0.5); 0: every image serves both."),
@@ -97,11 +110,15 @@ image_options = _stacked(
     click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and count them."),
 )  # fmt: skip
 data_options = _stacked(
-    image_options, click.option("--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True)
+    image_options,
+    click.option("--split", type=click.Choice(["train", "val"]), help="Which images; each command says its default."),
+    click.option("--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True),
+)
+seed_option = click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), help="Choice of images, splits, untrained weights (0)."
 )
 common_options = _stacked(
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps."),
-    click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Choice of images, splits, untrained weights (0)."),
     click.option("--overwrite", is_flag=True, help="Start this step anew where the run folder holds other results."),
     quiet_option,
 )

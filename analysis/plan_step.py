@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 from pydantic import TypeAdapter
@@ -22,6 +22,7 @@ from analysis.planner import PlanSolution, plan_bits
 from analysis.runs import Run
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
 from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
+from quant.choices import Layout
 from quant.errors import InputError
 from quant.site import Site
 
@@ -41,7 +42,7 @@ class PlanRequest:
     objective: str = "kl"
     pin: tuple[str, ...] = ()
     tie: tuple[str, ...] = ()
-    layout: Literal["paper", "strict"] = "paper"
+    layout: Layout = "paper"
     out: Path | None = None
     quiet: bool = False
 

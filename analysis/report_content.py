@@ -7,17 +7,13 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.columns import HISTORY_COLUMNS, OSCILLATION_COLUMNS, VERIFY_COLUMNS
 from analysis.runs import Run, RunRecord
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
 from analysis.tensor_stats import STATS_COLUMNS
 from quant.bit_plan import BitPlan
 from quant.errors import InputError
 
-VERIFY_COLUMNS = (
-    "plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "loss", "loss_se", "top1", "top1_se", "images",
-)  # fmt: skip
-HISTORY_COLUMNS = ("step", "split", "loss", "top1")
-OSCILLATION_COLUMNS = ("step", "weights", "oscillating", "oscillating_ema")
 NO_TERMS = {"step", "epoch", "images", "lr", "split", "loss", "top1", "seconds"}  # history's columns besides the terms
 
 

@@ -19,11 +19,21 @@ from pydantic import TypeAdapter, ValidationError
 from analysis.files import json_scalar, write_atomic, writing
 from quant.errors import InputError
 
-_PACKAGES = ("torch", "timm", "numpy", "pandas", "scipy", "quantization-variation-workbench")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "numpy",
+    "pandas",
+    "scipy",
+    "quantization-variation-workbench",
+)
 _MADE_BY = {
     "stats": "qvw stats", "channels": "qvw stats", "histograms": "qvw stats", "variation": "qvw stats --data DATA",
     "sensitivity": "qvw sensitivity", "cost": "qvw sensitivity", "proxies": "qvw sensitivity --proxies",
-    "plan": "qvw plan", "pareto": "qvw plan --pareto", "verify": "qvw eval",
+    "plan": "qvw plan", "pareto": "qvw plan --pareto", "verify": "qvw eval", "history": "qvw train",
+    "oscillation": "qvw train", "config": "qvw train",
 }  # fmt: skip
 
 

@@ -138,11 +138,14 @@ class Opened:
         files: Sequence[str],
         options: Mapping[str, Any],
         inputs: Mapping[str, Any] | None = None,
+        *,
+        seed: int | None = None,
     ) -> AbstractContextManager[None]:
         """Note in run.json the model, the images and that a step runs; the context notes how it ended.
 
         Refuses to mix it with another model or other inputs. `files` are what it writes, `--overwrite` removes them
-        first; `options` are those of the step's own, `inputs` what else than model and images fixes its result.
+        first; `options` are those of the step's own, `inputs` what else than model and images fixes its result, `seed`
+        its own seed where that is not the one that chose the images.
         """
         setup = self.setup
         self.run.set_model(self.record, overwrite=setup.overwrite)
@@ -151,7 +154,8 @@ class Opened:
         assert setup.seed is not None
         return self.run.start_step(
             name, command=shlex.join(["qvw", *sys.argv[1:]]), options=_jsonable(asdict(setup) | dict(options)),
-            inputs=self.inputs(data) | dict(inputs or {}), seed=setup.seed, device=setup.device, files=files,
+            inputs=self.inputs(data) | dict(inputs or {}), 
+            seed=setup.seed if seed is None else seed, device=setup.device, files=files,
             overwrite=setup.overwrite,
         )  # fmt: skip
 

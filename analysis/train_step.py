@@ -16,8 +16,8 @@ from accelerate.state import AcceleratorState
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from analysis.calibration import Layout, calibrated, parse_uniform, read_plan
-from analysis.checkpoint import save_trained
+from analysis.calibration import calibrated, parse_uniform, read_plan
+from analysis.columns import HISTORY_COLUMNS, OSCILLATION_COLUMNS
 from analysis.console import progress, say
 from analysis.data import ImageData
 from analysis.eval_step import keep_row, show_rows, verify_row
@@ -25,21 +25,16 @@ from analysis.evaluation import logits_of, scores
 from analysis.files import RowLog
 from analysis.models import ModelSource, load_model, weights_sha256
 from analysis.setup import Opened, Setup, open_run
+from analysis.trained_model import save_trained
 from analysis.training_data import TrainingImages, training_batches
 from quant.batchnorm import reestimate_batchnorm_
 from quant.bit_plan import BitPlan
 from quant.checkpoints import last_step
+from quant.choices import Layout
 from quant.config import QATConfig
 from quant.errors import InputError
 from quant.prepare import prepare_qat_
 from quant.train import total_steps, train_qat
-
-_TERMS = ("task", "kd", "obr_distance", "obr_variance", "dampening", "kurtosis")
-_GRADIENTS = ("grad_task", "grad_kd", "grad_obr", "grad_dampening", "grad_kurtosis")
-HISTORY_COLUMNS = (
-    "step", "epoch", "images", "lr", "split", "loss", *_TERMS, *_GRADIENTS, "top1", "seconds",
-)  # fmt: skip
-OSCILLATION_COLUMNS = ("step", "module", "tensor", "weights", "oscillating", "oscillating_ema")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +77,16 @@ def run_train(setup: Setup, request: TrainRequest) -> None:
 
     What was interrupted goes on from its last checkpoint; what is done with the same inputs is not done again.
     """
-    config = request.config
-    accelerator = _accelerator(setup.device)
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        setup = replace(setup, device=str(accelerator.device))
+    config, accelerator = request.config, _accelerator(setup.device)
+    if accelerator.num_processes > 1:
+        setup = replace(setup, device=str(accelerator.device))  # each process its own
     opened = open_run(setup, needs_data=True)
-    folder = opened.run.path / request.folder
+    folder, main = opened.run.path / request.folder, accelerator.is_main_process
     plan = _plan(opened, request)
-    train = opened.images("train", setup.images)
-    val = opened.images("val", request.val_images)
+    train, val = opened.step_images(request.folder, "train"), opened.images("val", request.val_images)
     if not (train.labelled and val.labelled):
         raise InputError("training needs labels, of the training and of the validation images.")
-    total = total_steps(config, train.images)
+    total = total_steps(config, train.images, accelerator.num_processes)
     teacher, teacher_sha256 = _teacher(opened, request)
     text = plan.to_json() if isinstance(plan, BitPlan) else plan
     inputs = {
@@ -106,15 +99,16 @@ def run_train(setup: Setup, request: TrainRequest) -> None:
         return
     files = [f"{request.folder}/{name}" for name in _FILES]
     options = {name: value for name, value in asdict(request).items() if name != "config"}
-    main = accelerator.is_main_process
-    with opened.step(request.folder, train, files, options, inputs) if main else nullcontext():
+    step = opened.step(request.folder, train, files, options, inputs, seed=config.seed) if main else nullcontext()
+    with step:
         if main:
             opened.run.write_json(f"{request.folder}/config", asdict(config))
+        accelerator.wait_for_everyone()  # what --overwrite removes is gone before anyone looks for a checkpoint
         if plan is not None:
             plan = _prepare_(opened, plan, request)
-        _train(opened, teacher, request, train, val, total, accelerator)
+        logits, labels = _train(opened, teacher, request, train, val, total, accelerator)
         if main:
-            _finish(opened, plan, request, val)
+            _finish(opened, plan, request, logits, labels)
     if main:
         show_rows(opened)
         say(f"the model and its history are in {folder}", quiet=setup.quiet)
@@ -130,7 +124,7 @@ def _accelerator(device: str) -> Accelerator:
     """The processes and the device of a training; gradients are averaged where `torchrun` has started several."""
     if AcceleratorState._shared_state and AcceleratorState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training may have used another device
-    return Accelerator(cpu=device == "cpu")
+    return Accelerator(cpu=device == "cpu", device_placement=False)  # the model is where the run put it
 
 
 def _plan(opened: Opened, request: TrainRequest) -> BitPlan | str | None:
@@ -198,8 +192,8 @@ def _train(
     val: ImageData,
     total: int,
     accelerator: Accelerator,
-) -> None:
-    """Run the loop, its rows on the disk as they come."""
+) -> tuple[Tensor, Tensor]:
+    """Run the loop, its rows on the disk as they come; logits and labels of the trained model's validation."""
     folder, config, setup = opened.run.path / request.folder, request.config, opened.setup
     images = TrainingImages(train, config, opened.input_config)
     first = last_step(folder / "checkpoints")
@@ -208,9 +202,11 @@ def _train(
         history.keep(first if first else -1)
         oscillation.keep(first if first else -1)
 
+    latest: list[tuple[Tensor, Tensor]] = []
+
     def validate(model: nn.Module) -> dict[str, float]:
-        model.eval()
-        figures = scores(*logits_of(model, opened.stream(val, "validation")))
+        latest[:] = [logits_of(model.eval(), opened.stream(val, "validation"))]
+        figures = scores(*latest[0])
         return {"loss": figures.loss.mean().item(), "top1": figures.hit.mean().item()}
 
     reports = train_qat(
@@ -228,15 +224,15 @@ def _train(
                 if report.oscillation:
                     oscillation.append(report.oscillation)
             bar.update(report.step - bar.n)
+    return latest[0]  # the loop ends with a validation
 
 
-def _finish(opened: Opened, plan: BitPlan | None, request: TrainRequest, val: ImageData) -> None:
-    """Write the tables and the model, evaluate it once more for its row of verify.parquet, drop the checkpoints."""
+def _finish(opened: Opened, plan: BitPlan | None, request: TrainRequest, logits: Tensor, labels: Tensor) -> None:
+    """Write the tables, the model and its row of verify.parquet; drop the checkpoints."""
     run, name = opened.run, request.folder
     for table, columns in (("history", HISTORY_COLUMNS), ("oscillation", OSCILLATION_COLUMNS)):
         rows = RowLog(run.path / name / f"{table}.partial.jsonl").read()
         run.write_table(f"{name}/{table}", pd.DataFrame(rows, columns=list(columns)))
     save_trained(run.path / name, opened, plan)
-    logits, labels = logits_of(opened.model, opened.stream(val, "evaluation"))
     keep_row(opened, verify_row(name, opened, () if plan is None else plan.sites, logits, labels))
     run.remove([f"{name}/checkpoints", f"{name}/history.partial.jsonl", f"{name}/oscillation.partial.jsonl"])

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,21 +12,30 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from analysis.data import Broken, ImageData, collate
+from analysis.data import Broken, ImageData
 from analysis.listing import InputConfig
 from quant.config import QATConfig
 from quant.errors import InputError
 from quant.step_batches import StepBatches
 
 
-class TrainingImages(Dataset[tuple[Tensor, int] | Broken]):
+class Item(NamedTuple):
+    """One image to train on, and the broken images that it stands in for; `image` is None where it is broken itself."""
+
+    image: Tensor | None
+    label: int
+    broken: list[Broken]
+
+
+class TrainingImages(Dataset[Item]):
     """The images of `data`, keyed by (epoch, index), cropped and flipped as `config` says.
 
-    Image files are augmented by timm's transforms, tensors (digits) after their preparation.
+    Image files are augmented by timm's transforms, tensors (digits) after their preparation. Where broken images are to
+    be skipped the next one that can be read takes the place of each, so that every batch has its size.
     """
 
     def __init__(self, data: ImageData, config: QATConfig, input_config: InputConfig) -> None:
-        self.images, self.seed = data.dataset, config.seed
+        self.images, self.seed, self.skip_broken = data.dataset, config.seed, data.skip_broken
         area = (config.crop_area, 1.0)
         _, height, width = input_config.input_size
         self.from_file = create_transform(
@@ -42,17 +51,25 @@ class TrainingImages(Dataset[tuple[Tensor, int] | Broken]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | Broken:
-        epoch, i = key
-        try:
-            if self.unchanged:
-                return self.images[i]
-            raw = self.images.raw(i)
-        except InputError as error:
-            return Broken(self.images.names[i], str(error))
+    def __getitem__(self, key: tuple[int, int]) -> Item:
+        epoch, first = key
+        broken: list[Broken] = []
+        for i in (*range(first, len(self)), *range(first)):
+            try:
+                return Item(self._augmented(i, epoch), int(self.images.labels[i]), broken)
+            except InputError as error:
+                broken.append(Broken(self.images.names[i], str(error)))
+                if not self.skip_broken:
+                    break
+        return Item(None, -1, broken)
+
+    def _augmented(self, i: int, epoch: int) -> Tensor:
+        if self.unchanged:
+            return self.images[i][0]
+        raw = self.images.raw(i)
         with _seeded(self.seed, epoch, i):
             x = self.from_tensor(self.images.transform(raw)) if isinstance(raw, Tensor) else self.from_file(raw)
-        return x.float(), int(self.images.labels[i])
+        return x.float()
 
 
 def training_batches(
@@ -60,19 +77,24 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of the sampler: images (batch, channels, height, width) and labels (batch,).
 
-    An image that cannot be read raises InputError, or with `skip_broken` is left out and named in `data.skipped`.
+    An image that cannot be read raises InputError, or with `skip_broken` is replaced, and named in `data.skipped`.
     """
     loader = DataLoader(
-        images, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, generator=torch.Generator()
+        images, batch_sampler=sampler, num_workers=num_workers, collate_fn=_listed, generator=torch.Generator()
     )
-    for x, labels, broken in loader:
-        for name, message in broken:
+    for items in loader:
+        for name, message in (one for item in items for one in item.broken):
             if not data.skip_broken:
                 raise InputError(message)
             if name not in data.skipped:
                 data.skipped.append(name)
-        if len(labels):
-            yield x, labels
+        if any(item.image is None for item in items):
+            raise InputError(f"None of the {data.images} images of {data.spec} can be read. Check the data.")
+        yield torch.stack([item.image for item in items]), torch.tensor([item.label for item in items])
+
+
+def _listed(items: list[Item]) -> list[Item]:
+    return items
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def closed_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @cache
 def _opened_class(original: Any) -> Any:
-    return type(original.__name__, (_OpenedAttention, original), {"__module__": original.__module__})
+    return type(f"Opened{original.__name__}", (_OpenedAttention, original), {"__module__": original.__module__})
 
 
 def _in_turn(first: Handler, second: Handler) -> Handler:

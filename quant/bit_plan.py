@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
-from quant.choices import ALLOWED_BIT_WIDTHS, Granularity
+from quant.choices import ALLOWED_BIT_WIDTHS, Granularity, Layout
 from quant.errors import InputError
 from quant.scheme import QuantScheme
 from quant.site import Site
@@ -30,7 +30,6 @@ BitWidth = Annotated[int, AfterValidator(_allowed), Field(json_schema_extra={"en
 TensorName = Literal[
     "weight", "weight.query", "weight.key", "weight.value", "input", "query", "key", "value", "attention"
 ]
-Layout = Literal["paper", "strict"]
 
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -8,32 +8,65 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from safetensors.torch import load_model, save_model
+from torch import nn
 
 from quant.errors import InputError
 
 _KEPT = 2  # should the last one be damaged, the training goes on from the one before
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Write the state after `step` steps to `folder`/step_NNNNNNNN; older ones but the last are removed."""
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    tracker: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> None:
+    """Write the state after `step` steps to `folder`/step_NNNNNNNN; older ones but the last are removed.
+
+    Weights and tracker as safetensors, the optimizer's state once, the state of random numbers once a process. Where
+    the disk is full the folder stays as it was.
+    """
     final, temporary = folder / f"step_{step:08}", folder / f".step_{step:08}.tmp"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        manifest = {"step": step, "sha256": {path.name: _sha256(path) for path in sorted(temporary.iterdir())}}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
-        _fsync(folder)
-        for old in _steps(folder)[:-_KEPT]:
-            shutil.rmtree(folder / f"step_{old:08}")
+    main = accelerator.is_main_process
+    try:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            save_model(model, str(temporary / "model.safetensors"))
+            save_model(tracker, str(temporary / "tracker.safetensors"))
+            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        accelerator.wait_for_everyone()
+        torch.save(_random_state(), temporary / f"random_{accelerator.process_index}.pt")
+        accelerator.wait_for_everyone()
+        if main:
+            digests = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+            manifest = {"step": step, "processes": accelerator.num_processes, "sha256": digests}
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            for path in (*temporary.iterdir(), temporary):
+                _fsync(path)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.replace(final)
+            _fsync(folder)
+            for old in _steps(folder)[:-_KEPT]:
+                shutil.rmtree(folder / f"step_{old:08}")
+    except Exception as error:
+        if not isinstance(error, OSError) and "No space left" not in str(
+            error
+        ):  # torch and safetensors say it in words
+            raise
+        raise InputError(
+            f"The checkpoint of step {step} cannot be written to {folder}: {_first_line(error)}. Free some space or "
+            "mend the permissions, then run the same command again: it goes on from the checkpoint before."
+        ) from error
+    finally:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def last_step(folder: Path) -> int:
@@ -43,8 +76,7 @@ def last_step(folder: Path) -> int:
         return 0
     path = folder / f"step_{steps[-1]:08}"
     try:
-        manifest: Any = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        damaged = [name for name, digest in manifest["sha256"].items() if _sha256(path / name) != digest]
+        damaged = [name for name, digest in _manifest(path)["sha256"].items() if _sha256(path / name) != digest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         damaged = [f"manifest.json or a file that it names ({type(error).__name__})"]
     if damaged:
@@ -56,9 +88,43 @@ def last_step(folder: Path) -> int:
     return steps[-1]
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Put the state of `step` into what `accelerator` has prepared; no code is run from the files."""
-    accelerator.load_state(str(folder / f"step_{step:08}"))
+def load_checkpoint_(
+    folder: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    tracker: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> None:
+    """Put the state after `step` steps into model, tracker, optimizer and the generators of random numbers.
+
+    No code is run from the files. Raises InputError where another number of processes wrote them: each has random
+    numbers and images of its own.
+    """
+    path = folder / f"step_{step:08}"
+    processes = _manifest(path).get("processes")
+    if processes != accelerator.num_processes:
+        raise InputError(
+            f"{path} was written by {processes} processes, these are {accelerator.num_processes}: the training would "
+            "not be the same. Go on with as many, or start anew with --overwrite."
+        )
+    load_model(model, path / "model.safetensors")
+    load_model(tracker, path / "tracker.safetensors")
+    optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    random = torch.load(path / f"random_{accelerator.process_index}.pt", map_location="cpu", weights_only=True)
+    torch.set_rng_state(random["cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(random["cuda"])
+
+
+def _random_state() -> dict[str, Any]:
+    """What dropout and stochastic depth draw from; images are augmented by numbers of their own."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
 
 
 def _steps(folder: Path) -> list[int]:
@@ -77,3 +143,7 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -4,6 +4,7 @@ from typing import Literal, get_args
 
 Granularity = Literal["per_tensor", "per_channel", "per_head"]
 Estimator = Literal["mse", "minmax", "percentile"]
+Layout = Literal["paper", "strict"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 ALLOWED_BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)

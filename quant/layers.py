@@ -86,4 +86,4 @@ def weight_parts(module: nn.Module) -> Iterator[tuple[str, Tensor, LSQQuantizer]
 
 @cache
 def _quantized_class(original: Any) -> Any:
-    return type(original.__name__, (_QuantizedLayer, original), {"__module__": original.__module__})
+    return type(f"Quantized{original.__name__}", (_QuantizedLayer, original), {"__module__": original.__module__})

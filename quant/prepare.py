@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from quant.attention import close_attention_, open_attention_
 from quant.errors import InputError
+from quant.functional import dequantize
 from quant.intercept import intercept
 from quant.layers import is_quantized, quantize_layer_, restore_layer_, weight_parts
 from quant.quantizer import LSQQuantizer, Quantizer
@@ -65,14 +66,14 @@ def prepare_qat_(
     """Quantize the sites of `quantizers` from now on, each with learned scales that start at the given ones.
 
     `trace` and `sites` are those of the floating-point model on one image. A forward pass of `image` (1, channels,
-    height, width) then proves that every site was executed as it was traced: as many elements, at most 2^bits values a
-    group. Raises InputError with all sites that were not, the model restored. `restore_float_` undoes it.
+    height, width) then proves that every site was executed as it was traced: as many elements, each on its grid.
+    Raises InputError with all sites that were not, the model restored. `restore_float_` undoes it.
     """
-    unsupported = sorted({site.module for site in quantizers if site.module in trace.functional})
-    if unsupported:
+    unseen = sorted({site.module for site in quantizers if site.module in trace.functional and site.tensor == "input"})
+    if unseen:
         raise InputError(
-            f"{unsupported[0]} is used without being called ({len(unsupported)} such layers), which training does not "
-            f"support yet. Leave them out: --exclude '{unsupported[0]}'."
+            f"{unseen[0]} is used without being called ({len(unseen)} such layers), so its input cannot be quantized "
+            f"in training yet. Leave them out, --exclude '{unseen[0]}', and plan again."
         )
     learned = {
         site: LSQQuantizer(start, elements_per_scale=max(1, sites[site].numel // start.groups)).to(image.device)
@@ -84,7 +85,7 @@ def prepare_qat_(
     try:
         for name, by_tensor in by_module.items():
             _attach_(model, name, by_tensor, trace, sites)
-        _prove(model, learned, sites, image)
+        _check_execution(model, learned, sites, image)
     except BaseException:
         restore_float_(model)
         raise
@@ -133,35 +134,36 @@ def latent_weights(model: nn.Module) -> dict[Site, tuple[Tensor, LSQQuantizer]]:
     return found
 
 
-def _prove(
+def _check_execution(
     model: nn.Module, learned: Mapping[Site, LSQQuantizer], sites: Mapping[Site, SiteInfo], image: Tensor
 ) -> None:
     """Raise InputError unless one image passes every quantizer exactly as it passed the floating-point model."""
     elements = dict.fromkeys(learned, 0)
-    too_many_values: set[Site] = set()
+    off_grid: set[Site] = set()
 
     def watch(site: Site) -> Callable[..., None]:
         def hook(quantizer: LSQQuantizer, args: tuple[Tensor], output: Tensor) -> None:
             elements[site] += output.numel()
-            codes = quantizer.codes(args[0]).transpose(0, 1).flatten(1)
-            if max(len(group.unique()) for group in codes) > 2**quantizer.scheme.bit_width:
-                too_many_values.add(site)
+            grid = dequantize(quantizer.codes(args[0]), quantizer.scale, quantizer.offset)
+            if not torch.equal(output, grid.reshape(output.shape).to(output.dtype)):
+                off_grid.add(site)
 
         return hook
 
     handles = [quantizer.register_forward_hook(watch(site)) for site, quantizer in learned.items()]
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
             model.eval()(image)
     finally:
-        model.train(training)
+        for module, mode in training.items():
+            module.training = mode
         for handle in handles:
             handle.remove()
     wrong = [
         f"{site} ({elements[site]} of {sites[site].numel} elements)"
         for site in learned
-        if site in too_many_values or not _as_traced(site, elements[site], sites[site])
+        if site in off_grid or not _as_traced(site, elements[site], sites[site])
     ]
     if wrong:
         raise InputError(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from quant.functional import fake_quantize, quantize, scale_gradient, to_groups
 from quant.scheme import QuantScheme
 
-LEAST_SCALE = 1e-3
+MIN_SCALE_RATIO = 1e-3
 """A learned scale stays above this share of its start: at 0 every code would be lost, and no gradient leads back."""
 
 
@@ -51,7 +51,7 @@ class LSQQuantizer(nn.Module):
         self.scheme, self.axis, self.groups = start.scheme, start.axis, start.groups
         self.scale = nn.Parameter(start.scale.detach().float().clone())
         self.offset = None if start.offset is None else nn.Parameter(start.offset.detach().float().clone())
-        self.register_buffer("least_scale", LEAST_SCALE * self.scale.detach())
+        self.register_buffer("min_scale", MIN_SCALE_RATIO * self.scale.detach())
         self.grad_factor = (elements_per_scale * start.scheme.quant_max) ** -0.5
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ class LSQQuantizer(nn.Module):
 
     @torch.no_grad()
     def clamp_scale_(self) -> None:
-        """Hold the scale above `LEAST_SCALE` of its start; the training loop calls it after each optimizer step."""
-        self.scale.copy_(torch.maximum(self.scale, self.get_buffer("least_scale")))
+        """Hold the scale above `MIN_SCALE_RATIO` of its start; the training loop calls it after each optimizer step."""
+        self.scale.copy_(torch.maximum(self.scale, self.get_buffer("min_scale")))
 
     def extra_repr(self) -> str:
         """The scheme, as print(model) shows it."""

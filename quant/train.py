@@ -4,11 +4,11 @@ import difflib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]  # timm exports them
@@ -16,25 +16,19 @@ from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import Tensor, nn
 
 from quant.batchnorm import batchnorms
-from quant.checkpoints import last_step, load_checkpoint, save_checkpoint
+from quant.checkpoints import last_step, load_checkpoint_, save_checkpoint
 from quant.config import QATConfig
-from quant.distill import distillation_loss
 from quant.errors import InputError
-from quant.functional import to_groups
+from quant.loss_terms import Weights, gradient_norms, image_terms, low_bit, weight_terms
 from quant.oscillation import OscillationTracker
 from quant.prepare import latent_weights
 from quant.quantizer import LSQQuantizer
-from quant.regularizers import cosine_ramp, dampening_loss, kurtosis_loss, oscillation_bin_loss
 from quant.site import Site
 from quant.step_batches import StepBatches
 
-LOW_BITS = 4
-"""Sites above it oscillate too little to matter, and bin regularization harms them at 8 bit."""
 LARGEST_LOSS = 1e3
 """Cross-entropy or distillation above it, in nats, is a divergence: chance is the logarithm of the classes."""
 _SCHEDULES = {"cosine": "cosine", "linear": "poly", "constant": "step"}  # timm's names, at a decay rate of 1
-
-Weights = dict[Site, tuple[Tensor, LSQQuantizer]]
 
 
 class StepReport(NamedTuple):
@@ -67,83 +61,81 @@ def train_qat(
     `checkpoints` holds one the training goes on from there, to the same weights on the CPU as if it had not stopped.
     Raises DivergedError where the loss does, before the step that would spoil the weights.
     """
-    total = total_steps(config, images)
-    if config.optimizer not in list_optimizers():
-        near = ", ".join(map(str, difflib.get_close_matches(config.optimizer, list_optimizers(), n=3, cutoff=0.0)))
-        raise InputError(f"timm has no optimizer {config.optimizer!r}. The nearest: {near}. Change it by --set.")
+    total = total_steps(config, images, accelerator.num_processes)
     _refuse_single_images(model, config.batch_size // accelerator.num_processes)
     set_seed(config.seed, device_specific=True)
-    weights = latent_weights(model)
-    low = {site: part for site, part in weights.items() if part[1].scheme.bit_width <= LOW_BITS}
-    tracker = OscillationTracker({site: w.numel() for site, (w, _) in low.items()}, window=config.oscillation_window)
-    tracker.to(accelerator.device)
-    optimizer = create_optimizer_v2(_parameter_groups(model, config), opt=config.optimizer, lr=config.learning_rate)
-    schedule, _ = create_scheduler_v2(
-        optimizer, sched=_SCHEDULES[config.schedule], decay_rate=1.0, warmup_epochs=round(config.warmup * total),
-        num_epochs=total + 1,  # in steps; one more, or the last of them would have a rate of 0
-        warmup_lr=0.0, step_on_epochs=False, updates_per_epoch=1,
-    )  # fmt: skip
+    optimizer, set_rates = _optimizer(model, config, total)
     trained, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(tracker)
+    device = next(model.parameters()).device
+    weights = latent_weights(model)
+    tracker = OscillationTracker(
+        {site: w.numel() for site, (w, _) in low_bit(weights).items()}, window=config.oscillation_window
+    ).to(device)
     quantizers = [module for module in model.modules() if isinstance(module, LSQQuantizer)]
-    every_weight = [p for p in model.parameters() if p.ndim > 1]
-    first, started = last_step(checkpoints), time.monotonic()
-    per_epoch = images // config.batch_size
+    multiplied = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    state: dict[str, Any] = {"model": model, "tracker": tracker, "optimizer": optimizer, "accelerator": accelerator}
+    first, started, per_epoch = last_step(checkpoints), time.monotonic(), images // config.batch_size
     if first:
-        load_checkpoint(accelerator, checkpoints, first)
+        load_checkpoint_(checkpoints, first, **state)
     else:
-        tracker.update(_codes(low), 0)
+        tracker.update(_codes(weights), 0)
         row = {"step": 0, "epoch": 0, "images": 0, "split": "val", "seconds": 0.0, **validate(model)}
         yield StepReport(0, [row], tracker.rows(0))
     batches = StepBatches(
         images, batch_size=config.batch_size, steps=total, seed=config.seed, first_step=first,
         rank=accelerator.process_index, world=accelerator.num_processes,
     )  # fmt: skip
-    bf16 = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    mean = partial(accelerator.reduce, reduction="mean")
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     trained.train()
     for step, (x, labels) in enumerate(load(batches), start=first + 1):
-        x, labels = x.to(accelerator.device), labels.to(accelerator.device)
-        schedule.step_update(step)
+        x, labels = x.to(device), labels.to(device)
+        set_rates(step)
         with bf16:
             logits = trained(x)
             with torch.no_grad():
-                taught = None if teacher is None or not config.kd_weight else teacher(x).float()
-        ramp = cosine_ramp(step / total, config.ramp_start)
-        terms = _terms(logits.float(), labels, taught, weights, low, config, ramp)
+                teacher_logits = None if teacher is None or not config.kd_weight else teacher(x).float()
+        logits = logits.float()
+        terms = image_terms(logits, labels, teacher_logits, config) | weight_terms(weights, config, step / total)
         loss = torch.stack(list(terms.values())).sum()
-        norms = _gradient_norms(terms, every_weight) if _due(step, total, config.gradient_norms_every) else {}
+        with_norms = _due(step, total, config.gradient_norms_every)
+        norms = gradient_norms(terms, multiplied, mean) if with_norms else {}
         optimizer.zero_grad()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(trained.parameters(), config.clip_grad_norm or math.inf)
-        _refuse_divergence(step, terms, norm, checkpoints)
+        figures = {"loss": loss, **terms, "top1": (logits.argmax(dim=1) == labels).float().mean(), "norm": norm}
+        means = mean(torch.stack(list(figures.values())).detach()).tolist()
+        measured = dict(zip(figures, means, strict=True))
+        _refuse_divergence(step, measured, config, checkpoints)
         optimizer.step()
         for quantizer in quantizers:
             quantizer.clamp_scale_()
-        tracker.update(_codes(low), step)
+        tracker.update(_codes(weights), step)
 
         place = {"step": step, "epoch": (step - 1) // per_epoch, "images": step * config.batch_size}
-        rows = []
-        logged = _due(step, total, config.log_every)
-        if logged or norms:
-            figures = {"loss": loss, **terms, "top1": (logits.argmax(dim=1) == labels).float().mean()}
-            means = accelerator.reduce(torch.stack(list(figures.values())).detach(), reduction="mean").tolist()
-            rows.append(
-                {**place, "split": "train", "lr": optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started,
-                 **dict(zip(figures, means, strict=True)), **norms}
-            )  # fmt: skip
+        rows, logged = [], with_norms or _due(step, total, config.log_every)
+        if logged:
+            del measured["norm"]
+            rate = optimizer.param_groups[0]["lr"]
+            seconds = time.monotonic() - started
+            rows.append({**place, "split": "train", "lr": rate, "seconds": seconds, **measured, **norms})
         if step % per_epoch == 0 or step == total:
             rows.append({**place, "split": "val", "seconds": time.monotonic() - started, **validate(model)})
             trained.train()
         yield StepReport(step, rows, tracker.rows(step) if logged else [])
         if step % config.checkpoint_every == 0 and step < total:
-            save_checkpoint(accelerator, checkpoints, step)
+            save_checkpoint(checkpoints, step, **state)
     model.eval()
 
 
-def total_steps(config: QATConfig, images: int) -> int:
+def total_steps(config: QATConfig, images: int, processes: int = 1) -> int:
     """Optimizer steps of a training on so many images; InputError where they make no batch."""
     if config.batch_size > images:
         raise InputError(f"batch_size={config.batch_size}, but there are {images} images to train on. Lower it.")
+    if config.batch_size % processes:
+        raise InputError(
+            f"batch_size={config.batch_size} cannot be shared equally by {processes} processes. Change it by --set."
+        )
     return config.steps or config.epochs * (images // config.batch_size)
 
 
@@ -151,75 +143,54 @@ def _due(step: int, total: int, every: int) -> bool:
     return step % every == 0 or step in (1, total)
 
 
-def _parameter_groups(model: nn.Module, config: QATConfig) -> list[dict[str, Any]]:
-    """Weights with decay; biases and norms without; scales and offsets without, at a rate of their own."""
+def _optimizer(model: nn.Module, config: QATConfig, total: int) -> tuple[torch.optim.Optimizer, Callable[[int], None]]:
+    """The optimizer, and what sets the learning rates of a step, 1 to `total`."""
+    if config.optimizer not in list_optimizers():
+        near = ", ".join(map(str, difflib.get_close_matches(config.optimizer, list_optimizers(), n=3, cutoff=0.0)))
+        raise InputError(f"timm has no optimizer {config.optimizer!r}. The nearest: {near}. Change it by --set.")
+    optimizer = create_optimizer_v2(parameter_groups(model, config), opt=config.optimizer, lr=config.learning_rate)
+    schedule, _ = create_scheduler_v2(
+        optimizer, sched=_SCHEDULES[config.schedule], decay_rate=1.0, warmup_epochs=round(config.warmup * total),
+        num_epochs=total + 1,  # in steps; one more, or the last of them would have a rate of 0
+        warmup_lr=0.0, step_on_epochs=False, updates_per_epoch=1,
+    )  # fmt: skip
+    assert schedule is not None
+    return optimizer, schedule.step_update
+
+
+def parameter_groups(model: nn.Module, config: QATConfig) -> list[dict[str, Any]]:
+    """Three groups for an optimizer: weights with decay; what must not decay; scales and offsets at their own rate.
+
+    Biases and norms do not decay, nor does what the model itself excepts (`no_weight_decay`: position embeddings, class
+    tokens, tables of relative positions). Frozen parameters are left out.
+    """
     scales = {id(p) for m in model.modules() if isinstance(m, LSQQuantizer) for p in m.parameters()}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in scales]
-    groups = [
-        {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+    excepted = set(model.no_weight_decay()) if callable(getattr(model, "no_weight_decay", None)) else set()  # type: ignore[operator]
+    own = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in scales]
+    decayed = [p for name, p in own if p.ndim > 1 and name not in excepted]
+    kept = {id(p) for p in decayed}
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": [p for _, p in own if id(p) not in kept], "weight_decay": 0.0},
         {"params": [p for p in model.parameters() if id(p) in scales], "weight_decay": 0.0,
          "lr": config.scale_learning_rate},
     ]  # fmt: skip
     return [group for group in groups if group["params"]]
 
 
-def _terms(
-    logits: Tensor,
-    labels: Tensor,
-    taught: Tensor | None,
-    weights: Weights,
-    low: Weights,
-    config: QATConfig,
-    ramp: float,
-) -> dict[str, Tensor]:
-    """The weighted terms of the loss by name: their sum is what is minimised; those of weight 0 are left out."""
-    terms = {}
-    if config.task_weight:
-        terms["task"] = config.task_weight * F.cross_entropy(logits, labels)
-    if config.kd_weight and taught is not None:
-        terms["kd"] = config.kd_weight * distillation_loss(logits, taught, temperature=config.kd_temperature)
-    grids = [
-        (to_groups(w, q.axis, q.groups), q.scale, q.offset, q.scheme.bit_width, q.scheme.signed)
-        for w, q in low.values()
-    ]
-    if config.obr_weight and grids:
-        parts = [oscillation_bin_loss(*grid) for grid in grids]
-        terms["obr_distance"] = config.obr_weight * ramp * torch.stack([part.distance for part in parts]).sum()
-        terms["obr_variance"] = config.obr_weight * ramp * torch.stack([part.variance for part in parts]).sum()
-    if config.dampening_weight and grids:
-        terms["dampening"] = config.dampening_weight * ramp * torch.stack([dampening_loss(*g) for g in grids]).sum()
-    if config.kurtosis_weight and weights:
-        terms["kurtosis"] = config.kurtosis_weight * kurtosis_loss([w for w, _ in weights.values()])
-    return terms
-
-
-def _gradient_norms(terms: dict[str, Tensor], parameters: list[nn.Parameter]) -> dict[str, float]:
-    """The norm of each term's own gradient over the weights, as `grad_NAME`; the two parts of OBR are one term."""
-    joined: dict[str, Tensor] = {}
-    for name, term in terms.items():
-        short = name.partition("_")[0]
-        joined[short] = joined[short] + term if short in joined else term
-    norms = {}
-    for name, term in joined.items():
-        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-        squares = [g.square().sum() for g in gradients if g is not None]
-        norms[f"grad_{name}"] = torch.stack(squares).sum().sqrt().item() if squares else 0.0
-    return norms
-
-
 @torch.no_grad()
 def _codes(weights: Weights) -> dict[Site, Tensor]:
-    """The integer codes of the latent weights, flat."""
-    return {site: quantizer.codes(weight).flatten() for site, (weight, quantizer) in weights.items()}
+    """The integer codes of the latent weights that can oscillate, flat."""
+    return {site: quantizer.codes(weight).flatten() for site, (weight, quantizer) in low_bit(weights).items()}
 
 
-def _refuse_divergence(step: int, terms: dict[str, Tensor], norm: Tensor, checkpoints: Path) -> None:
-    """Raise DivergedError before a step that would spoil the weights; the norm is the same in all processes."""
-    large = [name for name in ("task", "kd") if name in terms and not terms[name].item() <= LARGEST_LOSS]
-    if not large and torch.isfinite(norm):
+def _refuse_divergence(step: int, measured: dict[str, float], config: QATConfig, checkpoints: Path) -> None:
+    """Raise DivergedError before a step that would spoil the weights; the figures are the same in all processes."""
+    weights = {"task": config.task_weight, "kd": config.kd_weight}
+    large = [name for name in weights if name in measured and not measured[name] <= weights[name] * LARGEST_LOSS]
+    if not large and math.isfinite(measured["norm"]):
         return
-    what = f"the term {large[0]} is {terms[large[0]].item():.4g}" if large else f"the gradient's norm is {norm:.4g}"
+    what = f"the term {large[0]} is {measured[large[0]]:.4g}" if large else f"the gradient is {measured['norm']:.4g}"
     kept = last_step(checkpoints)
     kept_words = f"The checkpoint of step {kept} is kept in {checkpoints}" if kept else "No checkpoint was written yet"
     raise DivergedError(

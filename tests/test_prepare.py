@@ -159,13 +159,25 @@ def test_a_site_that_is_not_executed_as_planned_is_named(attribute, value, eleme
     assert not any(is_quantized(module) for module in model.modules())
 
 
+def test_a_quantizer_that_does_nothing_is_found(monkeypatch):
+    """The proof looks at what comes out: values that are not on the grid are not quantized, whatever their number."""
+    model = model_of("vit")
+    trace, infos, quantizers = opened(model)
+    monkeypatch.setattr(LSQQuantizer, "forward", lambda self, x: x + 0)
+    with pytest.raises(InputError, match=rf"{len(quantizers)} of {len(quantizers)} planned sites were not executed"):
+        prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
+
+
 def test_layers_used_without_being_called_are_refused():
     """BEiT computes with qkv.weight and never calls qkv: no input quantizer would see its input."""
     torch.manual_seed(0)
     model = timm.create_model("beit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=4,
                               num_classes=10).eval()  # fmt: skip
     trace, infos, quantizers = opened(model)
-    with pytest.raises(InputError, match=r"blocks\.0\.attn\.qkv is used without being called .*--exclude"):
+    weights = {site: q for site, q in quantizers.items() if site.is_weight}
+    prepare_qat_(model, weights, trace=trace, sites=infos, image=IMAGE)  # a weight alone is seen: it is a property
+    restore_float_(model)
+    with pytest.raises(InputError, match=r"blocks\.0\.attn\.qkv is used without being called .* and plan again"):
         prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
 
 

@@ -18,7 +18,7 @@ SOURCES = sorted(path for package in ("quant", "analysis") for path in (ROOT / p
 QUANT_MAY_IMPORT = {
     "attention": {"timm"},  # the attention classes that it describes
     "train": {"timm", "accelerate"},  # optimizers and schedules; devices
-    "checkpoints": {"accelerate"},  # the state of model, optimizer and random numbers
+    "checkpoints": {"accelerate", "safetensors"},  # processes; weights without running code
     "bit_plan": {"pydantic"},  # validation of a file that a person may have edited
     "config": {"pydantic"},  # the same
 }

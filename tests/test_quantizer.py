@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from quant.functional import quant_range
-from quant.quantizer import LEAST_SCALE, LSQQuantizer, Quantizer
+from quant.quantizer import MIN_SCALE_RATIO, LSQQuantizer, Quantizer
 from quant.range_estimators import estimate_range
 from quant.scheme import QuantScheme
 
@@ -136,7 +136,7 @@ def test_the_scale_stays_above_a_share_of_its_start():
     with torch.no_grad():
         quantizer.scale -= 10
     quantizer.clamp_scale_()
-    torch.testing.assert_close(quantizer.scale.detach(), LEAST_SCALE * start.scale)
+    torch.testing.assert_close(quantizer.scale.detach(), MIN_SCALE_RATIO * start.scale)
 
 
 def test_scales_stay_float32_under_autocast():
@@ -162,7 +162,7 @@ def test_copies_and_loaded_states_are_the_same_quantizer():
     assert not torch.equal(twin(x), quantizer(x))
     twin.load_state_dict(quantizer.state_dict())
     assert torch.equal(twin(x), quantizer(x))
-    assert set(quantizer.state_dict()) == {"scale", "offset", "least_scale"}
+    assert set(quantizer.state_dict()) == {"scale", "offset", "min_scale"}
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from analysis import eval_step, report_content
 from analysis.cli import main
 from analysis.report import report_html
 from analysis.report_cells import DASH
@@ -179,11 +178,6 @@ def test_the_summary_has_the_figures_of_verify(run):
         "64",
     ]
     assert texts(table)[4][3:5] == ["32.00", "32.00"]
-
-
-def test_the_columns_are_those_that_eval_writes():
-    """The report names the columns itself, so as not to load all that evaluates."""
-    assert report_content.VERIFY_COLUMNS == eval_step.VERIFY_COLUMNS
 
 
 def test_runs_stand_side_by_side(finished, page):

@@ -1,7 +1,10 @@
 """The training loop: it learns, goes on where it stopped to the same bits, and stops before it spoils anything."""
 
 import copy
+import hashlib
+import json
 import math
+import pickle
 
 import pytest
 import timm
@@ -13,7 +16,7 @@ from quant.checkpoints import last_step
 from quant.config import QATConfig
 from quant.errors import InputError
 from quant.prepare import latent_weights, prepare_qat_
-from quant.train import DivergedError, train_qat
+from quant.train import DivergedError, parameter_groups, train_qat
 from tests.test_prepare import opened
 from tests.test_sensitivity import model_of
 
@@ -151,13 +154,54 @@ def test_terms_are_logged_by_name_and_add_up(tmp_path):
     terms = ("task", "kd", "obr_distance", "obr_variance", "dampening", "kurtosis")
     for row in rows:
         assert row["loss"] == pytest.approx(sum(row[term] for term in terms), rel=1e-5)
-    assert rows[0]["obr_distance"] == rows[1]["obr_distance"] == rows[1]["grad_obr"] == 0  # before 25 %
-    assert all(row["obr_distance"] > 0 and row["grad_obr"] > 0 for row in rows[3:])
+    assert rows[0]["obr_distance"] == rows[1]["obr_distance"] == rows[1]["grad_obr_distance"] == 0  # before 25 %
+    assert all(row["obr_distance"] > 0 and row["grad_obr_distance"] > 0 for row in rows[3:])
     assert all(row[f"grad_{name}"] > 0 for row in rows for name in ("task", "kd", "kurtosis"))
-    assert rows[0]["lr"] < rows[1]["lr"] or config.warmup * 8 < 1
     weights = {(row["module"], row["tensor"]): row["weights"] for row in oscillation}
     assert weights[("blocks.0.attn.qkv", "weight.query")] == 32 * 32
     assert {row["step"] for row in oscillation} == set(range(9))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rates_rise_to_their_peak_and_fall_to_nothing(schedule, tmp_path):
+    """Warm-up from 0 to the peak, then cosine or a line towards 0, which the last step has not reached, or constant."""
+    model, teacher = prepared(model_of("resnet"))
+    config = QATConfig(steps=20, batch_size=16, schedule=schedule, warmup=0.2, learning_rate=0.01, log_every=1)
+    history, _ = rows_of(list(reports(model, teacher, config, tmp_path)))
+    rates = [row["lr"] for row in history if row["split"] == "train"]
+    assert rates[:3] == pytest.approx([0.0025, 0.005, 0.0075])  # steps 1 to 3 of 4
+    fall = [k / 21 for k in range(4, 21)]
+    expected = {"cosine": [0.005 * (1 + math.cos(math.pi * t)) for t in fall], "linear": [0.01 * (1 - t) for t in fall],
+                "constant": [0.01] * len(fall)}[schedule]  # fmt: skip
+    assert rates[3:] == pytest.approx(expected)
+
+
+def test_scales_have_a_rate_of_their_own_and_only_weights_decay():
+    """Position embeddings, class token, tables of relative positions, biases, norms and scales do not decay."""
+    for name, excepted in (("vit", {"pos_embed", "cls_token"}), ("swin", {"relative_position_bias_table"})):
+        model, _ = prepared(model_of(name))
+        model.patch_embed.proj.bias.requires_grad_(False)
+        config = QATConfig(weight_decay=0.05, scale_learning_rate=1e-5)
+        decayed, others, scales = parameter_groups(model, config)
+        names = {id(p): n for n, p in model.named_parameters()}
+        assert decayed["weight_decay"] == 0.05
+        assert others["weight_decay"] == scales["weight_decay"] == 0
+        assert scales["lr"] == 1e-5
+        assert all(names[id(p)].endswith("weight") and p.ndim > 1 for p in decayed["params"])
+        assert excepted <= {names[id(p)].rpartition(".")[2] for p in others["params"]}
+        assert all("quantizer" in names[id(p)] for p in scales["params"])
+        counted = sum(len(group["params"]) for group in (decayed, others, scales))
+        assert counted == len(list(model.parameters())) - 1  # all but the frozen one
+
+
+def test_a_frozen_parameter_stays_as_it_is(tmp_path):
+    """What the user has frozen is not trained, and the norms of the gradients do not stumble over it."""
+    model, teacher = prepared(model_of("resnet"))
+    model.fc.bias.requires_grad_(False)
+    model.conv1._parameters["weight"].requires_grad_(False)
+    before = model.conv1._parameters["weight"].clone()
+    list(reports(model, teacher, QATConfig(steps=3, batch_size=16, gradient_norms_every=1), tmp_path))
+    assert torch.equal(model.conv1._parameters["weight"], before)
 
 
 def test_bin_regularization_draws_the_weights_to_the_grid(tmp_path):
@@ -206,12 +250,53 @@ def test_a_damaged_checkpoint_is_told_before_anything_is_loaded(damage, tmp_path
             break
     newest = tmp_path / "step_00000004"
     if damage == "cut":
-        path = newest / "optimizer.bin"
+        path = newest / "optimizer.pt"
         path.write_bytes(path.read_bytes()[:-100])
     else:
         (newest / ("model.safetensors" if damage == "missing" else "manifest.json")).unlink()
     with pytest.raises(InputError, match=r"step_00000004 is damaged or cut short.*Delete this folder .*from step 2"):
         last_step(tmp_path)
+
+
+class Payload:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (self.target, "w"))
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "random_0.pt"])
+def test_loading_a_checkpoint_runs_no_code(file, tmp_path):
+    """A pickle that would run code is refused, its digest notwithstanding."""
+    model, teacher = prepared(model_of("resnet"))
+    config = QATConfig(steps=6, batch_size=16, checkpoint_every=2)
+    for report in reports(model, teacher, config, tmp_path / "run"):
+        if report.step == 3:
+            break
+    path = tmp_path / "run" / "step_00000002"
+    torch.save(Payload(str(tmp_path / "pwned")), path / file)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["sha256"][file] = hashlib.sha256((path / file).read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        list(reports(*prepared(model_of("resnet")), config, tmp_path / "run"))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    """Each process has images and random numbers of its own: another number is another training."""
+    model, teacher = prepared(model_of("resnet"))
+    config = QATConfig(steps=6, batch_size=16, checkpoint_every=2)
+    for report in reports(model, teacher, config, tmp_path):
+        if report.step == 3:
+            break
+    path = tmp_path / "step_00000002" / "manifest.json"
+    path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(InputError, match="written by 2 processes, these are 1"):
+        list(reports(*prepared(model_of("resnet")), config, tmp_path))
 
 
 def test_batchnorm_refuses_single_images(tmp_path):

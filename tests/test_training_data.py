@@ -1,5 +1,7 @@
 """Augmented images are a function of seed, epoch and image; the order of a training one of seed and step."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -44,17 +46,17 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image(kind, folder):
     """The same key gives the same bits, in any order and beside other draws; another epoch or seed another view."""
     spec = f"folder:{folder}" if kind == "folder" else "digits"
     images, _ = images_of(spec, QATConfig(crop_area=0.3))
-    first, label = images[(0, 3)]
+    first, label, _ = images[(0, 3)]
     torch.manual_seed(5)
     state = torch.get_rng_state()
     images[(0, 1)]
-    again, _ = images[(0, 3)]
+    again = images[(0, 3)].image
     assert torch.equal(first, again)
     assert torch.equal(torch.get_rng_state(), state)  # dropout, which draws from it, is not disturbed
     assert first.shape == images.images[3][0].shape
     assert label == images.images[3][1]
-    assert not torch.equal(first, images[(1, 3)][0])
-    assert not torch.equal(first, images_of(spec, QATConfig(crop_area=0.3, seed=1))[0][(0, 3)][0])
+    assert not torch.equal(first, images[(1, 3)].image)
+    assert not torch.equal(first, images_of(spec, QATConfig(crop_area=0.3, seed=1))[0][(0, 3)].image)
 
 
 @pytest.mark.parametrize("kind", ["folder", "digits"])
@@ -62,7 +64,7 @@ def test_without_augmentation_images_are_those_of_evaluation(kind, folder):
     """Whole images, no flip: bit for bit what evaluation sees."""
     spec = f"folder:{folder}" if kind == "folder" else "digits"
     images, _ = images_of(spec, QATConfig(crop_area=1.0, horizontal_flip=0.0))
-    assert torch.equal(images[(4, 2)][0], images.images[2][0])
+    assert torch.equal(images[(4, 2)].image, images.images[2][0])
 
 
 def test_worker_processes_change_nothing(folder):
@@ -79,9 +81,7 @@ def test_worker_processes_change_nothing(folder):
 
 
 def test_a_broken_image_is_named_or_left_out(folder, tmp_path):
-    """One unreadable file: an error with its name, or a batch without it."""
-    import shutil
-
+    """One unreadable file: an error with its name, or the next image in its place, so that the batch keeps its size."""
     root = shutil.copytree(folder, tmp_path / "images")
     (root / "a" / "3.png").write_bytes(b"no image")
     sampler = StepBatches(12, batch_size=12, steps=1, seed=0)
@@ -90,8 +90,13 @@ def test_a_broken_image_is_named_or_left_out(folder, tmp_path):
         list(training_batches(images, sampler, data, num_workers=0))
     images, data = images_of(f"folder:{root}", QATConfig(), skip_broken=True)
     ((x, labels),) = training_batches(images, sampler, data, num_workers=0)
-    assert len(x) == len(labels) == 11
+    assert len(x) == len(labels) == 12
     assert data.skipped == ["a/3.png"]
+    for file in root.glob("*/*.png"):
+        file.write_bytes(b"no image")
+    images, data = images_of(f"folder:{root}", QATConfig(), skip_broken=True)
+    with pytest.raises(InputError, match="None of the 12 images"):
+        list(training_batches(images, sampler, data, num_workers=0))
 
 
 @given(
