@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from analysis.models import ModelSource, load_model, weights_sha256
 from analysis.setup import Opened, Setup, open_run
 from analysis.trained_model import save_trained
 from analysis.training_data import TrainingImages, training_batches
-from quant.batchnorm import reestimate_batchnorm_
+from quant.batchnorm import batchnorms, reestimate_batchnorm_
 from quant.bit_plan import BitPlan
 from quant.checkpoints import last_step
 from quant.choices import Layout
@@ -104,9 +104,8 @@ def run_train(setup: Setup, request: TrainRequest) -> None:
         if main:
             opened.run.write_json(f"{request.folder}/config", asdict(config))
         accelerator.wait_for_everyone()  # what --overwrite removes is gone before anyone looks for a checkpoint
-        if plan is not None:
-            plan = _prepare_(opened, plan, request)
-        logits, labels = _train(opened, teacher, request, train, val, total, accelerator)
+        plan, calibration = _prepare_(opened, plan, request)
+        logits, labels = _train(opened, teacher, request, train, val, total, accelerator, calibration)
         if main:
             _finish(opened, plan, request, logits, labels)
     if main:
@@ -172,16 +171,24 @@ def _teacher(opened: Opened, request: TrainRequest) -> tuple[nn.Module | None, s
     return teacher.requires_grad_(False).eval(), weights_sha256(teacher)
 
 
-def _prepare_(opened: Opened, plan: BitPlan | str, request: TrainRequest) -> BitPlan:
-    """Quantize the opened model with calibrated scales, BatchNorm re-estimated; the plan, uniform bits written out."""
+def _prepare_(
+    opened: Opened, plan: BitPlan | str | None, request: TrainRequest
+) -> tuple[BitPlan | None, Sequence[Tensor]]:
+    """Quantize the opened model with calibrated scales, BatchNorm re-estimated; a float model stays as it is.
+
+    Returns the plan, uniform bits written out, and the calibration images.
+    """
     config = request.config
+    if plan is None:
+        data = opened.images("train", None, at_most=config.calibration_images)
+        return None, [x for x, _ in opened.stream(data, "calibration")] if batchnorms(opened.model) else []
     made = calibrated(
         opened, plan, layout=request.layout, calibration_images=config.calibration_images, estimator=config.estimator
     )
     infos = {info.site: info for info in opened.sites}
     prepare_qat_(opened.model, made.quantizers, trace=opened.trace, sites=infos, image=opened.probe_image())
     reestimate_batchnorm_(opened.model, made.images)
-    return made.plan
+    return made.plan, made.images
 
 
 def _train(
@@ -192,6 +199,7 @@ def _train(
     val: ImageData,
     total: int,
     accelerator: Accelerator,
+    calibration: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Run the loop, its rows on the disk as they come; logits and labels of the trained model's validation."""
     folder, config, setup = opened.run.path / request.folder, request.config, opened.setup
@@ -212,7 +220,7 @@ def _train(
     reports = train_qat(
         opened.model, teacher, config=config, images=train.images, validate=validate, accelerator=accelerator,
         load=lambda sampler: training_batches(images, sampler, train, num_workers=setup.num_workers),
-        checkpoints=folder / "checkpoints",
+        checkpoints=folder / "checkpoints", calibration=calibration,
     )  # fmt: skip
     quiet = setup.quiet or not accelerator.is_main_process
     with progress(total, f"train {request.folder}", "step", quiet=quiet) as bar:

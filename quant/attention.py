@@ -184,8 +184,10 @@ def explicit_attention(
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     elif attn_mask is not None:
         scores = scores + attn_mask
-    attention = scores.softmax(dim=-1)
-    if attn_mask is not None:  # a row that is masked altogether attends to nothing, as in torch's own function
-        attention = attention.masked_fill(scores.isneginf().all(dim=-1, keepdim=True), 0.0)
+    if attn_mask is None:
+        attention = scores.softmax(dim=-1)
+    else:  # a row that is masked altogether attends to nothing, as in torch's own function, and has no gradient
+        empty = scores.isneginf().all(dim=-1, keepdim=True)
+        attention = scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
     attention = _handled(handlers, "attention", attention)
     return F.dropout(attention, dropout_p, training=dropout_p > 0) @ value

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 from pathlib import Path
@@ -26,11 +27,12 @@ def save_checkpoint(
     tracker: nn.Module,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
+    seconds: float,
 ) -> None:
     """Write the state after `step` steps to `folder`/step_NNNNNNNN; older ones but the last are removed.
 
-    Weights and tracker as safetensors, the optimizer's state once, the state of random numbers once a process. Where
-    the disk is full the folder stays as it was.
+    Weights and tracker as safetensors, the optimizer's state once, the state of random numbers once a process;
+    `seconds` are those of the training so far. Where the disk is full the folder stays as it was.
     """
     final, temporary = folder / f"step_{step:08}", folder / f".step_{step:08}.tmp"
     main = accelerator.is_main_process
@@ -46,7 +48,8 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         if main:
             digests = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-            manifest = {"step": step, "processes": accelerator.num_processes, "sha256": digests}
+            manifest: dict[str, Any] = {"step": step, "processes": accelerator.num_processes, "seconds": seconds}
+            manifest["sha256"] = digests
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for path in (*temporary.iterdir(), temporary):
                 _fsync(path)
@@ -96,14 +99,15 @@ def load_checkpoint_(
     tracker: nn.Module,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
-) -> None:
-    """Put the state after `step` steps into model, tracker, optimizer and the generators of random numbers.
+) -> float:
+    """Put the state after `step` steps into model, tracker, optimizer and random numbers; the seconds it took so far.
 
     No code is run from the files. Raises InputError where another number of processes wrote them: each has random
     numbers and images of its own.
     """
     path = folder / f"step_{step:08}"
-    processes = _manifest(path).get("processes")
+    manifest = _manifest(path)
+    processes = manifest.get("processes")
     if processes != accelerator.num_processes:
         raise InputError(
             f"{path} was written by {processes} processes, these are {accelerator.num_processes}: the training would "
@@ -112,15 +116,18 @@ def load_checkpoint_(
     load_model(model, path / "model.safetensors")
     load_model(tracker, path / "tracker.safetensors")
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
-    random = torch.load(path / f"random_{accelerator.process_index}.pt", map_location="cpu", weights_only=True)
-    torch.set_rng_state(random["cpu"])
+    state = torch.load(path / f"random_{accelerator.process_index}.pt", map_location="cpu", weights_only=True)
+    random.setstate(state["python"])
+    torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(random["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"])
+    return float(manifest.get("seconds", 0.0))
 
 
 def _random_state() -> dict[str, Any]:
     """What dropout and stochastic depth draw from; images are augmented by numbers of their own."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class QATConfig:
     batch_size: Count = 64  # images of one optimizer step, over all processes
     optimizer: str = "adamw"  # timm's name
     learning_rate: Positive = 1e-3  # peak
-    scale_learning_rate: Positive = 1e-3  # peak, of scales and offsets
+    scale_learning_rate: Positive = 1e-2  # peak, of scales and offsets, as a share of the scale that each starts at
     weight_decay: NotNegative = 1e-4  # of weights; biases, norms and scales have none
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up; the first two go down to 0
     warmup: Share = 0.05  # share of the steps in which the rates rise from 0
@@ -45,6 +45,7 @@ class QATConfig:
     precision: Literal["fp32", "bf16"] = "fp32"  # autocast; scales and quantization stay in float32
     calibration_images: Count = 256  # set the start of the scales, and BatchNorm's statistics
     estimator: Estimator = "mse"  # of the start of the scales
+    reestimate_batchnorm: bool = True  # on the calibration images, after the last step
     oscillation_window: Count = 200  # steps
     log_every: Count = 10  # steps; the first and the last are logged too
     gradient_norms_every: Count = 50  # steps; each term takes a backward pass of its own

@@ -68,6 +68,11 @@ class LSQQuantizer(nn.Module):
         grouped = to_groups(x, self.axis, self.groups).float()
         return quantize(grouped, self.scale, self.offset, self.scheme.bit_width, self.scheme.signed)
 
+    @property
+    def initial_scale(self) -> float:
+        """The mean scale that training started from."""
+        return self.get_buffer("min_scale").mean().item() / MIN_SCALE_RATIO
+
     @torch.no_grad()
     def clamp_scale_(self) -> None:
         """Hold the scale above `MIN_SCALE_RATIO` of its start; the training loop calls it after each optimizer step."""

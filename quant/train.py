@@ -3,7 +3,7 @@
 import difflib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr
 from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import Tensor, nn
 
-from quant.batchnorm import batchnorms
+from quant.batchnorm import batchnorms, reestimate_batchnorm_
 from quant.checkpoints import last_step, load_checkpoint_, save_checkpoint
 from quant.config import QATConfig
 from quant.errors import InputError
@@ -51,13 +51,15 @@ def train_qat(
     images: int,
     load: Callable[[StepBatches], Iterable[tuple[Tensor, Tensor]]],
     validate: Callable[[nn.Module], dict[str, float]],
+    calibration: Sequence[Tensor],
     accelerator: Accelerator,
     checkpoints: Path,
 ) -> Iterator[StepReport]:
     """Train `model` in place, from `quant.prepare.prepare_qat_` or in floating point; yields a report a step.
 
     `images` is how many there are to train on, `load` gives the batches (images, labels) of a sampler of them,
-    `validate` gives `loss` and `top1` of the network as it stands. `teacher` gives the logits to be distilled. Where
+    `validate` gives `loss` and `top1` of the network as it stands, `calibration` are batches of images from which
+    BatchNorm takes its statistics after the last step. `teacher` gives the logits to be distilled. Where
     `checkpoints` holds one the training goes on from there, to the same weights on the CPU as if it had not stopped.
     Raises DivergedError where the loss does, before the step that would spoil the weights.
     """
@@ -76,7 +78,7 @@ def train_qat(
     state: dict[str, Any] = {"model": model, "tracker": tracker, "optimizer": optimizer, "accelerator": accelerator}
     first, started, per_epoch = last_step(checkpoints), time.monotonic(), images // config.batch_size
     if first:
-        load_checkpoint_(checkpoints, first, **state)
+        started -= load_checkpoint_(checkpoints, first, **state)
     else:
         tracker.update(_codes(weights), 0)
         row = {"step": 0, "epoch": 0, "images": 0, "split": "val", "seconds": 0.0, **validate(model)}
@@ -120,11 +122,13 @@ def train_qat(
             seconds = time.monotonic() - started
             rows.append({**place, "split": "train", "lr": rate, "seconds": seconds, **measured, **norms})
         if step % per_epoch == 0 or step == total:
+            if step == total and config.reestimate_batchnorm:
+                reestimate_batchnorm_(model.eval(), calibration)
             rows.append({**place, "split": "val", "seconds": time.monotonic() - started, **validate(model)})
             trained.train()
         yield StepReport(step, rows, tracker.rows(step) if logged else [])
         if step % config.checkpoint_every == 0 and step < total:
-            save_checkpoint(checkpoints, step, **state)
+            save_checkpoint(checkpoints, step, seconds=time.monotonic() - started, **state)
     model.eval()
 
 
@@ -149,9 +153,10 @@ def _optimizer(model: nn.Module, config: QATConfig, total: int) -> tuple[torch.o
         near = ", ".join(map(str, difflib.get_close_matches(config.optimizer, list_optimizers(), n=3, cutoff=0.0)))
         raise InputError(f"timm has no optimizer {config.optimizer!r}. The nearest: {near}. Change it by --set.")
     optimizer = create_optimizer_v2(parameter_groups(model, config), opt=config.optimizer, lr=config.learning_rate)
+    warmup = min(round(config.warmup * total), total - 1)
     schedule, _ = create_scheduler_v2(
-        optimizer, sched=_SCHEDULES[config.schedule], decay_rate=1.0, warmup_epochs=round(config.warmup * total),
-        num_epochs=total + 1,  # in steps; one more, or the last of them would have a rate of 0
+        optimizer, sched=_SCHEDULES[config.schedule], decay_rate=1.0, warmup_epochs=warmup, warmup_prefix=True,
+        num_epochs=total + 1 - warmup,  # in steps; one more, or the last of them would have a rate of 0
         warmup_lr=0.0, step_on_epochs=False, updates_per_epoch=1,
     )  # fmt: skip
     assert schedule is not None
@@ -159,21 +164,26 @@ def _optimizer(model: nn.Module, config: QATConfig, total: int) -> tuple[torch.o
 
 
 def parameter_groups(model: nn.Module, config: QATConfig) -> list[dict[str, Any]]:
-    """Three groups for an optimizer: weights with decay; what must not decay; scales and offsets at their own rate.
+    """Groups for an optimizer: weights with decay, what must not decay, and scales with offsets by their size.
 
-    Biases and norms do not decay, nor does what the model itself excepts (`no_weight_decay`: position embeddings, class
-    tokens, tables of relative positions). Frozen parameters are left out.
+    What decays is called `weight`, has more than one dimension, and is not excepted by the model (`no_weight_decay`):
+    no biases, norms, position embeddings, class tokens, tables of relative positions. Frozen parameters are left out.
+    An Adam step is about the learning rate, whatever the gradient: one rate for all scales would be a step of a
+    thousandth for some and a multiple for others, so each gets a share of its start, rounded to a power of two.
     """
-    scales = {id(p) for m in model.modules() if isinstance(m, LSQQuantizer) for p in m.parameters()}
+    scales: dict[int, list[nn.Parameter]] = {}
+    for quantizer in (m for m in model.modules() if isinstance(m, LSQQuantizer)):
+        scales.setdefault(round(math.log2(quantizer.initial_scale)), []).extend(quantizer.parameters())
+    learned = {id(p) for group in scales.values() for p in group}
     excepted = set(model.no_weight_decay()) if callable(getattr(model, "no_weight_decay", None)) else set()  # type: ignore[operator]
-    own = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in scales]
-    decayed = [p for name, p in own if p.ndim > 1 and name not in excepted]
+    own = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in learned]
+    decayed = [p for n, p in own if p.ndim > 1 and n.rpartition(".")[2] == "weight" and n not in excepted]
     kept = {id(p) for p in decayed}
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": [p for _, p in own if id(p) not in kept], "weight_decay": 0.0},
-        {"params": [p for p in model.parameters() if id(p) in scales], "weight_decay": 0.0,
-         "lr": config.scale_learning_rate},
+        *({"params": group, "weight_decay": 0.0, "lr": config.scale_learning_rate * 2.0**size}
+          for size, group in sorted(scales.items())),
     ]  # fmt: skip
     return [group for group in groups if group["params"]]
 

@@ -12,10 +12,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from quant.batchnorm import reestimate_batchnorm_
 from quant.checkpoints import last_step
 from quant.config import QATConfig
 from quant.errors import InputError
 from quant.prepare import latent_weights, prepare_qat_
+from quant.quantizer import LSQQuantizer
 from quant.train import DivergedError, parameter_groups, train_qat
 from tests.test_prepare import opened
 from tests.test_sensitivity import model_of
@@ -73,6 +75,7 @@ def reports(model, teacher, config, folder):
     return train_qat(
         model, teacher, config=config, images=len(IMAGES), load=load, validate=validate,
         accelerator=Accelerator(cpu=True), checkpoints=folder,
+        calibration=[IMAGES],
     )  # fmt: skip
 
 
@@ -170,7 +173,7 @@ def test_learning_rates_rise_to_their_peak_and_fall_to_nothing(schedule, tmp_pat
     history, _ = rows_of(list(reports(model, teacher, config, tmp_path)))
     rates = [row["lr"] for row in history if row["split"] == "train"]
     assert rates[:3] == pytest.approx([0.0025, 0.005, 0.0075])  # steps 1 to 3 of 4
-    fall = [k / 21 for k in range(4, 21)]
+    fall = [k / 17 for k in range(17)]
     expected = {"cosine": [0.005 * (1 + math.cos(math.pi * t)) for t in fall], "linear": [0.01 * (1 - t) for t in fall],
                 "constant": [0.01] * len(fall)}[schedule]  # fmt: skip
     assert rates[3:] == pytest.approx(expected)
@@ -182,16 +185,47 @@ def test_scales_have_a_rate_of_their_own_and_only_weights_decay():
         model, _ = prepared(model_of(name))
         model.patch_embed.proj.bias.requires_grad_(False)
         config = QATConfig(weight_decay=0.05, scale_learning_rate=1e-5)
-        decayed, others, scales = parameter_groups(model, config)
+        decayed, others, *scales = parameter_groups(model, config)
         names = {id(p): n for n, p in model.named_parameters()}
         assert decayed["weight_decay"] == 0.05
-        assert others["weight_decay"] == scales["weight_decay"] == 0
-        assert scales["lr"] == 1e-5
+        assert {group["weight_decay"] for group in (others, *scales)} == {0}
+        initial = {
+            id(p): q.initial_scale for q in model.modules() if isinstance(q, LSQQuantizer) for p in q.parameters()
+        }
+        for group in scales:  # a share of where each scale starts, to a factor of sqrt(2)
+            for p in group["params"]:
+                assert 0.7 < group["lr"] / (1e-5 * initial[id(p)]) < 1.42
         assert all(names[id(p)].endswith("weight") and p.ndim > 1 for p in decayed["params"])
         assert excepted <= {names[id(p)].rpartition(".")[2] for p in others["params"]}
-        assert all("quantizer" in names[id(p)] for p in scales["params"])
-        counted = sum(len(group["params"]) for group in (decayed, others, scales))
+        counted = sum(len(group["params"]) for group in (decayed, others, *scales))
         assert counted == len(list(model.parameters())) - 1  # all but the frozen one
+
+
+def test_no_scale_leaps(tmp_path):
+    """At 8 bits, where scales are small, no step moves one by more than a few percent of its start."""
+    model, teacher = prepared(model_of("vit"), bits=8)
+    quantizers = [m for m in model.modules() if isinstance(m, LSQQuantizer)]
+    before, largest = [q.scale.detach().clone() for q in quantizers], 0.0
+    for _ in reports(model, teacher, QATConfig(epochs=4, batch_size=16, warmup=0), tmp_path):
+        now = [q.scale.detach().clone() for q in quantizers]
+        moved = max(
+            ((a - b).abs().mean() / q.initial_scale).item() for a, b, q in zip(now, before, quantizers, strict=True)
+        )
+        largest, before = max(largest, moved), now
+    assert 0.001 < largest < 0.05
+
+
+def test_batchnorm_ends_with_the_statistics_of_the_calibration_images(tmp_path):
+    """After the last step they are taken anew, unless the configuration says no."""
+    ends = {}
+    for anew in (True, False):
+        model, teacher = prepared(learning_resnet())
+        config = QATConfig(steps=4, batch_size=16, learning_rate=3e-3, reestimate_batchnorm=anew)
+        history, _ = rows_of(list(reports(model, teacher, config, tmp_path / str(anew))))
+        ends[anew] = (model, history[-1]["loss"])
+        reestimate_batchnorm_(model, [IMAGES])
+        assert (validate(model)["loss"] == history[-1]["loss"]) == anew
+    assert ends[True][1] < ends[False][1]
 
 
 def test_a_frozen_parameter_stays_as_it_is(tmp_path):
