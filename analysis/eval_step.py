@@ -75,14 +75,16 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
             running = _quantized(opened, made, request.batchnorm)
         with running:
             logits, labels = logits_of(opened.model, opened.stream(data, "evaluation"))
-        keep_row(opened, verify_row(_kind(request), opened, sites, logits, labels))
+        keep_row(opened, verify_row(_kind(request, opened.run.path), opened, sites, logits, labels))
     show_rows(opened)
 
 
-def _kind(request: EvalRequest) -> str:
-    """What verify.parquet calls it; a trained model has the name of its folder."""
+def _kind(request: EvalRequest, run: Path) -> str:
+    """What verify.parquet calls it; a trained model has the name of its folder, with its path if of another run."""
     if request.checkpoint is not None:
-        return request.checkpoint.resolve().name
+        folder = request.checkpoint.resolve()
+        folder = folder.parent if folder.name == "model.safetensors" else folder
+        return folder.name if folder.parent == run.resolve() else str(folder)
     return "float" if request.floating else "uniform" if request.plan_file is None else "planned"
 
 
@@ -130,6 +132,13 @@ def keep_row(opened: Opened, row: Mapping[str, Any]) -> None:
     if len(kept) < len(rows):
         warn(f"the row takes the place of an earlier one of the same plan in {path}.")
     opened.run.write_table("verify", pd.DataFrame([*kept, row], columns=list(VERIFY_COLUMNS)))
+
+
+def drop_rows(opened: Opened, kind: str) -> None:
+    """Remove the rows of what is about to be made anew from verify.parquet."""
+    if (opened.run.path / "verify.parquet").exists():
+        rows = opened.run.read_table("verify", VERIFY_COLUMNS)
+        opened.run.write_table("verify", rows[rows["plan"] != kind].reset_index(drop=True))
 
 
 def show_rows(opened: Opened) -> None:

@@ -8,10 +8,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from quant.errors import InputError
+from quant.errors import InputError, system_error
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_NO_ACCESS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -28,6 +37,7 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(temporary)
+            temporary.chmod(0o666 & ~_umask())  # safetensors keeps its files from other users
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -39,6 +49,13 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     write_atomic(path, lambda temporary: temporary.write_bytes(content))
+
+
+def _umask() -> int:
+    """The permissions that new files of this process lack."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -60,8 +77,8 @@ def writing(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
-        if code in _NO_SPACE or "No space left" in str(error):
+        code = system_error(error)
+        if code in _NO_SPACE:
             raise InputError(f"No space left to write {path}. Free some, then run the same command again.") from error
         if code in _NO_ACCESS:
             reason = os.strerror(code or 0)
@@ -99,7 +116,10 @@ class RowLog:
         """All whole rows, floats to the last bit; a last line that was cut short is removed from the file."""
         if not self.path.exists():
             return []
-        data = self.path.read_bytes()
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error.strerror}. Mend it, or `--overwrite`.") from error
         end = data.rfind(b"\n") + 1
         if end < len(data):
             os.truncate(self.path, end)
@@ -107,7 +127,7 @@ class RowLog:
         for number, line in enumerate(data[:end].splitlines(), start=1):
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:  # also of bytes that are no UTF-8
+            except (ValueError, RecursionError) as error:  # ValueError: also of bytes that are no UTF-8
                 raise InputError(
                     f"{self.path} is damaged at line {number}. Start the step anew with `--overwrite`."
                 ) from error
@@ -115,7 +135,10 @@ class RowLog:
 
     def keep(self, up_to_step: int) -> list[dict[str, Any]]:
         """Drop the rows whose `step` is later than `up_to_step`; the rows that stay."""
-        rows = [row for row in self.read() if row["step"] <= up_to_step]
+        rows = self.read()
+        if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+            raise InputError(f"{self.path} is damaged: it has lines without a step. Start anew with `--overwrite`.")
+        rows = [row for row in rows if row["step"] <= up_to_step]
         write_bytes(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         return rows
 

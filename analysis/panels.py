@@ -25,7 +25,7 @@ def distribution_figure(stats: pd.DataFrame, name: str) -> Figure:
                                 layout="constrained")  # fmt: skip
     for tensor, ax in zip(tensors, axes[:, 0], strict=True):
         plots.plot_distribution(stats, tensor=tensor, ax=ax)
-    figure.suptitle(f"{name}: distribution of each tensor", fontsize=9)
+    figure.suptitle(f"{plots.plain(name)}: distribution of each tensor", fontsize=9)
     return figure
 
 
@@ -45,7 +45,7 @@ def sensitivity_figure(rows: pd.DataFrame, name: str, *, value: str) -> Figure:
     images, batchnorm = int(rows["images"].iloc[0]), set(rows["batchnorm"])
     treatment = {"re_estimated": ", BatchNorm re-estimated", "stored": ", BatchNorm as stored"}
     note = treatment.get(next(iter(batchnorm)), "") if len(batchnorm) == 1 else ""
-    figure.suptitle(f"{name}: one site quantized at a time, {images} images{note}", fontsize=9)
+    figure.suptitle(f"{plots.plain(name)}: one site quantized at a time, {images} images{note}", fontsize=9)
     return figure
 
 
@@ -70,7 +70,7 @@ def bits_figure(frame: pd.DataFrame, name: str) -> Figure:
     ax = plots.plot_bits(frame)
     figure = ax.get_figure(root=True)
     assert figure is not None
-    figure.suptitle(f"{name}: bits by site", fontsize=9)
+    figure.suptitle(f"{plots.plain(name)}: bits by site", fontsize=9)
     return figure
 
 

@@ -200,7 +200,9 @@ def plot_variation_by_depth(frame: pd.DataFrame, *, value: str = "abs_mean", ax:
     ax.grid(axis="y", color="0.9", linewidth=0.4)
     if len(shown):
         columns = 1 if shown["model"].map(str).str.len().max() > 22 else 2
-        ax.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+        handles, names = ax.get_legend_handles_labels()
+        ax.legend(handles, list(map(plain, names)), ncols=columns, loc="lower left", bbox_to_anchor=(0, 1),
+                  borderaxespad=0.2)  # fmt: skip
     sns.despine(ax=ax)
     return ax
 
@@ -271,3 +273,8 @@ def _label_sites(ax: Axes, labels: list[str], *, offset: float = 0.0) -> None:
     ax.set_xticks(at + offset, [labels[i] for i in at], rotation=90, fontsize=6)
     ax.set_xlim(offset - 0.6, len(labels) - 0.4 + offset) if offset == 0 else ax.set_xlim(0, max(len(labels), 1))
     ax.set_xlabel("module, in network order" + (f" (one in {every} is named)" if every > 1 else ""))
+
+
+def plain(name: str) -> str:
+    """A name of the user's for a figure: matplotlib would read what stands between two $ as a formula."""
+    return name.replace("$", r"\$")

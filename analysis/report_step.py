@@ -11,5 +11,5 @@ from analysis.report import report_html
 def run_report(runs: Sequence[Path], out: Path, *, quiet: bool = False) -> None:
     """Write `out`/index.html, a page of one or more run folders side by side, and say where it is."""
     page = out / "index.html"
-    write_bytes(page, report_html(runs).encode())
+    write_bytes(page, report_html(runs).encode(errors="replace"))
     say(f"report in {page}", quiet=quiet)

@@ -5,7 +5,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 
 from analysis.files import json_scalar, write_atomic, writing
+from analysis.locks import exclusive
 from quant.errors import InputError
 
 _PACKAGES = (
@@ -119,7 +120,7 @@ class Run:
                         f"{self.path} holds the results of another model ({changes}). "
                         "Choose another `--run`, or remove those results with `--overwrite`."
                     )
-                self.remove([file for step in now.steps.values() for file in step.files])
+                self.remove(["verify.parquet", *(file for step in now.steps.values() for file in step.files)])
                 now = RunRecord()
         if now.model != record:
             self._write(replace(now, model=record))
@@ -147,6 +148,7 @@ class Run:
         seed: int,
         device: str,
         files: Sequence[str],
+        temporary: Sequence[str] = (),
         overwrite: bool = False,
         renew: bool = False,
     ) -> AbstractContextManager[None]:
@@ -154,8 +156,37 @@ class Run:
 
         `inputs` is all that fixes the result. Where the folder holds the step with other inputs, finished or not,
         raises InputError that lists them. `overwrite` removes what the step left; `renew` keeps it until it writes
-        anew. `files` are all that it may write, those for resuming too, relative to the run folder.
+        anew. `files` are all that it may write, relative to the run folder; `temporary` are there for resuming alone,
+        and removed when the step is done. While the context runs no other process can start the same step.
         """
+        return self._locked(
+            name,
+            lambda: self._note_start(
+                name, command=command, options=options, inputs=inputs, seed=seed, device=device,
+                files=[*files, *temporary], overwrite=overwrite, renew=renew,
+            ),
+            temporary,
+        )  # fmt: skip
+
+    @contextmanager
+    def _locked(self, name: str, note: Callable[[], StepRecord], temporary: Sequence[str]) -> Iterator[None]:
+        """Hold the step's lock from before `note` looks at the record until the step has ended."""
+        with exclusive(self.path / f".{name}.lock", f"{name} in {self.path}"), self._watched(name, note(), temporary):
+            yield
+
+    def _note_start(
+        self,
+        name: str,
+        *,
+        command: str,
+        options: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        seed: int,
+        device: str,
+        files: Sequence[str],
+        overwrite: bool,
+        renew: bool,
+    ) -> StepRecord:
         old = self.record.steps.get(name)
         changes = _changes(old.inputs, inputs) if old is not None else ""
         if changes and not (overwrite or renew):
@@ -179,7 +210,7 @@ class Run:
             started=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         self._write(replace(now, steps={**now.steps, name: step}))
-        return self._watched(name, step)
+        return step
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """Write NAME.parquet."""
@@ -222,11 +253,12 @@ class Run:
         self.write_json("run", asdict(record))
 
     @contextmanager
-    def _watched(self, name: str, step: StepRecord) -> Iterator[None]:
+    def _watched(self, name: str, step: StepRecord, temporary: Sequence[str]) -> Iterator[None]:
         start = time.monotonic()
 
         def finish(status: Literal["done", "interrupted", "failed"]) -> None:
-            files = [file for file in step.files if (self.path / file).exists()] if status == "done" else step.files
+            left = [file for file in step.files if file not in temporary and (self.path / file).exists()]
+            files = left if status == "done" else step.files
             ended = replace(
                 step, status=status, files=files, finished=datetime.now(UTC).isoformat(timespec="seconds"),
                 seconds=round(time.monotonic() - start, 3),
@@ -241,6 +273,7 @@ class Run:
                 finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
         finish("done")
+        self.remove(temporary)  # after the record: were it the other way round, a kill between them would lose all
 
     def remove(self, files: Sequence[str]) -> None:
         """Delete files and folders, named relative to the run folder, where they are there."""

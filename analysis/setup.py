@@ -140,12 +140,13 @@ class Opened:
         inputs: Mapping[str, Any] | None = None,
         *,
         seed: int | None = None,
+        temporary: Sequence[str] = (),
     ) -> AbstractContextManager[None]:
         """Note in run.json the model, the images and that a step runs; the context notes how it ended.
 
         Refuses to mix it with another model or other inputs. `files` are what it writes, `--overwrite` removes them
         first; `options` are those of the step's own, `inputs` what else than model and images fixes its result, `seed`
-        its own seed where that is not the one that chose the images.
+        its own seed where that is not the one that chose the images, `temporary` files for resuming alone.
         """
         setup = self.setup
         self.run.set_model(self.record, overwrite=setup.overwrite)
@@ -156,7 +157,7 @@ class Opened:
             name, command=shlex.join(["qvw", *sys.argv[1:]]), options=_jsonable(asdict(setup) | dict(options)),
             inputs=self.inputs(data) | dict(inputs or {}), 
             seed=setup.seed if seed is None else seed, device=setup.device, files=files,
-            overwrite=setup.overwrite,
+            temporary=temporary, overwrite=setup.overwrite,
         )  # fmt: skip
 
 

@@ -146,14 +146,14 @@ def _weight_sites(name: str, module: nn.Module, trace: Trace, kind: str) -> list
         note, quantizable = f"{type(module).__name__} transforms its weight itself: observed, not quantized", False
     elif trace.calls.get(name, 0) > 1:
         note = f"called {trace.calls[name]} times in one forward pass"
-    if weight is None:
-        return [{"site": Site(name, "weight"), "kind": kind, "shape": (), "numel": 0, "note": note,
-                 "quantizable": False}]  # fmt: skip
     output = trace.shapes.get(Site(name, "output"), ())
     transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
     carrier = Site(name, "input" if transposed else "output")  # each element of it meets one row of the weight
-    macs = _per_image(trace, carrier) * (weight.numel() // weight.shape[0]) if output else 0
+    made = getattr(module, "weight", None) if weight is None else weight  # weight_norm makes its weight anew each time
+    macs = _per_image(trace, carrier) * (made.numel() // made.shape[0]) if output and isinstance(made, Tensor) else 0
     common = {"kind": kind, "quantizable": quantizable, "note": note, "edges": (Site(name, "input"),) if output else ()}
+    if weight is None:
+        return [{**common, "site": Site(name, "weight"), "shape": (), "numel": 0, "macs": macs}]
     attention = next((m for m in trace.attention if name.startswith(f"{m}.")), None)
     heads = trace.shapes[Site(attention, "value")][1] if attention and _has_heads(trace, attention) else 0
     parts = trace.qkv_parts.get(name)

@@ -12,6 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from quant.config import QATConfig
 from quant.errors import InputError
 
+_UNREADABLE = (yaml.YAMLError, ValueError, KeyError, RecursionError, OverflowError)  # what PyYAML's constructors raise
+
 
 def read_config(path: Path | None, settings: Sequence[str]) -> QATConfig:
     """The configuration in a YAML file of `key: value` lines, changed by settings `key=value`; defaults elsewhere.
@@ -26,7 +28,7 @@ def read_config(path: Path | None, settings: Sequence[str]) -> QATConfig:
             raise InputError(f"--set {setting!r} is not understood; write key=value, such as learning_rate=0.001.")
         try:
             values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except _UNREADABLE as error:
             raise InputError(f"--set {setting!r}: the value is not readable: {_first_line(error)}.") from error
     names = [field.name for field in fields(QATConfig)]
     for key in values:
@@ -41,13 +43,15 @@ def read_config(path: Path | None, settings: Sequence[str]) -> QATConfig:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
         wrong = first["msg"].removeprefix("Input ")
-        raise InputError(f"{where}={str(first['input'])[:40]}: {wrong}. Change it by --set {where}=VALUE.") from error
+        value = first["input"]
+        came = str(value)[:40] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+        raise InputError(f"{where}={came}: {wrong}. Change it by --set {where}=VALUE.") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *_UNREADABLE) as error:
         raise InputError(f"The configuration {path} cannot be read: {_first_line(error)}.") from error
     if values is None:
         return {}

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from analysis.calibration import calibrated, parse_uniform, read_plan
 from analysis.columns import HISTORY_COLUMNS, OSCILLATION_COLUMNS
-from analysis.console import progress, say
+from analysis.console import progress, say, warn
 from analysis.data import ImageData
-from analysis.eval_step import keep_row, show_rows, verify_row
+from analysis.eval_step import drop_rows, keep_row, show_rows, verify_row
 from analysis.evaluation import logits_of, scores
 from analysis.files import RowLog
 from analysis.models import ModelSource, load_model, weights_sha256
@@ -34,7 +34,8 @@ from quant.choices import Layout
 from quant.config import QATConfig
 from quant.errors import InputError
 from quant.prepare import prepare_qat_
-from quant.train import total_steps, train_qat
+from quant.train import logged_steps, total_steps, train_qat
+from quant.trial import check_trainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +61,14 @@ class TrainRequest:
         given = (request.plan_file, request.uniform, request.floating or None)
         if sum(choice is not None for choice in given) > 1:
             raise InputError("give at most one of --plan FILE, --uniform wXaY and --float.")
-        if request.name is not None and not re.fullmatch(r"[\w.+-]{1,64}", request.name):
+        if request.name is not None and not re.fullmatch(r"[A-Za-z0-9_.+-]{1,64}", request.name):
             raise InputError(f"--name {request.name!r} is no name of a folder; use letters, digits, - and _.")
-        if request.teacher is None and (request.teacher_weights or request.teacher_pretrained):
-            raise InputError("--teacher-weights and --teacher-pretrained need --teacher MODEL.")
+        if request.teacher is None and (
+            request.teacher_weights or request.teacher_pretrained or request.teacher_kwargs
+        ):
+            raise InputError("--teacher-weights, --teacher-pretrained and --teacher-kwargs need --teacher MODEL.")
+        if request.teacher is not None and not request.config.kd_weight:
+            raise InputError("--teacher was given, but kd_weight is 0: nothing is distilled. Leave out one of them.")
         return request
 
     @property
@@ -83,7 +88,10 @@ def run_train(setup: Setup, request: TrainRequest) -> None:
     opened = open_run(setup, needs_data=True)
     folder, main = opened.run.path / request.folder, accelerator.is_main_process
     plan = _plan(opened, request)
-    train, val = opened.step_images(request.folder, "train"), opened.images("val", request.val_images)
+    before = opened.run.record.steps.get(request.folder)
+    known = before.inputs if before is not None and not setup.overwrite else {}
+    train = opened.step_images(request.folder, "train")
+    val = opened.images("val", request.val_images or known.get("val_images"))
     if not (train.labelled and val.labelled):
         raise InputError("training needs labels, of the training and of the validation images.")
     total = total_steps(config, train.images, accelerator.num_processes)
@@ -97,11 +105,17 @@ def run_train(setup: Setup, request: TrainRequest) -> None:
     if opened.run.is_done(request.folder, opened.inputs(train) | inputs) and not setup.overwrite:
         say(f"{folder} holds this training already; --overwrite trains anew.", quiet=setup.quiet)
         return
-    files = [f"{request.folder}/{name}" for name in _FILES]
+    image = opened.probe_image()
+    check_trainable(opened.model, config, torch.cat((image, image.flip(-1))))
+    files, temporary = ([f"{request.folder}/{name}" for name in names] for names in (_FILES, _TEMPORARY))
     options = {name: value for name, value in asdict(request).items() if name != "config"}
-    step = opened.step(request.folder, train, files, options, inputs, seed=config.seed) if main else nullcontext()
+    step: AbstractContextManager[None] = nullcontext()
+    if main:
+        step = opened.step(request.folder, train, files, options, inputs, seed=config.seed, temporary=temporary)
     with step:
         if main:
+            if setup.overwrite:
+                drop_rows(opened, request.folder)
             opened.run.write_json(f"{request.folder}/config", asdict(config))
         accelerator.wait_for_everyone()  # what --overwrite removes is gone before anyone looks for a checkpoint
         plan, calibration = _prepare_(opened, plan, request)
@@ -113,10 +127,8 @@ def run_train(setup: Setup, request: TrainRequest) -> None:
         say(f"the model and its history are in {folder}", quiet=setup.quiet)
 
 
-_FILES = (
-    "config.json", "history.parquet", "oscillation.parquet", "history.partial.jsonl", "oscillation.partial.jsonl",
-    "checkpoints", "model.safetensors", "plan.json",
-)  # fmt: skip
+_FILES = ("config.json", "history.parquet", "oscillation.parquet", "model.safetensors", "plan.json")
+_TEMPORARY = ("checkpoints", "history.partial.jsonl", "oscillation.partial.jsonl")
 
 
 def _accelerator(device: str) -> Accelerator:
@@ -151,6 +163,8 @@ def _teacher(opened: Opened, request: TrainRequest) -> tuple[nn.Module | None, s
             weights=None if request.teacher_weights is None else str(request.teacher_weights), seed=0,
         )  # fmt: skip
         teacher, name = load_model(source).to(opened.setup.device), request.teacher
+        if source.factory is None and not source.pretrained and source.weights is None:
+            warn(f"the teacher {name} has untrained weights: give --teacher-pretrained or --teacher-weights FILE.")
     image, size = opened.probe_image(), opened.input_config.input_size
     with torch.no_grad():
         expected = opened.model(image)
@@ -163,11 +177,13 @@ def _teacher(opened: Opened, request: TrainRequest) -> tuple[nn.Module | None, s
                 "Choose another --teacher, or build it with --teacher-kwargs."
             ) from error
     if not isinstance(answer, Tensor) or answer.shape != expected.shape:
-        came = f"{answer.shape[-1]} classes" if isinstance(answer, Tensor) else type(answer).__name__
+        came = f"{answer.shape[-1]} classes" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
         raise InputError(
-            f"the teacher {name} answers with {came}, {opened.name} has {expected.shape[-1]}: it cannot teach it. "
+            f"the teacher {name} answers with {came}, {opened.name} has {expected.shape[-1]} classes. "
             "Choose another --teacher, or train without one: --set kd_weight=0."
         )
+    if not torch.isfinite(answer).all():
+        raise InputError(f"the teacher {name} answers with NaN or Inf. Look for other weights of it.")
     return teacher.requires_grad_(False).eval(), weights_sha256(teacher)
 
 
@@ -207,8 +223,14 @@ def _train(
     first = last_step(folder / "checkpoints")
     history, oscillation = (RowLog(folder / f"{name}.partial.jsonl") for name in ("history", "oscillation"))
     if accelerator.is_main_process:
-        history.keep(first if first else -1)
-        oscillation.keep(first if first else -1)
+        steps = {row["step"] for row in history.keep(first if first else -1) if row.get("split") == "train"}
+        observed = {row["step"] for row in oscillation.keep(first if first else -1)}
+        expected = {step for step in logged_steps(config, total) if step <= first}
+        if steps != expected or (observed and observed != expected | {0}):
+            raise InputError(
+                f"{folder} lacks rows of its history up to the checkpoint of step {first}. Put its files "
+                "*.partial.jsonl back, or start anew with --overwrite."
+            )
 
     latest: list[tuple[Tensor, Tensor]] = []
 
@@ -236,11 +258,10 @@ def _train(
 
 
 def _finish(opened: Opened, plan: BitPlan | None, request: TrainRequest, logits: Tensor, labels: Tensor) -> None:
-    """Write the tables, the model and its row of verify.parquet; drop the checkpoints."""
+    """Write the tables, the model and its row of verify.parquet."""
     run, name = opened.run, request.folder
     for table, columns in (("history", HISTORY_COLUMNS), ("oscillation", OSCILLATION_COLUMNS)):
         rows = RowLog(run.path / name / f"{table}.partial.jsonl").read()
         run.write_table(f"{name}/{table}", pd.DataFrame(rows, columns=list(columns)))
     save_trained(run.path / name, opened, plan)
     keep_row(opened, verify_row(name, opened, () if plan is None else plan.sites, logits, labels))
-    run.remove([f"{name}/checkpoints", f"{name}/history.partial.jsonl", f"{name}/oscillation.partial.jsonl"])

@@ -1,9 +1,10 @@
 """A trained, quantized network on the disk: model.safetensors and plan.json in one folder."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 
 from analysis.calibration import read_plan, uncalibrated
@@ -12,13 +13,17 @@ from analysis.setup import Opened
 from quant.bit_plan import BitPlan, PlannedSite
 from quant.errors import InputError
 from quant.prepare import prepare_qat_
+from quant.quantizer import LSQQuantizer
+
+_PLAN = "plan_sha256"  # key of the file's metadata
 
 
 def save_trained(folder: Path, opened: Opened, plan: BitPlan | None) -> None:
     """Write the model, prepared for `plan`, and the plan; a floating-point model (plan None) has no plan.json."""
     if plan is not None:
         write_bytes(folder / "plan.json", plan.to_json().encode())
-    write_atomic(folder / "model.safetensors", lambda path: save_model(opened.model, str(path)))
+    metadata = {_PLAN: _digest(plan)}
+    write_atomic(folder / "model.safetensors", lambda path: save_model(opened.model, str(path), metadata=metadata))
 
 
 def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
@@ -26,10 +31,12 @@ def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
 
     Raises InputError where the folder is none of `qvw train`, damaged, or of another network.
     """
+    folder = folder.parent if folder.name == "model.safetensors" else folder
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise InputError(f"{folder} has no model.safetensors: name a folder that `qvw train` has finished, RUN/qat.")
     sites: Sequence[PlannedSite] = ()
+    plan = None
     if (folder / "plan.json").exists():
         plan = read_plan(folder / "plan.json", opened)
         infos = {info.site: info for info in opened.sites}
@@ -38,7 +45,16 @@ def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
         )
         sites = plan.sites
     try:
+        with safe_open(weights, framework="pt") as file:
+            digest = (file.metadata() or {}).get(_PLAN)
+        if digest != _digest(plan):
+            raise InputError(
+                f"{weights} was trained with another plan than the one beside it. Put the plan back, or train again "
+                "with --overwrite."
+            )
         missing, unexpected = load_model(opened.model, weights, strict=False)
+    except InputError:
+        raise
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -50,5 +66,12 @@ def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
             f"{weights} is not of this network and plan: {len(missing)} tensors are missing and {len(unexpected)} "
             f"unexpected, such as {example!r}. Was plan.json changed? Train again with --overwrite."
         )
+    wrong = [n for n, m in opened.model.named_modules() if isinstance(m, LSQQuantizer) and not (m.scale > 0).all()]
+    if wrong:
+        raise InputError(f"{weights}: the scale of {wrong[0]} is not above 0. The file cannot be used; train again.")
     opened.model.eval()
     return sites
+
+
+def _digest(plan: BitPlan | None) -> str:
+    return "none" if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()

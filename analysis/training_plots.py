@@ -93,8 +93,8 @@ def training_figure(history: pd.DataFrame, shares: pd.DataFrame, name: str) -> F
         plot_oscillation(shares, names=names, ax=axes[2])
     for ax in axes:
         ax.get_legend().remove()
-    figure.legend(_handles(len(names)), names, ncols=4, loc="outside lower left", fontsize=7)
-    figure.suptitle(f"{name}: trainings (thin: batches; markers: validation)", fontsize=9)
+    figure.legend(_handles(len(names)), list(map(plots.plain, names)), ncols=4, loc="outside lower left", fontsize=7)
+    figure.suptitle(f"{plots.plain(name)}: trainings (thin: batches; markers: validation)", fontsize=9)
     return figure
 
 
@@ -111,14 +111,14 @@ def terms_figure(history: pd.DataFrame, terms: Sequence[str], name: str) -> Figu
     for ax, training in zip(axes.flat, names, strict=False):
         plot_terms(history[history["training"] == training], terms, ax=ax)
         ax.get_legend().remove()
-        ax.set_title(training)
+        ax.set_title(plots.plain(training))
     _scale_terms(axes.flat[0], history.loc[history["split"] == "train", list(terms)])  # panels share it
     for ax in axes.flat[len(names) :]:
         ax.remove()
     for ax in axes[:, 1:].flat:
         ax.set_ylabel("")
     figure.legend(_handles(len(terms), markers=False), list(terms), ncols=4, loc="outside lower left", fontsize=7)
-    figure.suptitle(f"{name}: terms of the loss", fontsize=9)
+    figure.suptitle(f"{plots.plain(name)}: terms of the loss", fontsize=9)
     return figure
 
 
@@ -161,5 +161,5 @@ def _finish(ax: Axes, label: str) -> None:
 
 
 def _legend(ax: Axes, names: list[str], *, markers: bool = True) -> None:
-    ax.legend(_handles(len(names), markers=markers), names, ncols=2, loc="lower left", bbox_to_anchor=(0, 1),
-              borderaxespad=0.2)  # fmt: skip
+    ax.legend(_handles(len(names), markers=markers), list(map(plots.plain, names)), ncols=2, loc="lower left",
+              bbox_to_anchor=(0, 1), borderaxespad=0.2)  # fmt: skip

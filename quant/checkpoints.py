@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from quant.errors import InputError
+from quant.errors import InputError, system_error
 
 _KEPT = 2  # should the last one be damaged, the training goes on from the one before
 
@@ -59,9 +59,7 @@ def save_checkpoint(
             for old in _steps(folder)[:-_KEPT]:
                 shutil.rmtree(folder / f"step_{old:08}")
     except Exception as error:
-        if not isinstance(error, OSError) and "No space left" not in str(
-            error
-        ):  # torch and safetensors say it in words
+        if system_error(error) is None:
             raise
         raise InputError(
             f"The checkpoint of step {step} cannot be written to {folder}: {_first_line(error)}. Free some space or "
@@ -79,7 +77,9 @@ def last_step(folder: Path) -> int:
         return 0
     path = folder / f"step_{steps[-1]:08}"
     try:
-        damaged = [name for name, digest in _manifest(path)["sha256"].items() if _sha256(path / name) != digest]
+        manifest = _manifest(path)
+        damaged = [name for name, digest in manifest["sha256"].items() if _sha256(path / name) != digest]
+        damaged += [f"manifest.json lacks {key}" for key in ("processes", "seconds") if key not in manifest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         damaged = [f"manifest.json or a file that it names ({type(error).__name__})"]
     if damaged:
@@ -107,7 +107,7 @@ def load_checkpoint_(
     """
     path = folder / f"step_{step:08}"
     manifest = _manifest(path)
-    processes = manifest.get("processes")
+    processes = manifest["processes"]
     if processes != accelerator.num_processes:
         raise InputError(
             f"{path} was written by {processes} processes, these are {accelerator.num_processes}: the training would "
@@ -121,7 +121,7 @@ def load_checkpoint_(
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-    return float(manifest.get("seconds", 0.0))
+    return float(manifest["seconds"])
 
 
 def _random_state() -> dict[str, Any]:

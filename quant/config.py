@@ -27,7 +27,7 @@ class QATConfig:
     steps: Count | None = None  # optimizer steps in all; given, it takes the place of epochs
     batch_size: Count = 64  # images of one optimizer step, over all processes
     optimizer: str = "adamw"  # timm's name
-    learning_rate: Positive = 1e-3  # peak
+    learning_rate: Positive = 2e-4  # peak; for a trained network: at 1e-3 one that has lost little loses more
     scale_learning_rate: Positive = 1e-2  # peak, of scales and offsets, as a share of the scale that each starts at
     weight_decay: NotNegative = 1e-4  # of weights; biases, norms and scales have none
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up; the first two go down to 0

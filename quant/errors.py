@@ -1,5 +1,8 @@
 """The one exception for a user's wrong input."""
 
+import errno
+import re
+
 
 class InputError(ValueError):
     """What the user gave is wrong; the message says what came, what was expected and the next step.
@@ -7,3 +10,13 @@ class InputError(ValueError):
     `qvw` prints it in one or two lines on standard error and exits with 2. Every other exception is a
     defect of ours and keeps its traceback.
     """
+
+
+def system_error(error: BaseException) -> int | None:
+    """The errno of an exception; safetensors and torch tell it in words only. None where it is no system error."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    match = re.search(r"os error (\d+)", str(error))
+    if match:
+        return int(match[1])
+    return errno.ENOSPC if "No space left" in str(error) else None

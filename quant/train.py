@@ -66,7 +66,7 @@ def train_qat(
     total = total_steps(config, images, accelerator.num_processes)
     _refuse_single_images(model, config.batch_size // accelerator.num_processes)
     set_seed(config.seed, device_specific=True)
-    optimizer, set_rates = _optimizer(model, config, total)
+    optimizer, set_rates = make_optimizer(model, config, total)
     trained, optimizer = accelerator.prepare(model, optimizer)
     device = next(model.parameters()).device
     weights = latent_weights(model)
@@ -77,6 +77,10 @@ def train_qat(
     multiplied = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     state: dict[str, Any] = {"model": model, "tracker": tracker, "optimizer": optimizer, "accelerator": accelerator}
     first, started, per_epoch = last_step(checkpoints), time.monotonic(), images // config.batch_size
+    if first >= total:
+        raise InputError(
+            f"{checkpoints} holds a checkpoint of step {first}, beyond the {total} steps of this training."
+        )
     if first:
         started -= load_checkpoint_(checkpoints, first, **state)
     else:
@@ -143,11 +147,22 @@ def total_steps(config: QATConfig, images: int, processes: int = 1) -> int:
     return config.steps or config.epochs * (images // config.batch_size)
 
 
+def logged_steps(config: QATConfig, total: int) -> list[int]:
+    """The steps that leave a row of the split `train`."""
+    return [
+        step
+        for step in range(1, total + 1)
+        if _due(step, total, config.log_every) or _due(step, total, config.gradient_norms_every)
+    ]
+
+
 def _due(step: int, total: int, every: int) -> bool:
     return step % every == 0 or step in (1, total)
 
 
-def _optimizer(model: nn.Module, config: QATConfig, total: int) -> tuple[torch.optim.Optimizer, Callable[[int], None]]:
+def make_optimizer(
+    model: nn.Module, config: QATConfig, total: int
+) -> tuple[torch.optim.Optimizer, Callable[[int], None]]:
     """The optimizer, and what sets the learning rates of a step, 1 to `total`."""
     if config.optimizer not in list_optimizers():
         near = ", ".join(map(str, difflib.get_close_matches(config.optimizer, list_optimizers(), n=3, cutoff=0.0)))
@@ -179,6 +194,8 @@ def parameter_groups(model: nn.Module, config: QATConfig) -> list[dict[str, Any]
     own = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in learned]
     decayed = [p for n, p in own if p.ndim > 1 and n.rpartition(".")[2] == "weight" and n not in excepted]
     kept = {id(p) for p in decayed}
+    if not own:
+        raise InputError("every parameter of the model is frozen: there is nothing to train.")
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": [p for _, p in own if id(p) not in kept], "weight_decay": 0.0},

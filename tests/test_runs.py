@@ -254,7 +254,7 @@ def test_changed_inputs_are_refused_or_overwritten(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     with pytest.raises(InputError, match=r"images: 4 -> 5, batch_size: 8 -> absent\).*`--overwrite`"):
-        start(run, inputs={"images": 5})
+        start(run, inputs={"images": 5}).__enter__()
     assert (tmp_path / "stats.parquet").exists()
     with start(run, inputs={"images": 4, "batch_size": 8}):
         assert (tmp_path / "stats.parquet").exists()  # the same inputs go on
@@ -274,7 +274,7 @@ def test_overwrite_deletes_nothing_outside_the_folder(tmp_path):
     text = (run.path / "run.json").read_text()
     (run.path / "run.json").write_text(text.replace('"stats.parquet"', '"../victim"'))
     with pytest.raises(InputError, match="lies outside the run folder"):
-        start(run, overwrite=True)
+        start(run, overwrite=True).__enter__()
     assert victim.read_text() == "keep"
 
 

@@ -1,11 +1,14 @@
 """Inside attention: what is seen equals what timm computes, and nothing is left behind."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from quant.attention import explicit_attention
 from quant.intercept import intercept
 from quant.site import Site
 from quant.trace import trace_forward
@@ -163,12 +166,30 @@ def test_hooks_are_gone_after_an_error():
     assert model.layers[0].blocks[0].attn.fused_attn is False
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_row_that_is_masked_altogether_attends_to_nothing(kind):
+    """Value 0 and finite gradients, as torch's own function gives them."""
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[1] = False
+    if kind == "float":
+        mask = torch.zeros(5, 5, dtype=torch.float64).masked_fill(~mask, float("-inf"))
+    leaves = [torch.randn(1, 2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
+    results = []
+    for attend in (partial(explicit_attention, {}), F.scaled_dot_product_attention):
+        q, k, v = (x.clone().requires_grad_() for x in leaves)
+        out = attend(q, k, v, attn_mask=mask)
+        out.square().sum().backward()
+        results.append((out.detach(), q.grad, k.grad, v.grad))
+    assert (results[0][0][:, :, 1] == 0).all()
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torch.nan_to_num(torchs))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("mask", [None, "bool", "float"])
 def test_explicit_attention_equals_torchs(causal, mask):
     """The formula agrees with scaled_dot_product_attention for masks, causality, scale and grouped queries."""
-    from quant.attention import explicit_attention
-
     if causal and mask:
         pytest.skip("torch itself refuses a mask together with is_causal")
     generator = torch.Generator().manual_seed(1)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from analysis.columns import HISTORY_COLUMNS, OSCILLATION_COLUMNS
+from analysis.locks import exclusive
 from quant.bit_plan import BitPlan
 from quant.config import QATConfig
 from tests.test_cli import MODEL, ROOT, VIT_KWARGS, qvw
@@ -59,7 +60,7 @@ def test_a_training_leaves_the_files_of_the_design(trained):
         assert list(oscillation.columns) == list(OSCILLATION_COLUMNS)
         assert (len(oscillation) > 0) == (name == "qat")  # nothing of at most 4 bits in the others
         config = json.loads((folder / "config.json").read_text())
-        assert (config["batch_size"], config["learning_rate"]) == (20, 1e-3)
+        assert (config["batch_size"], config["learning_rate"]) == (20, 2e-4)
         assert load_file(folder / "model.safetensors")["blocks.0.attn.qkv.weight"].shape == (96, 32)
         assert (folder / "plan.json").exists() == (name != "qat-float")
         assert not (folder / "checkpoints").exists()
@@ -104,7 +105,7 @@ def test_a_finished_training_is_not_repeated(run, capfd):
     assert train(run, "--uniform", "w3a4") == 0
     assert "--overwrite trains anew" in capfd.readouterr().out
     assert train(run, "--uniform", "w3a4", "--set", "learning_rate=0.002") == 2
-    assert "config.learning_rate: 0.001 -> 0.002" in capfd.readouterr().err
+    assert "config.learning_rate: 0.0002 -> 0.002" in capfd.readouterr().err
     assert train(run, "--uniform", "w2a4") == 2
     assert 'plan: "w3a4" -> "w2a4"' in capfd.readouterr().err
     assert (run / "qat" / "model.safetensors").read_bytes() == before
@@ -180,6 +181,9 @@ WRONG = {
     "a teacher of another size": (["--float", "--teacher", VIT[0], "--teacher-kwargs", OTHER_SIZE],
                                   r"does not take the images of vit_tiny_patch16_224, \(1, 32, 32\)"),
     "a teacher that does not exist": (["--float", "--teacher", "resnet1"], "timm has no model 'resnet1'"),
+    "a teacher of nothing": (["--float", "--set", "kd_weight=0", "--teacher", VIT[0]], "nothing is distilled"),
+    "no loss": (["--float", "--set", "kd_weight=0", "--set", "task_weight=0"], "nothing is learned from the images"),
+    "an optimizer that cannot run here": (["--float", "--set", "optimizer=fusedadam"], "cannot be trained with"),
     "teacher weights without a teacher": (["--float", "--teacher-weights", "x.safetensors"], "need --teacher MODEL"),
     "more in a batch than there are": (["--float", "--set", "batch_size=300"], "batch_size=300, but there are 200"),
     "an optimizer that is none": (["--float", "--set", "optimizer=sdg"], "timm has no optimizer 'sdg'"),
@@ -203,6 +207,92 @@ def test_wrong_input_is_one_clear_message_and_exit_code_2(case, tmp_path, traine
     assert not (tmp_path / "run" / "qat" / "model.safetensors").exists()
 
 
+UNTRAINABLE = {
+    "frozen": ("for p in model.parameters(): p.requires_grad_(False)", "every parameter of the model is frozen"),
+    "a tuple in training": ("model.head = Doubled()", r"in training mode the model returned tuple"),
+    "in place": ("model.head = torch.nn.Sequential(Softened(), model.head)", "one step on a copy raised RuntimeError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(UNTRAINABLE))
+def test_a_network_that_cannot_be_trained_is_told_before_anything_is_written(case, tmp_path, capfd):
+    """One step is tried on a copy first: what it raises is told in one line."""
+    change, message = UNTRAINABLE[case]
+    (tmp_path / "mine.py").write_text(
+        "import timm, torch\n"
+        "class Doubled(torch.nn.Linear):\n"
+        "    def __init__(self): super().__init__(32, 10)\n"
+        "    def forward(self, x):\n"
+        "        y = super().forward(x)\n"
+        "        return (y, y) if self.training else y\n"
+        "class Softened(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        y = x.exp()\n"
+        "        z = y * 2\n"
+        "        y.mul_(0.5) if self.training else None\n"
+        "        return z + y\n"
+        f"def build():\n    model = timm.create_model('vit_tiny_patch16_224', **{json.loads(VIT_KWARGS)!r})\n"
+        f"    {change}\n    return model\n"
+    )
+    assert train(tmp_path / "run", "--float", model=[f"{tmp_path / 'mine.py'}:build"]) == 2
+    error = capfd.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_settings_leave_an_earlier_training_whole(run, capfd):
+    """--overwrite removes nothing before the new training is known to be possible, and then its row too."""
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert train(run, "--uniform", "w3a4", "--overwrite", "--set", "optimizer=sdg") == 2
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert train(run, "--uniform", "w2a2", "--overwrite") == 0
+    assert sorted(pd.read_parquet(run / "verify.parquet")["plan"]) == ["qat", "qat-float", "qat-w8"]
+    assert train(run, "--uniform", "w3a4", "--overwrite", "--set", "learning_rate=1e14", "--set", "warmup=0") == 2
+    assert sorted(pd.read_parquet(run / "verify.parquet")["plan"]) == ["qat-float", "qat-w8"]
+
+
+def test_a_model_of_another_run_has_a_row_of_its_own(run, trained, tmp_path):
+    """Measured in this run, it does not take the place of this run's own."""
+    before = pd.read_parquet(run / "verify.parquet")
+    assert qvw("eval", "--run", run, "--checkpoint", trained / "qat", "--images", 100) == 0
+    after = pd.read_parquet(run / "verify.parquet")
+    pd.testing.assert_frame_equal(after.iloc[:-1], before)
+    assert after["plan"].iloc[-1] == str((trained / "qat").resolve())
+
+
+def test_two_processes_do_not_train_into_one_folder(run, capfd):
+    """While one holds the lock of a training the other is refused; another name is free."""
+    with exclusive(run / ".qat.lock", "qat"):
+        assert train(run, "--uniform", "w2a2", "--overwrite") == 2
+        assert "Another process runs qat" in capfd.readouterr().err
+        assert (run / "qat" / "model.safetensors").exists()
+        assert train(run, "--uniform", "w2a2", "--name", "other") == 0
+    assert not (run / ".qat.lock").exists()
+
+
+@pytest.mark.parametrize("damage", ["5\n", "[" * 100_000 + "\n", "gone"])
+def test_a_damaged_history_is_told_on_resuming(damage, tmp_path, monkeypatch, capfd):
+    """Lines that are no rows, or rows that are missing up to the checkpoint: refused, not shortened in silence."""
+    import quant.train
+
+    run, saved = tmp_path / "run", quant.train.save_checkpoint
+
+    def stop(folder, step, **state):
+        saved(folder, step, **state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quant.train, "save_checkpoint", stop)
+    assert train(run, "--uniform", "w3a4") == 130
+    log = run / "qat" / "history.partial.jsonl"
+    if damage == "gone":
+        log.unlink()
+    else:
+        log.write_text(damage + log.read_text())
+    assert train(run, "--uniform", "w3a4") == 2
+    assert re.search("is damaged|lacks rows of its history", capfd.readouterr().err)
+
+
 def test_one_image_a_batch_needs_a_network_without_batchnorm(tmp_path, capfd):
     """BatchNorm has no variance of one image."""
     assert train(tmp_path / "run", "--float", "--set", "batch_size=1", model=MODEL) == 2
@@ -223,7 +313,7 @@ def test_a_diverging_training_stops_and_says_what_is_kept(tmp_path, capfd):
     [
         ("cut", "model.safetensors cannot be loaded"),
         ("absent", "has no model.safetensors"),
-        ("another plan", "is not of this network and plan: .* such as"),
+        ("another plan", "was trained with another plan than the one beside it"),
         ("another network", "The model has no site"),
     ],
 )  # fmt: skip

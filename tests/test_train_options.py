@@ -43,6 +43,11 @@ def test_what_was_written_is_read_again(tmp_path):
         ("learning_rate", r"'learning_rate' is not understood; write key=value"),
         ("=3", r"'=3' is not understood"),
         ("seed=[1", r"the value is not readable"),
+        ("seed=2026-13-45", r"the value is not readable"),
+        ("steps=!!int x", r"the value is not readable"),
+        ("epochs=" + "[" * 3000, r"the value is not readable"),
+        ("steps=" + "9" * 5000, r"the value is not readable"),
+        ("epochs={a: [1, 2]}", r"epochs=a dict: should be a valid integer"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_named(setting, message):

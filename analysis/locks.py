@@ -1,0 +1,31 @@
+"""A lock between processes, so that two do not write the same results at once."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from analysis.files import writing
+from quant.errors import InputError
+
+
+@contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock `path`, a file that is there meanwhile; InputError where another process holds it.
+
+    The system gives the lock of a killed process free.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"Another process runs {what} at this moment. Wait for it, or choose another `--run`."
+            ) from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
