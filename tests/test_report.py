@@ -348,7 +348,7 @@ def test_the_training_section_has_its_last_figures(run):
     assert row[5:7] == [f"{validated['loss'].iloc[0]:.3f}", f"{validated['loss'].iloc[-1]:.3f}"]
     assert row[7:9] == [f"{100 * validated['top1'].iloc[0]:.1f}", f"{100 * validated['top1'].iloc[-1]:.1f}"]
     norms = gradient_norms(content)
-    assert norms.columns == ("training", "task", "kd", "obr")
+    assert norms.columns == ("training", "task", "kd", "obr_distance", "obr_variance")
     assert norms.rows[0][1].key == first["grad_task"].dropna().iloc[-1]
     assert texts(norms)[1][3] == DASH  # the float training has no bins
 

@@ -243,7 +243,7 @@ def test_bin_regularization_draws_the_weights_to_the_grid(tmp_path):
     distances = {}
     for weight in (0.0, 10.0):
         model, teacher = prepared(model_of("vit"))
-        config = QATConfig(epochs=8, batch_size=16, obr_weight=weight)
+        config = QATConfig(epochs=8, batch_size=16, obr_weight=weight, learning_rate=1e-3)
         list(reports(model, teacher, config, tmp_path / str(weight)))
         with torch.no_grad():
             parts = latent_weights(model).values()
