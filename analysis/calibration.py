@@ -76,8 +76,11 @@ def parse_uniform(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def read_plan(path: Path, opened: Opened) -> BitPlan:
-    """The plan in a file, checked against the model: its sites must exist and have the planned axes."""
+def read_plan(path: Path, opened: Opened, *, other_weights: bool = False) -> BitPlan:
+    """The plan in a file, checked against the model: its sites must exist and have the planned axes.
+
+    Weights that it was not made for are told in a warning, unless `other_weights` are what is expected.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -96,7 +99,7 @@ def read_plan(path: Path, opened: Opened) -> BitPlan:
                 f"Plan it per_tensor, or plan again for this model."
             )
     theirs, ours = plan.model.weights_sha256, opened.record.weights_sha256
-    if theirs not in (None, ours):
+    if not other_weights and theirs not in (None, ours):
         warn(f"{path} was made for weights {str(theirs)[:12]}, these are {ours[:12]}: its bits may not suit them.")
     return plan
 

@@ -34,7 +34,7 @@ from quant.config import QATConfig
 WEIGHT_DECAY, WARM_UP = 0.05, 0.1
 SWEEP, TENSORS = SweepConfig(), ("weight", "input", "attention")
 TRAINING = QATConfig(
-    steps=200, learning_rate=1e-3, batch_size=32, crop_area=0.8, horizontal_flip=0.0,  # a mirrored digit is none
+    steps=200, learning_rate=1e-3, batch_size=32, crop_area=0.8
 )  # fmt: skip
 
 

@@ -64,7 +64,12 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
     options = {name: None if value is None else str(value) for name, value in asdict(request).items()}
     text = plan if plan is None or isinstance(plan, str) else plan.to_json()
     options["plan_sha256"] = None if text is None else hashlib.sha256(text.encode()).hexdigest()
-    with opened.step("eval", data, ("verify.parquet",), options):
+    if setup.overwrite and not opened.run.is_done("eval", opened.inputs(data)) and _rows(opened):
+        warn(f"--overwrite removes {len(_rows(opened))} rows of verify.parquet, measured on other images.")
+        files: Sequence[str] = ("verify.parquet",)
+    else:
+        files = ()
+    with opened.step("eval", data, files, options):
         running: Any = nullcontext()
         if plan is not None:
             made = calibrated(
@@ -125,8 +130,7 @@ def verify_row(
 
 def keep_row(opened: Opened, row: Mapping[str, Any]) -> None:
     """Add a row to verify.parquet; a row of the same plan and cost takes the place of the older one."""
-    path = opened.run.path / "verify.parquet"
-    rows = opened.run.read_table("verify", VERIFY_COLUMNS).to_dict("records") if path.exists() else []
+    path, rows = opened.run.path / "verify.parquet", _rows(opened)
     same = ("plan", "weight_bits", "activation_bits", "size_bytes", "bitops")
     kept = [old for old in rows if any(old[name] != row[name] for name in same)]
     if len(kept) < len(rows):
@@ -134,11 +138,18 @@ def keep_row(opened: Opened, row: Mapping[str, Any]) -> None:
     opened.run.write_table("verify", pd.DataFrame([*kept, row], columns=list(VERIFY_COLUMNS)))
 
 
+def _rows(opened: Opened) -> list[dict[str, Any]]:
+    if not (opened.run.path / "verify.parquet").exists():
+        return []
+    return opened.run.read_table("verify", VERIFY_COLUMNS).to_dict("records")
+
+
 def drop_rows(opened: Opened, kind: str) -> None:
     """Remove the rows of what is about to be made anew from verify.parquet."""
-    if (opened.run.path / "verify.parquet").exists():
-        rows = opened.run.read_table("verify", VERIFY_COLUMNS)
-        opened.run.write_table("verify", rows[rows["plan"] != kind].reset_index(drop=True))
+    rows = _rows(opened)
+    if any(row["plan"] == kind for row in rows):
+        kept = [row for row in rows if row["plan"] != kind]
+        opened.run.write_table("verify", pd.DataFrame(kept, columns=list(VERIFY_COLUMNS)))
 
 
 def show_rows(opened: Opened) -> None:

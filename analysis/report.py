@@ -26,7 +26,8 @@ SUMMARY: Definitions = (
     ("GBitOps", "Multiply-accumulates of one image times the bits of both operands, summed over all matrix products, "
                 "in units of 10⁹."),
     ("w3a4", "3 bits for weights and 4 for activations. It includes the exception of layout paper: the first "
-             "convolution or patch embedding and the classifier have 8 bits (none with layout strict)."),
+             "convolution or patch embedding and the classifier have 8 bits (none with layout strict). So uniform w3a4 "
+             "costs more than 3 and 4 mean bits, while a plan of 3 and 4 pays for the exception out of its budget."),
     ("without training", "Quantized and calibrated on training images, no weight learned; QAT trains with the "
                          "quantizers in place."),
 )  # fmt: skip

@@ -149,6 +149,7 @@ class Run:
         device: str,
         files: Sequence[str],
         temporary: Sequence[str] = (),
+        instead: str = "--run",
         overwrite: bool = False,
         renew: bool = False,
     ) -> AbstractContextManager[None]:
@@ -157,13 +158,14 @@ class Run:
         `inputs` is all that fixes the result. Where the folder holds the step with other inputs, finished or not,
         raises InputError that lists them. `overwrite` removes what the step left; `renew` keeps it until it writes
         anew. `files` are all that it may write, relative to the run folder; `temporary` are there for resuming alone,
-        and removed when the step is done. While the context runs no other process can start the same step.
+        and removed when the step is done; `instead` is the option that keeps both results. While the context runs no
+        other process can start the same step.
         """
         return self._locked(
             name,
             lambda: self._note_start(
                 name, command=command, options=options, inputs=inputs, seed=seed, device=device,
-                files=[*files, *temporary], overwrite=overwrite, renew=renew,
+                files=[*files, *temporary], instead=instead, overwrite=overwrite, renew=renew,
             ),
             temporary,
         )  # fmt: skip
@@ -184,6 +186,7 @@ class Run:
         seed: int,
         device: str,
         files: Sequence[str],
+        instead: str,
         overwrite: bool,
         renew: bool,
     ) -> StepRecord:
@@ -192,7 +195,7 @@ class Run:
         if changes and not (overwrite or renew):
             raise InputError(
                 f"{self.path} holds {name} with other inputs ({changes}). "
-                "Choose another `--run`, or start the step anew with `--overwrite`."
+                f"Choose another `{instead}`, or start the step anew with `--overwrite`, which removes its results."
             )
         if overwrite:
             self.remove([*files, *(old.files if old is not None else [])])

@@ -24,6 +24,8 @@ from quant.trace import Trace
 
 REMEMBERED = ("data", "holdout", "seed", "class_map", "data_root", "mean", "std", "input_size", "crop_pct")
 """Options that a later command takes from the run folder where it does not give them."""
+PREPROCESSING = ("mean", "std", "input_size", "crop_pct")
+"""Those of them that belong to the network, whatever the images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,7 @@ class Opened:
         }  # fmt: skip
         if data is not None:
             fixed |= {
-                "data": setup.data, "split": data.split, "images": data.images, "images_sha256": data.sha256,
+                "split": data.split, "images": data.images, "images_sha256": data.sha256,
                 "split_note": data.note, "batch_size": setup.batch_size, "skip_broken": setup.skip_broken,
                 **_jsonable(asdict(self.input_config)),
             }  # fmt: skip
@@ -141,12 +143,14 @@ class Opened:
         *,
         seed: int | None = None,
         temporary: Sequence[str] = (),
+        instead: str = "--run",
     ) -> AbstractContextManager[None]:
         """Note in run.json the model, the images and that a step runs; the context notes how it ended.
 
         Refuses to mix it with another model or other inputs. `files` are what it writes, `--overwrite` removes them
         first; `options` are those of the step's own, `inputs` what else than model and images fixes its result, `seed`
-        its own seed where that is not the one that chose the images, `temporary` files for resuming alone.
+        its own seed where that is not the one that chose the images, `temporary` files for resuming alone, `instead`
+        the option that keeps both results.
         """
         setup = self.setup
         self.run.set_model(self.record, overwrite=setup.overwrite)
@@ -157,7 +161,7 @@ class Opened:
             name, command=shlex.join(["qvw", *sys.argv[1:]]), options=_jsonable(asdict(setup) | dict(options)),
             inputs=self.inputs(data) | dict(inputs or {}), 
             seed=setup.seed if seed is None else seed, device=setup.device, files=files,
-            temporary=temporary, overwrite=setup.overwrite,
+            temporary=temporary, instead=instead, overwrite=setup.overwrite,
         )  # fmt: skip
 
 
@@ -186,7 +190,12 @@ def open_run(setup: Setup, *, needs_data: bool) -> Opened:
     setup = _completed(setup, run)
     if needs_data and setup.data is None:
         raise InputError(f"{setup.run} knows no images yet. Name them: --data digits, folder:PATH or csv:FILE.")
-    model = load_model(source)
+    try:
+        model = load_model(source)
+    except InputError as error:
+        if setup.model is not None:
+            raise
+        raise InputError(f"{error} {setup.run} names it: where it has moved, give MODEL and --weights.") from error
     if setup.model is not None and source.factory is None and not source.pretrained and source.weights is None:
         warn(f"{setup.model} has untrained weights: give --pretrained or --weights FILE for trained ones.")
     record = ModelRecord(
@@ -209,10 +218,11 @@ def open_run(setup: Setup, *, needs_data: bool) -> Opened:
 def _completed(setup: Setup, run: Run) -> Setup:
     """The options; what this command does not say of images and patterns is what the run folder knows, or default."""
     record = run.record
-    if setup.data is None and record.data:
-        given = {name: getattr(setup, name) for name in REMEMBERED if getattr(setup, name) is not None}
+    if record.data:
+        names = REMEMBERED if setup.data is None else PREPROCESSING  # other images, but of the same network
+        given = {name: getattr(setup, name) for name in names if getattr(setup, name) is not None}
         try:
-            setup = Setup.of(asdict(setup) | {name: record.data.get(name) for name in REMEMBERED} | given)
+            setup = Setup.of(asdict(setup) | {name: record.data.get(name) for name in names} | given)
         except ValidationError as error:
             raise InputError(
                 f"{run.path / 'run.json'} holds data options that cannot be used ({error.errors()[0]['loc'][0]}). "

@@ -33,7 +33,8 @@ def read_config(path: Path | None, settings: Sequence[str]) -> QATConfig:
     names = [field.name for field in fields(QATConfig)]
     for key in values:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
+            initials = [name for name in names if "".join(word[0] for word in name.split("_")) == str(key)]
+            near = (initials or difflib.get_close_matches(str(key), names, n=1, cutoff=0.0))[0]  # lr: learning_rate
             raise InputError(
                 f"{source}: {str(key)!r} is no setting of a training; the nearest is {near}. All: {', '.join(names)}."
             )

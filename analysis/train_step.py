@@ -111,7 +111,8 @@ def run_train(setup: Setup, request: TrainRequest) -> None:
     options = {name: value for name, value in asdict(request).items() if name != "config"}
     step: AbstractContextManager[None] = nullcontext()
     if main:
-        step = opened.step(request.folder, train, files, options, inputs, seed=config.seed, temporary=temporary)
+        step = opened.step(request.folder, train, files, options, inputs, seed=config.seed, temporary=temporary,
+                           instead="--name")  # fmt: skip
     with step:
         if main:
             if setup.overwrite:
@@ -247,6 +248,8 @@ def _train(
     quiet = setup.quiet or not accelerator.is_main_process
     with progress(total, f"train {request.folder}", "step", quiet=quiet) as bar:
         bar.update(first)
+        if first:
+            say(f"goes on from the checkpoint of step {first} of {total}", quiet=quiet)
         for report in reports:
             if accelerator.is_main_process:
                 if report.history:
@@ -263,5 +266,12 @@ def _finish(opened: Opened, plan: BitPlan | None, request: TrainRequest, logits:
     for table, columns in (("history", HISTORY_COLUMNS), ("oscillation", OSCILLATION_COLUMNS)):
         rows = RowLog(run.path / name / f"{table}.partial.jsonl").read()
         run.write_table(f"{name}/{table}", pd.DataFrame(rows, columns=list(columns)))
+    history = run.read_table(f"{name}/history")
+    loss = history[history["split"] == "val"]["loss"]
+    if loss.iloc[-1] > loss.iloc[0]:
+        warn(
+            f"the validation loss rose from {loss.iloc[0]:.4g} to {loss.iloc[-1]:.4g}: the training did harm. "
+            "Lower learning_rate, or change crop_area and horizontal_flip (--set)."
+        )
     save_trained(run.path / name, opened, plan)
     keep_row(opened, verify_row(name, opened, () if plan is None else plan.sites, logits, labels))

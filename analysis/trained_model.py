@@ -33,12 +33,14 @@ def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
     """
     folder = folder.parent if folder.name == "model.safetensors" else folder
     weights = folder / "model.safetensors"
+    if (folder / "checkpoints").is_dir() and not weights.is_file():
+        raise InputError(f"the training in {folder} has not ended: run the same `qvw train` again, and it goes on.")
     if not weights.is_file():
         raise InputError(f"{folder} has no model.safetensors: name a folder that `qvw train` has finished, RUN/qat.")
     sites: Sequence[PlannedSite] = ()
     plan = None
     if (folder / "plan.json").exists():
-        plan = read_plan(folder / "plan.json", opened)
+        plan = read_plan(folder / "plan.json", opened, other_weights=True)
         infos = {info.site: info for info in opened.sites}
         prepare_qat_(
             opened.model, uncalibrated(opened, plan), trace=opened.trace, sites=infos, image=opened.probe_image()

@@ -40,8 +40,8 @@ class QATConfig:
     dampening_weight: NotNegative = 0.0  # Nagel et al., ICML 2022, arXiv:2203.11086
     kurtosis_weight: NotNegative = 0.0  # Chmiel et al., NeurIPS 2020, arXiv:2002.07686; a mean over layers, not ramped
     ramp_start: Annotated[float, Field(ge=0, lt=1)] = 0.25  # share of the training before OBR and dampening set in
-    crop_area: Annotated[float, Field(gt=0, le=1)] = 0.7  # smallest share of an image that a random crop keeps
-    horizontal_flip: Share = 0.5  # probability
+    crop_area: Annotated[float, Field(gt=0, le=1)] = 1.0  # smallest share of an image that a random crop keeps
+    horizontal_flip: Share = 0.0  # probability; photographs: 0.5, while digits, text and signs must not be mirrored
     precision: Literal["fp32", "bf16"] = "fp32"  # autocast; scales and quantization stay in float32
     calibration_images: Count = 256  # set the start of the scales, and BatchNorm's statistics
     estimator: Estimator = "mse"  # of the start of the scales
@@ -49,5 +49,5 @@ class QATConfig:
     oscillation_window: Count = 200  # steps
     log_every: Count = 10  # steps; the first and the last are logged too
     gradient_norms_every: Count = 50  # steps; each term takes a backward pass of its own
-    checkpoint_every: Count = 200  # steps
+    checkpoint_every: Count = 100  # steps
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # order of images, augmentation, dropout
