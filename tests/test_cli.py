@@ -12,8 +12,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from analysis.cli import main
@@ -489,3 +491,38 @@ def test_seed_and_holdout_may_be_given_as_their_default(run):
     """A value that equals the default is still what the user said."""
     assert qvw("eval", "--run", run, "--float", "--images", 32, "--seed", 3, *DATA[2:]) == 0
     assert qvw("eval", "--run", run, "--float", "--images", 32, "--seed", 0, *DATA[2:]) == 2
+
+
+def test_a_run_whose_images_have_moved_goes_on(tmp_path):
+    """The same images elsewhere are the same images; the preprocessing need not be said again."""
+    rng = np.random.default_rng(0)
+    for label in "ab":
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{i}.png")
+    run, workers = tmp_path / "run", ["--num-workers", "0"]
+    kwargs = json.dumps(json.loads(KWARGS) | {"in_chans": 3, "num_classes": 2})
+    look = ["--mean", "0.4", "--std", "0.3", "--input-size", "3,32,32"]
+    model = ["resnet18", "--model-kwargs", kwargs]
+    assert qvw("eval", *model, "--data", f"folder:{tmp_path / 'images'}", *look, "--run", run, "--float", *workers) == 0
+    before = pd.read_parquet(run / "verify.parquet")
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert qvw("eval", "--run", run, "--float", *workers) == 2
+    assert qvw("eval", "--data", f"folder:{tmp_path / 'moved'}", "--run", run, "--float", *workers) == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(run / "verify.parquet"), before)
+
+
+def test_evaluating_other_images_says_what_overwrite_removes(run, capfd):
+    """Rows of other images are not mixed: refused at first, and with --overwrite their removal is told."""
+    few = ["--num-workers", "0", "--calibration-images", "32"]
+    for choice in (["--float"], ["--uniform", "w8a8"]):
+        assert qvw("eval", "--run", run, *choice, "--images", 40, *few) == 0
+    assert qvw("eval", "--run", run, "--float", "--images", 50, *few) == 2
+    assert "images: 40 -> 50" in capfd.readouterr().err
+    assert len(pd.read_parquet(run / "verify.parquet")) == 2
+    assert qvw("eval", "--run", run, "--float", "--images", 40, *few, "--overwrite") == 0
+    assert len(pd.read_parquet(run / "verify.parquet")) == 2  # the same images: only its own row is made anew
+    assert qvw("eval", "--run", run, "--float", "--images", 50, *few, "--overwrite") == 0
+    assert "removes 2 rows of verify.parquet" in capfd.readouterr().err
+    assert list(pd.read_parquet(run / "verify.parquet")["images"]) == [50]

@@ -355,3 +355,17 @@ def test_the_seed_is_that_of_the_training(run):
     first, other = (load_file(run / name / "model.safetensors") for name in ("qat", "qat-seeded"))
     assert not torch.equal(first["head.weight"], other["head.weight"])
     assert steps["qat-seeded"]["inputs"]["images_sha256"] == steps["qat"]["inputs"]["images_sha256"]
+
+
+def test_a_training_that_does_harm_says_so(tmp_path, capfd):
+    """Where the validation loss ends above its start, a warning names both and what to change."""
+    run = tmp_path / "run"
+    assert train(run, "--float", "--set", "learning_rate=0.5", "--set", "kd_weight=0") == 0
+    assert re.search(r"validation loss rose from [\d.]+ to [\d.]+: .*Lower learning_rate", capfd.readouterr().err)
+
+
+def test_a_training_that_has_not_ended_is_no_model(trained, tmp_path, capfd):
+    """Its folder is told from one that never was."""
+    (tmp_path / "qat" / "checkpoints").mkdir(parents=True)
+    assert qvw("eval", "--run", trained, "--checkpoint", tmp_path / "qat", "--images", 100) == 2
+    assert "has not ended: run the same `qvw train` again" in capfd.readouterr().err
