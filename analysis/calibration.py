@@ -45,10 +45,13 @@ def calibrated(
     if isinstance(plan, str):
         assert widths is not None
         plan = _uniform_plan(opened, widths, layout, samples)
-    infos = {info.site: info for info in opened.sites}
     quantizers = {
         planned.site: make_quantizer(
-            opened.model, infos[planned.site], _scheme(planned), sample=samples.get(planned.site), estimator=estimator
+            opened.model,
+            opened.by_site[planned.site],
+            _scheme(planned),
+            sample=samples.get(planned.site),
+            estimator=estimator,
         )
         for planned in plan.sites
     }
@@ -57,10 +60,9 @@ def calibrated(
 
 def uncalibrated(opened: Opened, plan: BitPlan) -> dict[Site, Quantizer]:
     """Quantizers of a plan whose scales (all 1) are still to be loaded."""
-    infos = {info.site: info for info in opened.sites}
     quantizers = {}
     for planned in plan.sites:
-        axis, groups = axis_and_groups(infos[planned.site], planned.granularity)
+        axis, groups = axis_and_groups(opened.by_site[planned.site], planned.granularity)
         offset = torch.zeros(groups) if planned.offset else None
         quantizers[planned.site] = Quantizer(
             scheme=_scheme(planned), scale=torch.ones(groups), offset=offset, axis=axis, groups=groups

@@ -96,10 +96,9 @@ def _kind(request: EvalRequest, run: Path) -> str:
 @contextmanager
 def _quantized(opened: Opened, made: Calibrated, batchnorm: str) -> Iterator[None]:
     """A context in which the model runs with these quantizers."""
-    infos = {info.site: info for info in opened.sites}
     anew = batchnorm == "re-estimate" and bool(batchnorms(opened.model))
     with (
-        quantized(opened.model, opened.trace, infos, made.quantizers),
+        quantized(opened.model, opened.trace, opened.by_site, made.quantizers),
         batchnorm_reestimated(opened.model, made.images) if anew else nullcontext(),
     ):
         yield

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from quant.errors import InputError
+from quant.errors import InputError, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +108,16 @@ def _timm_model(source: ModelSource) -> nn.Module:
     try:
         return timm.create_model(source.model, pretrained=source.pretrained, **source.kwargs)
     except TypeError as error:
-        raise InputError(f"{source.model} refuses `--model-kwargs`: {_one_line(error)}.") from error
+        raise InputError(f"{source.model} refuses `--model-kwargs`: {first_line(error)}.") from error
     except Exception as error:
         if source.pretrained or ":" in source.model:
             raise InputError(
                 f"The pretrained weights of {source.model} could not be had: no network, or unknown "
-                f"({_one_line(error)}). Fetch them elsewhere and give `--weights FILE.safetensors`."
+                f"({first_line(error)}). Fetch them elsewhere and give `--weights FILE.safetensors`."
             ) from error
         given = f" with `--model-kwargs` {dict(source.kwargs)}" if source.kwargs else ""
         raise InputError(
-            f"{source.model} cannot be built{given}: {type(error).__name__}: {_one_line(error)}."
+            f"{source.model} cannot be built{given}: {type(error).__name__}: {first_line(error)}."
         ) from error
 
 
@@ -137,7 +137,7 @@ def _factory_model(source: ModelSource, path: Path, function: str) -> nn.Module:
         try:
             model = factory(**source.kwargs)
         except (Exception, SystemExit) as error:
-            raise InputError(f"{source.model} raised {type(error).__name__}: {_one_line(error)}.") from error
+            raise InputError(f"{source.model} raised {type(error).__name__}: {first_line(error)}.") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{source.model} must return a torch.nn.Module, got {type(model).__name__}.")
     return model
@@ -154,7 +154,7 @@ def _executed(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise InputError(f"{path} raised {type(error).__name__}: {_one_line(error)}.") from error
+        raise InputError(f"{path} raised {type(error).__name__}: {first_line(error)}.") from error
     return module
 
 
@@ -168,7 +168,7 @@ def _check_arguments(factory: Callable[..., object], source: ModelSource) -> Non
     try:
         inspect.signature(factory).bind(**source.kwargs)
     except TypeError as error:
-        raise InputError(f"{source.model} refuses `--model-kwargs`: {_one_line(error)}.") from error
+        raise InputError(f"{source.model} refuses `--model-kwargs`: {first_line(error)}.") from error
     except ValueError:
         return  # a callable of C that has no signature
 
@@ -230,7 +230,7 @@ def _read_weights(path: Path) -> Mapping[str, object]:
         raise
     except Exception as error:  # damaged files raise whatever their reader stumbles over
         raise InputError(
-            f"{path} cannot be read ({_one_line(error)}): cut short, or not a {path.suffix} file. Fetch it again."
+            f"{path} cannot be read ({first_line(error)}): cut short, or not a {path.suffix} file. Fetch it again."
         ) from error
     raise InputError(f"{path} has the suffix {path.suffix!r}. Weights are .safetensors, .pt, .pth or .bin.")
 
@@ -239,12 +239,6 @@ def _nearest(name: str, names: Mapping[str, object] | list[str]) -> str:
     """A remark on the name most like this one, where there is one."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"; the nearest is {near[0]!r}" if near else ""
-
-
-def _one_line(error: BaseException) -> str:
-    """The first line of an exception's text, without its full stop."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200].rstrip(".") if lines else type(error).__name__
 
 
 @contextmanager

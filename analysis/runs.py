@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from analysis.files import json_scalar, write_atomic, writing
 from analysis.locks import exclusive
-from quant.errors import InputError
+from quant.errors import InputError, first_line
 
 _PACKAGES = (
     "torch",
@@ -225,7 +225,7 @@ class Run:
         try:
             table = pd.read_parquet(path)
         except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-            raise InputError(f"{path} cannot be read: {_first_line(error)}. {_remedy(name)}") from error
+            raise InputError(f"{path} cannot be read: {first_line(error)}. {_remedy(name)}") from error
         missing = [column for column in columns if column not in table]
         if missing:
             raise InputError(f"{path} lacks the column {missing[0]!r}: it is of another program. {_remedy(name)}")
@@ -244,7 +244,7 @@ class Run:
         except json.JSONDecodeError as error:
             raise InputError(f"{path} is not JSON: line {error.lineno}: {error.msg}. {_remedy(name)}") from error
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path} cannot be read: {_first_line(error)}. {_remedy(name)}") from error
+            raise InputError(f"{path} cannot be read: {first_line(error)}. {_remedy(name)}") from error
 
     def _existing(self, file: str) -> Path:
         path = self.path / file
@@ -318,10 +318,6 @@ def _remedy(name: str) -> str:
 def _maker(name: str) -> str:
     """The command that makes a file of the run folder."""
     return f"`{_MADE_BY.get(name, 'the step that writes it')}`"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from analysis.listing import InputConfig
 from analysis.models import ModelSource, classifier_names, load_model, num_classes, weights_sha256
 from analysis.runs import ModelRecord, Run
 from analysis.sites import find_sites
-from quant.errors import InputError
-from quant.site import SiteInfo
+from quant.errors import InputError, first_line
+from quant.site import Site, SiteInfo
 from quant.trace import Trace
 
 REMEMBERED = ("data", "holdout", "seed", "class_map", "data_root", "mean", "std", "input_size", "crop_pct")
@@ -82,6 +83,11 @@ class Opened:
     def name(self) -> str:
         """The model's short name: timm's, or the factory's function."""
         return self.record.name
+
+    @cached_property
+    def by_site(self) -> dict[Site, SiteInfo]:
+        """The sites by name."""
+        return {info.site: info for info in self.sites}
 
     def step_images(self, step: str, split: str, at_most: int | None = None) -> ImageData:
         """Images of a step: as many as the command says, else as when it was run before, else `at_most` or all."""
@@ -264,7 +270,7 @@ def _place(model: nn.Module, device: str) -> None:
     try:
         model.to(device)
     except Exception as error:  # torch raises by device: RuntimeError, AssertionError, NotImplementedError
-        reason = _first_line(error)
+        reason = first_line(error)
         raise InputError(f"device {device!r} cannot be used: {reason}. Try --device cpu.") from error
 
 
@@ -288,19 +294,15 @@ def _traced(model: nn.Module, setup: Setup, name: str, config: InputConfig) -> t
     except InputError:
         raise
     except Exception as error:  # the model is the user's: whatever its forward raises is told
-        reason = _first_line(error)
+        reason = first_line(error)
         raise InputError(
-            f"{name} does not take images of size {config.input_size}: {reason} "
+            f"{name} does not take images of size {config.input_size}: {reason}. "
             "Give --input-size, or the constructor's arguments by --model-kwargs."
         ) from error
 
 
 def _probe_image(config: InputConfig, device: str) -> Tensor:
     return torch.rand(1, *config.input_size, generator=torch.Generator().manual_seed(0)).to(device)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _jsonable(value: Any) -> Any:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from quant.config import QATConfig
-from quant.errors import InputError
+from quant.errors import InputError, first_line
 
 _UNREADABLE = (yaml.YAMLError, ValueError, KeyError, RecursionError, OverflowError)  # what PyYAML's constructors raise
 
@@ -29,7 +29,7 @@ def read_config(path: Path | None, settings: Sequence[str]) -> QATConfig:
         try:
             values[key.strip()] = yaml.safe_load(text)
         except _UNREADABLE as error:
-            raise InputError(f"--set {setting!r}: the value is not readable: {_first_line(error)}.") from error
+            raise InputError(f"--set {setting!r}: the value is not readable: {first_line(error)}.") from error
     names = [field.name for field in fields(QATConfig)]
     for key in values:
         if key not in names:
@@ -53,13 +53,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, *_UNREADABLE) as error:
-        raise InputError(f"The configuration {path} cannot be read: {_first_line(error)}.") from error
+        raise InputError(f"The configuration {path} cannot be read: {first_line(error)}.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise InputError(f"The configuration {path} holds a {type(values).__name__}, expected lines `key: value`.")
     return values
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

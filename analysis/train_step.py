@@ -32,7 +32,7 @@ from quant.bit_plan import BitPlan
 from quant.checkpoints import last_step
 from quant.choices import Layout
 from quant.config import QATConfig
-from quant.errors import InputError
+from quant.errors import InputError, first_line
 from quant.prepare import prepare_qat_
 from quant.train import logged_steps, total_steps, train_qat
 from quant.trial import check_trainable
@@ -172,9 +172,8 @@ def _teacher(opened: Opened, request: TrainRequest) -> tuple[nn.Module | None, s
         try:
             answer = teacher(image)
         except Exception as error:  # whatever the forward of a network of other images raises
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"the teacher {name} does not take the images of {opened.name}, {size}: {first} "
+                f"the teacher {name} does not take the images of {opened.name}, {size}: {first_line(error)}. "
                 "Choose another --teacher, or build it with --teacher-kwargs."
             ) from error
     if not isinstance(answer, Tensor) or answer.shape != expected.shape:
@@ -202,8 +201,7 @@ def _prepare_(
     made = calibrated(
         opened, plan, layout=request.layout, calibration_images=config.calibration_images, estimator=config.estimator
     )
-    infos = {info.site: info for info in opened.sites}
-    prepare_qat_(opened.model, made.quantizers, trace=opened.trace, sites=infos, image=opened.probe_image())
+    prepare_qat_(opened.model, made.quantizers, trace=opened.trace, sites=opened.by_site, image=opened.probe_image())
     reestimate_batchnorm_(opened.model, made.images)
     return made.plan, made.images
 

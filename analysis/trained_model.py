@@ -11,7 +11,7 @@ from analysis.calibration import read_plan, uncalibrated
 from analysis.files import write_atomic, write_bytes
 from analysis.setup import Opened
 from quant.bit_plan import BitPlan, PlannedSite
-from quant.errors import InputError
+from quant.errors import InputError, first_line
 from quant.prepare import prepare_qat_
 from quant.quantizer import LSQQuantizer
 
@@ -41,9 +41,12 @@ def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
     plan = None
     if (folder / "plan.json").exists():
         plan = read_plan(folder / "plan.json", opened, other_weights=True)
-        infos = {info.site: info for info in opened.sites}
         prepare_qat_(
-            opened.model, uncalibrated(opened, plan), trace=opened.trace, sites=infos, image=opened.probe_image()
+            opened.model,
+            uncalibrated(opened, plan),
+            trace=opened.trace,
+            sites=opened.by_site,
+            image=opened.probe_image(),
         )
         sites = plan.sites
     try:
@@ -58,9 +61,9 @@ def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
     except InputError:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{weights} cannot be loaded ({first}): cut short, or of another network. Train again with --overwrite."
+            f"{weights} cannot be loaded ({first_line(error)}): cut short, or of another network. "
+            "Train again with --overwrite."
         ) from error
     if missing or unexpected:
         example = sorted([*missing, *unexpected])[0]

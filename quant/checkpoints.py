@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from quant.errors import InputError, system_error
+from quant.errors import InputError, first_line, system_error
 
 _KEPT = 2  # should the last one be damaged, the training goes on from the one before
 
@@ -62,7 +62,7 @@ def save_checkpoint(
         if system_error(error) is None:
             raise
         raise InputError(
-            f"The checkpoint of step {step} cannot be written to {folder}: {_first_line(error)}. Free some space or "
+            f"The checkpoint of step {step} cannot be written to {folder}: {first_line(error)}. Free some space or "
             "mend the permissions, then run the same command again: it goes on from the checkpoint before."
         ) from error
     finally:
@@ -150,7 +150,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

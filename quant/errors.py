@@ -12,6 +12,11 @@ class InputError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, 200 characters at most, without its full stop; else its type's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+
+
 def system_error(error: BaseException) -> int | None:
     """The errno of an exception; safetensors and torch tell it in words only. None where it is no system error."""
     if isinstance(error, OSError):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.config import QATConfig
-from quant.errors import InputError
+from quant.errors import InputError, first_line
 from quant.loss_terms import image_terms
 from quant.train import make_optimizer
 
@@ -34,10 +34,9 @@ def check_trainable(model: nn.Module, config: QATConfig, images: Tensor) -> None
     except InputError:
         raise
     except Exception as error:  # the model and the optimizer are the user's choice: whatever they raise is told
-        first = (str(error).strip().splitlines() or [""])[0].rstrip(".")
         raise InputError(
             f"{type(model).__name__} cannot be trained with {config.optimizer}: one step on a copy raised "
-            f"{type(error).__name__}: {first}. Change the model, or --set optimizer."
+            f"{type(error).__name__}: {first_line(error)}. Change the model, or --set optimizer."
         ) from error
     finally:
         torch.set_rng_state(before)
