@@ -80,8 +80,9 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
             running = _quantized(opened, made, request.batchnorm)
         with running:
             logits, labels = logits_of(opened.model, opened.stream(data, "evaluation"))
-        keep_row(opened, verify_row(_kind(request, opened.run.path), opened, sites, logits, labels))
-    show_rows(opened)
+        kind = _kind(request, opened.run.path)
+        keep_row(opened, verify_row(kind, opened, sites, logits, labels))
+    show_rows(opened, kind)
 
 
 def _kind(request: EvalRequest, run: Path) -> str:
@@ -131,10 +132,13 @@ def keep_row(opened: Opened, row: Mapping[str, Any]) -> None:
     """Add a row to verify.parquet; a row of the same plan and cost takes the place of the older one."""
     path, rows = opened.run.path / "verify.parquet", _rows(opened)
     same = ("plan", "weight_bits", "activation_bits", "size_bytes", "bitops")
-    kept = [old for old in rows if any(old[name] != row[name] for name in same)]
-    if len(kept) < len(rows):
+    places = [i for i, old in enumerate(rows) if all(old[name] == row[name] for name in same)]
+    if places:
         warn(f"the row takes the place of an earlier one of the same plan in {path}.")
-    opened.run.write_table("verify", pd.DataFrame([*kept, row], columns=list(VERIFY_COLUMNS)))
+        rows[places[0]] = dict(row)
+    else:
+        rows.append(dict(row))
+    opened.run.write_table("verify", pd.DataFrame(rows, columns=list(VERIFY_COLUMNS)))
 
 
 def _rows(opened: Opened) -> list[dict[str, Any]]:
@@ -151,7 +155,7 @@ def drop_rows(opened: Opened, kind: str) -> None:
         opened.run.write_table("verify", pd.DataFrame(kept, columns=list(VERIFY_COLUMNS)))
 
 
-def show_rows(opened: Opened) -> None:
+def show_rows(opened: Opened, kind: str) -> None:
     """Print verify.parquet in the units of a reader: MiB, GBitOps, percent."""
     rows = opened.run.read_table("verify")
     shown = rows[["plan", "weight_bits", "activation_bits"]].assign(
@@ -164,4 +168,4 @@ def show_rows(opened: Opened) -> None:
         images=rows["images"],
     )
     say(as_text(shown), quiet=opened.setup.quiet)
-    say(f"the last row is new in {opened.run.path / 'verify.parquet'}", quiet=opened.setup.quiet)
+    say(f"{kind} is new in {opened.run.path / 'verify.parquet'}", quiet=opened.setup.quiet)

@@ -124,7 +124,7 @@ def run_train(setup: Setup, request: TrainRequest) -> None:
         if main:
             _finish(opened, plan, request, logits, labels)
     if main:
-        show_rows(opened)
+        show_rows(opened, request.folder)
         say(f"the model and its history are in {folder}", quiet=setup.quiet)
 
 
