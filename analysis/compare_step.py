@@ -11,11 +11,12 @@ from analysis.report_step import run_report
 from analysis.runs import Run
 from analysis.tensor_stats import STATS_COLUMNS
 from analysis.variation import variation
+from analysis.variation_tests import differences
 from quant.errors import InputError
 
 
 def run_compare(runs: Sequence[Path], out: Path, *, quiet: bool = False) -> None:
-    """Write comparison.csv, for weights and inputs a figure over depth with its data, and the report, into `out`."""
+    """Write comparison.csv, differences.csv, figures over depth with their data, and the report, into `out`."""
     if len(runs) < 2:
         raise InputError("one run was given; name at least two run folders to compare.")
     loaded: list[comparison.Run] = []
@@ -25,6 +26,8 @@ def run_compare(runs: Sequence[Path], out: Path, *, quiet: bool = False) -> None
         loaded.append((_unique_name(path, [name for name, _, _ in loaded]), stats, variation(stats)))
     table = comparison.compare(loaded)
     write_bytes(out / "comparison.csv", table.to_csv(index=False).encode())
+    pairs = differences([(name, stats) for name, stats, _ in loaded])
+    write_bytes(out / "differences.csv", pairs.to_csv(index=False).encode())
     for tensor in ("weight", "input"):
         frame = comparison.depth_frame(loaded, tensor=tensor)
         if frame.empty:
@@ -32,7 +35,11 @@ def run_compare(runs: Sequence[Path], out: Path, *, quiet: bool = False) -> None
         write_bytes(out / f"depth_{tensor}.csv", frame.to_csv(index=False).encode())
         save_figure(depth_figure(frame, tensor), out / f"variation_{tensor}")
     say(as_text(table[["tensor", "measure", *(name for name, _, _ in loaded)]]), quiet=quiet)
-    say(f"comparison.csv (with a sentence on each measure) and figures in {out}", quiet=quiet)
+    say("\n".join(pairs["reading"]), quiet=quiet)
+    say(
+        f"comparison.csv (each measure explained), differences.csv (intervals and tests) and figures in {out}",
+        quiet=quiet,
+    )
     run_report(runs, out, quiet=quiet)
 
 

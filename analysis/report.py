@@ -37,6 +37,9 @@ VARIATION: Definitions = (
     ("excess kurtosis", "Heaviness of the tails: 0 for a Gaussian, larger where a few values are far out."),
     ("channel range ratio", "Largest magnitude of the widest channel over that of the median channel."),
     ("difference between modules", "For kurtosis and channel ranges: the interquartile range over the modules."),
+    ("difference of cv", "Coefficient of variation (standard deviation over mean) of the modules' mean magnitudes, one "
+                         "run's minus the other's, with a bootstrap interval over the modules; the Brown-Forsythe test "
+                         "compares the spread of their logarithms. Modules are no independent sample: a description."),
     ("outliers", "Share of values further than 6 standard deviations from the mean."),
 )  # fmt: skip
 SENSITIVITY: Definitions = (
@@ -127,7 +130,8 @@ def sections(contents: Sequence[RunContent]) -> tuple[Section, ...]:
         ),
         Section(
             id="variation", title="Variation", definitions=VARIATION,
-            together=Part(pictures=tuple(figures.by_depth(contents)), tables=_some(tables.variation_table(contents))),
+            together=Part(pictures=tuple(figures.by_depth(contents)), tables=_some(tables.differences_table(contents))
+                          + _some(tables.variation_table(contents))),
             parts=tuple(map(_variation, contents)),
         ),
         Section(

@@ -10,6 +10,7 @@ from analysis import comparison
 from analysis.report_cells import DASH, Cell, Table, finite, measured, number, plain, text
 from analysis.report_content import RunContent, Training, oscillating_shares
 from analysis.variation import variation
+from analysis.variation_tests import differences
 from quant.bit_plan import BitPlan
 
 KINDS = {  # of verify.parquet, in the order of the summary
@@ -87,6 +88,23 @@ def variation_table(contents: Sequence[RunContent]) -> Table | None:
         rows.append((text(label), *values, *([text(row["reading"])] if len(runs) > 1 else [])))
     columns = ("measure", *names, *(["reading"] if len(runs) > 1 else []))
     return Table(caption="How much the modules of a network differ", columns=columns, rows=tuple(rows))
+
+
+def differences_table(contents: Sequence[RunContent]) -> Table | None:
+    """A row for weights and one for inputs of each pair of runs: whether the modules of one vary more."""
+    runs = [(c.name, c.stats) for c in contents if c.stats is not None]
+    if len(runs) < 2:
+        return None
+    rows = []
+    for row in differences(runs).to_dict("records"):
+        low, high = (number(row[f"cv_difference_{end}"], "{:.3g}").text for end in ("low", "high"))
+        rows.append(
+            (text("weights" if row["tensor"] == "weight" else "inputs"), text(f"{row['run_a']} - {row['run_b']}"),
+             number(row["cv_difference"], "{:.3g}"), text(f"{low} to {high}"), number(row["p_value"], "{:.2g}"),
+             text(row["reading"]))
+        )  # fmt: skip
+    columns = ("tensor", "runs", "difference of cv", "95 % interval", "Brown-Forsythe p", "reading")
+    return Table(caption="Do the modules of one network vary more?", columns=columns, rows=tuple(rows))
 
 
 def most_sensitive(content: RunContent) -> Table | None:

@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 
+from analysis.bootstrap import cv_interval
+
 SPREADS = ("excess_kurtosis", "channel_range_ratio")
 OUTSIDE_LAYERS = ("norm", "block", "attn.softmax")  # kinds that are no convolution or linear
 LEFT_OUT = ("constant", "degenerate", "not observed", "not executed", "never executed")  # notes of figures not to use
@@ -16,7 +18,8 @@ def variation(stats: pd.DataFrame) -> dict:
     of the two tensors, in the unit of the tensor where there is one:
 
     - modules: how many; sdam: the population standard deviation over the modules of AM_m = ||x_m||_1 / |x_m| (Huang
-      et al., TMLR 2024, arXiv:2307.00331); abs_mean: the mean of AM_m; cv: sdam / abs_mean, free of scale;
+      et al., TMLR 2024, arXiv:2307.00331); abs_mean: the mean of AM_m; cv: sdam / abs_mean, free of scale, with
+      cv_low and cv_high, its 95 % bootstrap interval over the modules;
     - log_abs_mean_mean, log_abs_mean_std: of the natural logarithm of AM_m;
     - excess_kurtosis_median, _iqr, channel_range_ratio_median, _iqr: over the sites (query, key, value apart);
     - outlier_fraction_max and outlier_fraction_max_site, `module:tensor`: the largest fraction beyond 6 std.
@@ -55,6 +58,8 @@ def _figures(sites: pd.DataFrame) -> dict[str, float | int | str | None]:
     logs = np.log(abs_means[abs_means > 0])
     figures["sdam"] = _number(abs_means.std()) if len(abs_means) else None
     figures["abs_mean"] = _number(abs_means.mean()) if len(abs_means) else None
+    low, high = cv_interval(abs_means[abs_means > 0])
+    figures["cv_low"], figures["cv_high"] = _number(low), _number(high)
     figures["cv"] = _number(abs_means.std() / abs_means.mean()) if len(logs) else None
     figures["log_abs_mean_mean"] = _number(logs.mean()) if len(logs) else None
     figures["log_abs_mean_std"] = _number(logs.std()) if len(logs) else None

@@ -1,0 +1,55 @@
+"""Does one network's modules vary more than another's? Intervals by bootstrap, and the Brown-Forsythe test."""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from scipy import stats as scipy_stats
+
+from analysis.bootstrap import coefficient, interval
+from analysis.variation import layer_sites, module_abs_means
+
+DIFFERENCE_COLUMNS = (
+    "tensor", "run_a", "run_b", "modules_a", "modules_b", "cv_a", "cv_b", "cv_difference", "cv_difference_low",
+    "cv_difference_high", "brown_forsythe", "p_value", "reading",
+)  # fmt: skip
+
+
+def differences(runs: Sequence[tuple[str, pd.DataFrame]]) -> pd.DataFrame:
+    """One row for weights and one for inputs of each pair of runs: whether the modules of one vary more.
+
+    `runs` are names and frames of stats.parquet. `cv_difference` is that of run_a minus that of run_b, with its
+    interval, the modules of both resampled. `brown_forsythe` and `p_value` test that the logarithms of the modules'
+    mean magnitudes spread alike (Brown and Forsythe, JASA 1974: Levene's test about the median). NaN below three
+    modules. The modules of a network are no independent sample: read the p-value as a description.
+    """
+    rows = []
+    for tensor in ("weight", "input"):
+        means = [(name, module_abs_means(layer_sites(stats, tensor)).to_numpy(float)) for name, stats in runs]
+        for (name_a, a), (name_b, b) in combinations(means, 2):
+            a, b = a[a > 0], b[b > 0]
+            row: dict[str, object] = {"tensor": tensor, "run_a": name_a, "run_b": name_b,
+                                      "modules_a": len(a), "modules_b": len(b)}  # fmt: skip
+            if min(len(a), len(b)) >= 3:
+                bounds = interval((a, b), lambda x, y, axis=-1: coefficient(x, axis) - coefficient(y, axis))
+                test = scipy_stats.levene(np.log(a), np.log(b), center="median")
+                row |= {
+                    "cv_a": coefficient(a), "cv_b": coefficient(b), "cv_difference": coefficient(a) - coefficient(b),
+                    "cv_difference_low": bounds.low, "cv_difference_high": bounds.high,
+                    "brown_forsythe": test.statistic, "p_value": test.pvalue,
+                }  # fmt: skip
+            rows.append(row | {"reading": _reading(row, tensor)})
+    return pd.DataFrame(rows, columns=list(DIFFERENCE_COLUMNS))
+
+
+def _reading(row: dict, tensor: str) -> str:
+    what = "weights" if tensor == "weight" else "inputs"
+    if "cv_difference" not in row:
+        return f"Too few modules whose {what} were measured."
+    low, high = row["cv_difference_low"], row["cv_difference_high"]
+    p = f"Brown-Forsythe p = {row['p_value']:.2g}"
+    if low <= 0 <= high:
+        return f"No difference is shown in how the {what} of modules vary: the interval holds 0 ({p})."
+    more, less = (row["run_a"], row["run_b"]) if low > 0 else (row["run_b"], row["run_a"])
+    return f"Relative to their mean, the {what} of modules vary more in {more} than in {less} ({p})."
