@@ -31,21 +31,6 @@ class FloatHistogram:
         """Number of values counted."""
         return sum(int(octave.sum()) for octave in self._octaves.values())
 
-    def update(self, x: Tensor) -> None:
-        """Count every value of `x`: contiguous, any shape and floating dtype, finite."""
-        size = CPU_BLOCK if x.device.type == "cpu" else ACCELERATOR_BLOCK
-        counts = torch.zeros(1 << 16, dtype=torch.int64, device=x.device)
-        buffer = torch.empty(min(size, x.numel()), dtype=torch.float32, device=x.device)
-        for block in x.view(-1).split(size):
-            distance = buffer[: block.numel()]
-            if block.dtype == torch.float32:
-                torch.sub(block, self.centre, out=distance)
-            else:
-                distance.copy_((block if block.dtype == torch.float64 else block.float()) - self.centre)
-            upper = distance.view(torch.int32).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-            counts += torch.bincount(upper, minlength=1 << 16)
-        self._add(counts.cpu().numpy())
-
     def merge(self, other: "FloatHistogram") -> None:
         """Add the counts of `other`; exact where the centres agree.
 
@@ -60,7 +45,7 @@ class FloatHistogram:
             distance = ((left + right) / 2 - self.centre).astype(np.float32)
             counts = np.zeros(1 << 16, dtype=np.int64)
             np.add.at(counts, distance.view(np.uint32) >> 16, count)
-            self._add(counts)
+            self.add(counts)
             self.other_centres.append(other.centre)
         self.other_centres.extend(c for c in other.other_centres if c not in self.other_centres)
 
@@ -121,8 +106,8 @@ class FloatHistogram:
         total = count.sum()
         return float((inside * count).sum() / total), float(count[doubt].sum() / total)
 
-    def _add(self, counts: np.ndarray) -> None:
-        """Add 2^16 counts, indexed by the upper 16 bits."""
+    def add(self, counts: np.ndarray) -> None:
+        """Add int64 counts (65536,) of the upper 16 bits of the float32 of x - centre."""
         table = counts.reshape(2, 256, BINS_PER_OCTAVE)
         for exponent in np.flatnonzero(table.any(axis=(0, 2))).tolist():
             self._octaves[exponent] = self._octaves.get(exponent, 0) + table[:, exponent]
@@ -138,3 +123,19 @@ def centre_of(mean: float, std: float) -> float:
         return mean
     step = 4 * 2.0 ** math.floor(math.log2(std))
     return round(mean / step) * step
+
+
+def count_distances(x: Tensor, centre: float) -> np.ndarray:
+    """How often each value of the upper 16 bits of the float32 of x - `centre` occurs: int64 (65536,)."""
+    size = CPU_BLOCK if x.device.type == "cpu" else ACCELERATOR_BLOCK
+    counts = torch.zeros(1 << 16, dtype=torch.int64, device=x.device)
+    buffer = torch.empty(min(size, x.numel()), dtype=torch.float32, device=x.device)
+    for block in x.view(-1).split(size):
+        distance = buffer[: block.numel()]
+        if block.dtype == torch.float32:
+            torch.sub(block, centre, out=distance)
+        else:
+            distance.copy_((block if block.dtype == torch.float64 else block.float()) - centre)
+        upper = distance.view(torch.int32).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+        counts += torch.bincount(upper, minlength=1 << 16)
+    return counts.cpu().numpy()

@@ -1,77 +1,30 @@
 """Streaming, mergeable statistics of one tensor: moments to the fourth order, extremes, quantiles, outliers."""
 
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from functools import reduce
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.float_histogram import FloatHistogram, centre_of
+from analysis.float_histogram import FloatHistogram, centre_of, count_distances
+from analysis.moments import Moments, group_moments
 from quant.functional import to_groups
 
 QUANTILES = {"q0001": 0.0001, "q001": 0.001, "q01": 0.01, "q50": 0.5, "q99": 0.99, "q999": 0.999, "q9999": 0.9999}
 OUTLIERS = {"outlier_fraction_3": 3.0, "outlier_fraction": 6.0}  # column -> number of standard deviations
-CPU_BLOCK, ACCELERATOR_BLOCK = 1 << 16, 1 << 24  # elements a step; 256 KiB and two buffers of it stay in the L2 cache
-SAFE_RANGE = 2.0**24  # the fourth powers of deviations in [1/SAFE_RANGE, SAFE_RANGE] fit into float32
+_SLICE = 1 << 20  # values of a weight that are in float64 at one time
+_FUSED = find_spec("numba") is not None  # else as on an accelerator: slower, with the same errors
 
 
-class NonFiniteError(ValueError):
-    """A tensor holds NaN or infinities; `nan` and `infinite` count them. The caller knows the site and names it."""
+class Batch(NamedTuple):
+    """What one tensor adds: moments of each group, and int64 counts (65536,) of its distances from `centre`."""
 
-    def __init__(self, nan: int, infinite: int, numel: int) -> None:
-        self.nan, self.infinite = nan, infinite
-        super().__init__(f"{nan} NaN and {infinite} infinite among {numel} values.")
-
-
-@dataclass
-class Moments:
-    """Count, mean, central sums, extremes and sum of magnitudes; float64 arrays of one shape."""
-
-    count: np.ndarray
-    mean: np.ndarray
-    m2: np.ndarray  # sums of the 2nd, 3rd and 4th powers of the deviation from `mean`
-    m3: np.ndarray
-    m4: np.ndarray
-    minimum: np.ndarray
-    maximum: np.ndarray
-    abs_sum: np.ndarray
-
-    def pooled(self, axis: int | tuple[int, ...]) -> "Moments":
-        """The moments of the union along `axis` (Chan, Golub and LeVeque, 1983; Pébay, Sandia SAND2008-6212)."""
-        count = self.count.sum(axis, keepdims=True)
-        reference = self.mean.min(axis, keepdims=True)  # keeps digits where the means are large and close
-        mean = reference + (self.count * (self.mean - reference)).sum(axis, keepdims=True) / np.maximum(count, 1)
-        delta = self.mean - mean
-        square = delta * delta  # products: numpy's ** with 3 or 4 is twenty times slower
-        first = self.count * square
-        m2 = self.m2 + first
-        m3 = self.m3 + delta * (3 * self.m2 + first)
-        m4 = self.m4 + delta * (4 * self.m3) + square * (6 * self.m2 + first)
-        return Moments(
-            count.squeeze(axis), mean.squeeze(axis), m2.sum(axis), m3.sum(axis), m4.sum(axis),
-            self.minimum.min(axis), self.maximum.max(axis), self.abs_sum.sum(axis),
-        )  # fmt: skip
-
-    def joined(self, other: "Moments") -> "Moments":
-        """The moments of both, element by element."""
-        pairs = ((getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
-        return Moments(*(np.stack(pair) for pair in pairs)).pooled(0)
-
-    def figures(self) -> dict[str, np.ndarray]:
-        """mean, population std, min, max, abs_mean, skewness, excess_kurtosis; the last two NaN where constant."""
-        constant = self.minimum == self.maximum
-        variance = np.where(constant, 0.0, self.m2 / self.count)
-        std = np.sqrt(variance)
-        spread = np.where(variance > 0, variance, np.nan)
-        return {
-            "mean": np.clip(self.mean, self.minimum, self.maximum),
-            "std": std,
-            "abs_mean": self.abs_sum / self.count,
-            "min": self.minimum,
-            "max": self.maximum,
-            "skewness": self.m3 / self.count / spread**1.5,
-            "excess_kurtosis": self.m4 / self.count / spread**2 - 3,
-        }
+    moments: Moments
+    counts: np.ndarray
+    centre: float
 
 
 class RunningStats:
@@ -101,10 +54,11 @@ class RunningStats:
         return 0 if self._moments is None else int(self._moments.count.sum())
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor) -> Batch | None:
         """Add the batch `x`: (outer, groups, inner), or any shape where there is one group; floating, any device.
 
-        Raises NonFiniteError, and adds nothing, where `x` holds NaN or infinities.
+        What was measured is returned, for `add`; None where `x` is empty. Raises NonFiniteError, and adds nothing,
+        where `x` holds NaN or infinities.
         """
         if self.groups == 1 and x.ndim != 3:
             x = x.reshape(1, 1, -1)
@@ -112,16 +66,27 @@ class RunningStats:
             expected = f"a floating (outer, {self.groups}, inner) tensor"
             raise ValueError(f"Expected {expected}, got {x.dtype} {tuple(x.shape)}.")
         if x.numel() == 0:
-            return
+            return None
         if x.transpose(1, 2).is_contiguous():  # channels last: the groups are columns already
             x = x.transpose(1, 2).reshape(-1, self.groups, 1)
         x = x.contiguous()
-        moments = _group_moments(x)
         if self.histogram is None:
-            tensor = moments.pooled(0).figures()
-            self.histogram = FloatHistogram(centre_of(float(tensor["mean"]), float(tensor["std"])))
-        self.histogram.update(x)
-        self._moments = moments if self._moments is None else self._moments.joined(moments)
+            first = group_moments(x[: max(1, len(x) // 8)]).pooled(0).figures()
+            self.histogram = FloatHistogram(centre_of(float(first["mean"]), float(first["std"])))
+        batch = _measure(x, self.histogram.centre)
+        self.add(batch)
+        return batch
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether `add` is exact: this site has seen nothing, or its histogram has the centre of `batch`."""
+        return self.histogram is None or self.histogram.centre == batch.centre
+
+    def add(self, batch: Batch) -> None:
+        """Add what another site's `update` returned for a tensor that passes both, of as many groups."""
+        if self.histogram is None:
+            self.histogram = FloatHistogram(batch.centre)
+        self.histogram.add(batch.counts)
+        self._moments = batch.moments if self._moments is None else self._moments.joined(batch.moments)
         self._exact = {}
 
     def merge(self, other: "RunningStats") -> None:
@@ -219,90 +184,55 @@ class RunningStats:
         return figures | dict(zip(QUANTILES, values.tolist(), strict=True)), errors
 
 
+def _measure(x: Tensor, centre: float) -> Batch:
+    """Of a contiguous (outer, groups, inner) tensor. Raises NonFiniteError."""
+    if _FUSED and x.device.type == "cpu" and x.dtype == torch.float32:
+        from analysis.fused_pass import fused_pass  # numba takes half a second to import
+
+        fused = fused_pass(x.numpy(), centre, torch.get_num_threads())
+        if fused is not None:
+            return Batch(*fused, centre)
+    return Batch(group_moments(x), count_distances(x, centre), centre)
+
+
 def stats_of(tensor: Tensor, axis: int = 0, groups: int = 1) -> RunningStats:
     """Statistics of a tensor that is all there, such as a weight: moments, quantiles and outliers exact in float64.
 
-    `axis` is split into `groups` channels or heads. Raises NonFiniteError.
+    `axis` is split into `groups` channels or heads. Takes the memory of a float32 copy (float64 where `tensor` is).
+    Raises NonFiniteError.
     """
     stats = RunningStats(groups)
-    exact = tensor.detach().double()
-    stats.update(to_groups(exact, axis, groups))
+    x = to_groups(tensor.detach(), axis, groups)
+    stats.update(x)
     if stats.count:
-        values = exact.cpu().numpy().ravel()
-        figures = stats._tensor_figures()
-        distance = np.abs(values - figures["mean"])
-        stats._exact = {name: float((distance > factor * figures["std"]).mean()) for name, factor in OUTLIERS.items()}
-        stats._exact |= zip(QUANTILES, np.quantile(values, list(QUANTILES.values())).tolist(), strict=True)
+        stats._moments = _moments_in_float64(x)
+        stats._exact = _order_statistics(x, stats._tensor_figures())
     return stats
 
 
-def _group_moments(x: Tensor) -> Moments:
-    """Moments of each group of a contiguous (outer, groups, inner) tensor, (groups,). Raises NonFiniteError."""
+def _moments_in_float64(x: Tensor) -> Moments:
+    """Moments of an (outer, groups, inner) tensor, a slice of it at a time."""
     outer, groups, inner = x.shape
-    columns = inner < min(outer, 128)  # short rows are slow to reduce: take groups x inner as columns instead
-    matrix, dim = (x.view(outer, groups * inner), 0) if columns else (x.view(outer * groups, inner), 1)
-    count, sums = _power_sums(matrix, dim, None)
-    minimum, maximum, shift = sums[:3]
-    if not (np.isfinite(minimum).all() and np.isfinite(maximum).all()):
-        raise NonFiniteError(int(x.isnan().sum()), int(x.isinf().sum()), x.numel())
-    spread = np.maximum(maximum - shift, shift - minimum).max(axis=0)
-    spread[spread == 0] = 1.0
-    if spread.min() < 1 / SAFE_RANGE or spread.max() > SAFE_RANGE:
-        scale = np.exp2(-np.clip(np.round(np.log2(spread)), -120, 120))  # a power of two: exact
-        count, sums = _power_sums(matrix, dim, scale)
-        shift = sums[2]
-        s1, s2, s3, s4 = (sums[3 + k] / scale ** (k + 1) for k in range(4))
-    else:
-        s1, s2, s3, s4 = sums[3:7]
-    n = np.broadcast_to(count[:, None], s1.shape)
-    e = s1 / n  # what float32 rounding left between the shift and the mean
-    square = e * e
-    moments = Moments(
-        count=n,
-        mean=shift + e,
-        m2=np.maximum(s2 - n * square, 0.0),
-        m3=s3 - e * (3 * s2 - 2 * n * square),
-        m4=np.maximum(s4 - 4 * e * s3 + square * (6 * s2 - 3 * n * square), 0.0),
-        minimum=minimum,
-        maximum=maximum,
-        abs_sum=sums[7],
-    )
-    shape = (-1, groups, inner) if columns else (len(count), outer, groups)
-    apart = Moments(*(getattr(moments, name).reshape(shape) for name in moments.__dataclass_fields__))
-    return apart.pooled((0, 2) if columns else (0, 1))
+    if outer > 1:
+        pieces = x.split(max(1, _SLICE // (groups * inner)))
+        return reduce(Moments.joined, (group_moments(piece.double().contiguous()) for piece in pieces))
+    slices = x.split(max(1, _SLICE // inner), dim=1)
+    apart = [group_moments(piece.double().contiguous()) for piece in slices]
+    fields = Moments.__dataclass_fields__
+    return Moments(*(np.concatenate([getattr(moments, name) for moments in apart]) for name in fields))
 
 
-def _power_sums(matrix: Tensor, dim: int, scale: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce `matrix` along `dim` in blocks: elements per block (blocks,), and float64 (8, blocks, width).
-
-    The eight: min, max, shift (the block's mean), sums of the powers 1 to 4 of (x - shift) * scale, sum of magnitudes.
-    """
-    size = CPU_BLOCK if matrix.device.type == "cpu" else ACCELERATOR_BLOCK
-    width, length = matrix.shape[1 - dim], matrix.shape[dim]
-    lines = min(width, 512) if dim == 0 else max(1, size // min(length, size))
-    step = min(length, size // lines)
-    starts = range(0, length, step)
-    dtype = matrix.dtype if matrix.dtype == torch.float64 else torch.float32
-    out = torch.empty(8, len(starts), width, dtype=dtype, device=matrix.device)
-    factor = None if scale is None else torch.from_numpy(scale).to(out)
-    # Written over and over: fresh memory for each block costs more than the sums.
-    buffers = torch.empty(2, step * min(lines, width), dtype=dtype, device=matrix.device)
-    for piece, start in enumerate(starts):
-        for first in range(0, width, lines):
-            block = matrix.narrow(dim, start, min(step, length - start))
-            block = block.narrow(1 - dim, first, min(lines, width - first)).to(dtype)
-            at = out[:, piece, first : first + lines]
-            at[0], at[1] = block.amin(dim), block.amax(dim)
-            shift = block.mean(dim, keepdim=True)
-            at[2] = shift.squeeze(dim)
-            deviation, square = (buffer[: block.numel()].view(block.shape) for buffer in buffers)
-            torch.sub(block, shift, out=deviation)
-            if factor is not None:
-                deviation *= factor[first : first + lines].unsqueeze(dim)
-            at[3] = deviation.sum(dim)
-            at[4] = torch.mul(deviation, deviation, out=square).sum(dim)
-            at[5] = deviation.mul_(square).sum(dim)
-            at[6] = square.mul_(square).sum(dim)
-            at[7] = torch.abs(block, out=square).sum(dim)
-    count = np.array([min(step, length - start) for start in starts], dtype=np.float64)
-    return count, out.cpu().double().numpy()
+def _order_statistics(x: Tensor, figures: dict[str, float]) -> dict[str, float]:
+    """Quantiles, interpolated as numpy does, and outlier fractions of all values of `x`, whose `figures` are known."""
+    values = x.cpu().numpy() if x.dtype in (torch.float32, torch.float64) else x.float().cpu().numpy()
+    values = np.sort(values, axis=None)
+    rank = np.array(list(QUANTILES.values())) * (len(values) - 1)
+    low, high = values[np.floor(rank).astype(int)], values[np.ceil(rank).astype(int)]
+    quantiles = low.astype(np.float64) + (rank - np.floor(rank)) * (high.astype(np.float64) - low)
+    fractions = {}
+    for name, factor in OUTLIERS.items():
+        reach = factor * figures["std"]
+        inside = bisect_right(values, np.float64(figures["mean"] + reach))
+        inside -= bisect_left(values, np.float64(figures["mean"] - reach))
+        fractions[name] = 1 - inside / len(values) if inside < len(values) else 0.0
+    return fractions | dict(zip(QUANTILES, quantiles.tolist(), strict=True))
