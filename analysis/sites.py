@@ -16,8 +16,12 @@ KINDS = (
 )  # fmt: skip
 _ATTENTION_KINDS = dict(zip(ATTENTION_TENSORS, ("attn.query", "attn.key", "attn.value", "attn.softmax"), strict=True))
 _TRANSFORMS_ITS_WEIGHT = re.compile(r"StdConv|CondConv|WSConv|DynamicConv")
-_NORM = re.compile(r"Norm|FrozenBatchNorm|BatchNorm|Affine$")
-_BLOCK = re.compile(r"(Block|Bottleneck|Residual)\w*$|^(InvertedResidual|DepthwiseSeparableConv|EdgeResidual)$")
+_NORM = re.compile(r"Norm|Affine$")
+_NORM_OF_PLANES = re.compile(r"2d|BatchNorm|GroupNorm")
+_BLOCK = re.compile(
+    r"Block|Bottle2?neck|Residual|DepthwiseSeparable|EncoderLayer|TransformerLayer|XceptionModule|SelectiveKernelBasic"
+    r"|PreActBasic|DenseLayer|Cell(Stem)?\d?$|^(Inception[A-E]|Reduction[AB]|Mixed\da|Transformer|Outlooker|ConvEncoder)$"
+)
 _QUERY_KEY_VALUE = {"q": "attn.query", "k": "attn.key", "v": "attn.value", "kv": "attn.key"}
 
 
@@ -75,8 +79,8 @@ def module_kind(
         return "head"
     if not is_layer(module):
         class_name = type(module).__name__
-        if _NORM.search(class_name) and next(module.children(), None) is None:
-            return "norm"
+        if _NORM.search(class_name) and not any(is_layer(inside) for inside in module.modules()):
+            return "norm"  # also one that holds its activation function
         return "block" if _BLOCK.search(class_name) else "other"
     if any(part.startswith("patch_embed") for part in parts):
         return "patch_embed"
@@ -116,16 +120,16 @@ def _weights_and_activations(
         if site.tensor == "input":
             if not is_layer(module):
                 continue
-            weights = _weight_sites(site.module, module, trace, kind)
+            weights = _weight_sites(site.module, module, trace, kind, modules)
             owner = owners.setdefault(id(module._parameters.get("weight")), site.module)
             if owner != site.module and weights[0]["numel"]:
                 shared = {"quantizable": False, "numel": 0, "note": f"shares its weight with {owner}"}
                 weights = [{**row, **shared} for row in weights]
             rows.extend({**row, "pinned": site.module in pinned} for row in weights)
             rows.append(
-                {**_activation(site, shape, trace, module, kind), "edges": tuple(row["site"] for row in weights),
-                 "pinned": site.module in pinned, "quantizable": weights[0]["quantizable"],
-                 "note": weights[0]["note"]}
+                {**_activation(site, shape, trace, module, kind, weights[0]["note"]),
+                 "edges": tuple(row["site"] for row in weights), "pinned": site.module in pinned,
+                 "quantizable": weights[0]["quantizable"]}
             )  # fmt: skip
         elif site.is_attention:
             rows.append(_activation(site, shape, trace, module, _ATTENTION_KINDS[site.tensor]))
@@ -134,12 +138,13 @@ def _weights_and_activations(
     seen = {row["site"].module for row in rows}
     for name, module in modules.items():
         if is_layer(module) and name not in seen:
-            never = {"quantizable": False, "note": "never executed: its weight only"}
-            rows.extend({**row, **never} for row in _weight_sites(name, module, trace, kinds[name]))
+            note = trace.notes.get(Site(name, "weight"), "never executed: its weight only")
+            never = {"quantizable": False, "note": note}
+            rows.extend({**row, **never} for row in _weight_sites(name, module, trace, kinds[name], modules))
     return rows
 
 
-def _weight_sites(name: str, module: nn.Module, trace: Trace, kind: str) -> list[dict]:
+def _weight_sites(name: str, module: nn.Module, trace: Trace, kind: str, modules: dict[str, nn.Module]) -> list[dict]:
     weight = module.get_parameter("weight") if "weight" in module._parameters else None
     note, quantizable = "", True
     if weight is None or _TRANSFORMS_ITS_WEIGHT.search(type(module).__name__):
@@ -154,9 +159,10 @@ def _weight_sites(name: str, module: nn.Module, trace: Trace, kind: str) -> list
     common = {"kind": kind, "quantizable": quantizable, "note": note, "edges": (Site(name, "input"),) if output else ()}
     if weight is None:
         return [{**common, "site": Site(name, "weight"), "shape": (), "numel": 0, "macs": macs}]
+    parts, heads = trace.qkv_parts.get(name), 0
     attention = next((m for m in trace.attention if name.startswith(f"{m}.")), None)
-    heads = trace.shapes[Site(attention, "value")][1] if attention and _has_heads(trace, attention) else 0
-    parts = trace.qkv_parts.get(name)
+    if attention is not None:
+        heads = _heads(Site(attention, "value" if parts else "query"), modules[attention], trace)[1]
     if parts:
         return [
             {**common, "site": Site(name, f"weight.{part}"), "shape": (stop - start, weight.shape[1]),
@@ -183,44 +189,74 @@ def _per_image(trace: Trace, site: Site) -> int:
     return trace.elements[site] // (trace.images if batched else 1)
 
 
-def _has_heads(trace: Trace, module: str) -> bool:
-    return len(trace.shapes[Site(module, "value")]) == 4
+def _heads(site: Site, module: nn.Module, trace: Trace) -> tuple[int, int, str]:
+    """The axis and number of the heads of query, key, value or attention, -1 and 0 where unknown; and a note on why.
+
+    A batch axis as long as the module's own number of heads is theirs, the first of four axes where it states none.
+    Windows may be as many as the heads, and heads may be folded into the batch: then none is taken for the heads,
+    unless qkv's parts were found by their values as (batch, heads, tokens, d).
+    """
+    query, shape = trace.shapes[Site(site.module, "query")], trace.shapes[site]
+    names = ("num_heads", "heads", "n_heads", "num_attention_heads")
+    stated = next((n for n in (getattr(module, name, None) for name in names) if isinstance(n, int)), None)
+    known = any(name.startswith(f"{site.module}.") for name in trace.qkv_parts)
+    axes = [axis for axis in range(1, len(query) - 2) if stated is None or query[axis] == stated]
+    if known and len(query) == 4:
+        axes = [1]
+    elif stated is not None and (len(axes) > 1 or (axes and stated > 1 and query[0] == stated * trace.images)):
+        return -1, 0, "heads cannot be told from windows"
+    if len(axes) != 1 or len(shape) != len(query):
+        return -1, 0, ""
+    return axes[0], shape[axes[0]], ""
 
 
-def _activation(site: Site, shape: tuple[int, ...], trace: Trace, module: nn.Module, kind: str) -> dict:
+def _activation(site: Site, shape: tuple[int, ...], trace: Trace, module: nn.Module, kind: str, note: str = "") -> dict:
     """Fields of an activation: elements of one image, and which axis holds channels or heads."""
-    per_image = _per_image(trace, site)
     windows, rest = divmod(shape[0], trace.images) if shape else (0, 0)
     own_shape = tuple(shape[1:]) if windows == 1 and not rest else (windows, *shape[1:])
-    row: dict = {"site": site, "kind": kind, "shape": own_shape, "numel": per_image}
+    row: dict = {"site": site, "kind": kind, "shape": own_shape, "numel": _per_image(trace, site)}
+    notes = [note, trace.notes.get(site, "")]
     if site.is_attention:
-        if len(shape) == 4:
-            row.update(head_axis=1, heads=shape[1])
-        product = {"query": ("key", -2), "attention": ("value", -1)}.get(site.tensor)
+        axis, groups, unknown = _heads(site, module, trace)
+        notes.append(unknown)
+        names = ("head_axis", "heads")
         other = {"query": "key", "key": "query", "attention": "value", "value": "attention"}[site.tensor]
         row["edges"] = (Site(site.module, other),)
-        if product:
-            row["macs"] = per_image * trace.shapes[Site(site.module, product[0])][product[1]]
-        return row
-    if len(shape) > 1:
-        axis = _channel_axis(shape, module)
-        row.update(channel_axis=axis, channels=shape[axis])
+        row["macs"] = trace.macs.get(site, 0) // (1 if rest else trace.images)
+    else:
+        axis = _channel_axis(shape, module) if len(shape) > 1 else -1
+        groups = shape[axis] if len(shape) > 1 else 0
+        names = ("channel_axis", "channels")
+    others = trace.other_shapes.get(site, set())
+    if any(len(other) != len(shape) or (groups and other[axis] != groups) for other in others):
+        axis, groups = -1, 0
+        notes.append(f"its calls have different shapes: {', '.join(map(str, sorted({shape, *others})[:3]))}")
+    row.update(zip(names, (axis, groups), strict=True))
+    if any(notes) and not note and trace.calls.get(site.module, 1) > 1:
+        notes.append(f"called {trace.calls[site.module]} times in one forward pass: over all calls")
+    row["note"] = "; ".join(filter(None, notes))
     return row
 
 
 def _channel_axis(shape: tuple[int, ...], module: nn.Module) -> int:
-    """Axis 1 for convolutions and norms over planes, the last for linears and LayerNorm; blocks as their last layer.
+    """The axis of a convolution's planes, the last of a linear; else the one, first or last, of the weights' width.
 
-    A block whose last layer is a linear may still hand on planes (ConvNeXt): the axis of that layer's width decides.
+    Blocks hand on (batch, channels, height, width) or (batch, height, width, channels), whatever layers they hold.
     """
-    if len(shape) < 4 or isinstance(module, nn.Linear):
-        return len(shape) - 1 if not isinstance(module, nn.modules.conv._ConvNd) else 1
-    layers = [m for m in module.modules() if is_layer(m)]
-    if not layers:
-        return 1 if re.search(r"2d|BatchNorm|GroupNorm", type(module).__name__) else len(shape) - 1
-    if isinstance(layers[-1], nn.Linear) and shape[-1] == layers[-1].out_features:
-        return len(shape) - 1
-    return 1
+    last = len(shape) - 1
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return max(0, last - len(module.kernel_size))
+    if isinstance(module, nn.Linear) or last < 2:
+        return last
+    weights = [inside._parameters.get("weight") for inside in module.modules()]
+    widths = [weight.numel() if weight.ndim < 2 else weight.shape[0] for weight in weights if weight is not None]
+    first_votes, last_votes = widths.count(shape[1]), widths.count(shape[last])
+    if first_votes != last_votes:
+        return 1 if first_votes > last_votes else last
+    layers = [inside for inside in module.modules() if is_layer(inside)]
+    if layers:
+        return last if last < 3 or isinstance(layers[-1], nn.Linear) else 1
+    return 1 if _NORM_OF_PLANES.search(type(module).__name__) else last
 
 
 def select_sites(sites: Sequence[SiteInfo], tensors: Sequence[str]) -> list[SiteInfo]:

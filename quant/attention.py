@@ -6,7 +6,7 @@ sees both while a module's forward runs, and can replace what it sees.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)
-SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
+MATMULS = (
+    torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm
+)  # fmt: skip
+SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax, torch.special.softmax)
 
 Handler = Callable[[Tensor], Tensor | None]
 """Sees a tensor on its way; what it returns takes the tensor's place, None leaves it."""
@@ -26,40 +28,48 @@ Handler = Callable[[Tensor], Tensor | None]
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionForm:
-    """How one attention module computes: fused, or which of its matrix products make the scores and the result.
+    """How one attention module computes: fused, or which of its matrix products and softmaxes are attention's.
 
-    `score_matmul` and `value_matmul` count the module's matrix products of two activations in one call; -1 if fused.
+    Places count the matrix products of two activations, or the softmaxes, that run in one call of the module, those of
+    its submodules included. There may be several of each: cascaded attention computes head after head.
     """
 
     module: str
     fused: bool
-    score_matmul: int = -1
-    value_matmul: int = -1
+    scores: frozenset[int] = frozenset()  # products query key^T
+    softmaxes: frozenset[int] = frozenset()
+    values: frozenset[int] = frozenset()  # products attention value
+    values_first: frozenset[int] = frozenset()  # products value^T attention^T, of networks with channels before tokens
 
 
 @contextmanager
-def fused_where_offered(model: nn.Module, names: list[str]) -> Iterator[None]:
+def fused_where_offered(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Let modules with timm's `fused_attn` switch use the fused form, which hands over query before 1/sqrt(d)."""
-    switched = [m for m in map(model.get_submodule, names) if getattr(m, "fused_attn", None) is False]
+    switched = _switched_off(modules)
     try:
         for module in switched:
-            module.fused_attn = True  # type: ignore[assignment]
+            module.fused_attn = True
         yield
     finally:
         for module in switched:
-            module.fused_attn = False  # type: ignore[assignment]
+            module.fused_attn = False
+
+
+def _switched_off(modules: Iterable[nn.Module]) -> list[Any]:
+    return [module for module in modules if getattr(module, "fused_attn", None) is False]
 
 
 class AttentionMode(TorchFunctionMode):
     """Calls handlers on query, key, value and attention while ONE call of an attention module runs.
 
     Fused attention is computed by its formula, since the kernel has no softmax to show (Vaswani et al., NeurIPS 2017,
-    arXiv:1706.03762). Matrix products of two activations are counted, to know the two that matter.
+    arXiv:1706.03762). Matrix products and softmaxes are counted, to know those of the form. Handlers get query
+    (..., queries, d), key (..., keys, d), value (..., keys, d') and attention (..., queries, keys).
     """
 
     def __init__(self, form: AttentionForm, handlers: Mapping[str, Handler]) -> None:
         super().__init__()
-        self.form, self.handlers, self.products = form, handlers, 0
+        self.form, self.handlers, self.products, self.softmaxes = form, handlers, 0, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -67,18 +77,20 @@ class AttentionMode(TorchFunctionMode):
         if form.fused:
             if func is F.scaled_dot_product_attention:
                 return explicit_attention(handlers, *args, **kwargs)
-            return func(*args, **kwargs)
-        if func in MATMULS and is_product_of_activations(args):
+        elif func in SOFTMAXES:
+            self.softmaxes += 1
+            if self.softmaxes - 1 in form.softmaxes:
+                return _handled(handlers, "attention", func(*args, **kwargs))
+        elif func in MATMULS and is_product_of_activations(args):
             self.products += 1
-            if self.products - 1 == form.score_matmul:
-                key = _handled(handlers, "key", args[1].transpose(-2, -1)).transpose(-2, -1)
-                return func(_handled(handlers, "query", args[0]), key)
-            if self.products - 1 == form.value_matmul:
-                return func(args[0], _handled(handlers, "value", args[1]))
-        result = func(*args, **kwargs)
-        if func in SOFTMAXES and form.score_matmul < self.products <= form.value_matmul:
-            return _handled(handlers, "attention", result)
-        return result
+            place, (left, right) = self.products - 1, args
+            if place in form.scores:
+                return func(_handled(handlers, "query", left), _handled(handlers, "key", right.mT).mT)
+            if place in form.values:
+                return func(left, _handled(handlers, "value", right))
+            if place in form.values_first:
+                return func(_handled(handlers, "value", left.mT).mT, right)
+        return func(*args, **kwargs)
 
 
 class _OpenedAttention(nn.Module):
@@ -86,6 +98,7 @@ class _OpenedAttention(nn.Module):
 
     attention_form: Any  # AttentionForm; Any, as nn.Module's attributes are tensors and modules to a type checker
     attention_handlers: Any  # list of mappings from tensor to handler; the one opened last sees a tensor first
+    attention_switched: Any  # list of the modules, itself or inside it, whose `fused_attn` was switched on
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         handlers: dict[str, Handler] = {}
@@ -107,9 +120,9 @@ def open_attention_(module: nn.Module, form: AttentionForm, handlers: Mapping[st
         original: Any = type(module)
         opened.__class__ = _opened_class(original)
         opened.attention_form, opened.attention_handlers = form, []
-        opened.fused_attn_before = getattr(module, "fused_attn", None)
-        if form.fused and opened.fused_attn_before is False:
-            opened.fused_attn = True
+        opened.attention_switched = _switched_off(module.modules()) if form.fused else []
+        for switched in opened.attention_switched:
+            switched.fused_attn = True
     opened.attention_handlers.append(handlers)
 
 
@@ -119,9 +132,9 @@ def close_attention_(module: nn.Module) -> None:
     module.attention_handlers.pop()
     if module.attention_handlers:
         return
-    if module.fused_attn_before is not None:
-        module.fused_attn = module.fused_attn_before
-    del module.attention_form, module.attention_handlers, module.fused_attn_before
+    for switched in module.attention_switched:
+        switched.fused_attn = False
+    del module.attention_form, module.attention_handlers, module.attention_switched
     module.__class__ = type(module).__bases__[1]
 
 

@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from quant.attention import Handler, close_attention_, open_attention_
 from quant.site import Site
-from quant.trace import Trace
+from quant.trace import LAYER_FUNCTIONS, Trace, first_tensor
 
 
 @contextmanager
@@ -18,7 +17,8 @@ def intercept(model: nn.Module, trace: Trace, handlers: Mapping[Site, Handler]) 
     """Call each handler with its activation (detached from nothing, not copied) while the block runs.
 
     A handler returns the tensor that takes the activation's place, or None to leave it. Sites: `input` and `output` of
-    any module, `query`, `key`, `value`, `attention` of attention modules. Attention is computed by its formula only
+    any module (the first tensor of a tuple, list or dictionary), `query`, `key`, `value`, `attention` of attention
+    modules. Attention is computed by its formula only
     where one of its own sites has a handler. Hooks and modes are removed on exit, also after an error.
     """
     attention: dict[str, dict[str, Handler]] = {}
@@ -38,7 +38,7 @@ def intercept(model: nn.Module, trace: Trace, handlers: Mapping[Site, Handler]) 
                 else:
                     handles.append(module.register_forward_hook(_after(handler)))
             if functional:
-                stack.enter_context(_FunctionalLinears(model, functional))
+                stack.enter_context(_FunctionalLayers(model, functional))
             for name, by_tensor in attention.items():
                 open_attention_(model.get_submodule(name), trace.attention[name], by_tensor)
                 opened.append(name)
@@ -53,24 +53,37 @@ def intercept(model: nn.Module, trace: Trace, handlers: Mapping[Site, Handler]) 
 def _before(handler: Handler) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
         if args:
-            replaced = handler(args[0]) if isinstance(args[0], Tensor) else None
-            return None if replaced is None else ((replaced, *args[1:]), kwargs)
+            return (_handled(handler, args[0]), *args[1:]), kwargs
         name = next(iter(kwargs), None)
-        replaced = handler(kwargs[name]) if name is not None and isinstance(kwargs[name], Tensor) else None
-        return None if replaced is None else (args, {**kwargs, name: replaced})
+        return None if name is None else (args, {**kwargs, name: _handled(handler, kwargs[name])})
 
     return hook
 
 
 def _after(handler: Handler) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return handler(output) if isinstance(output, Tensor) else None
+        return _handled(handler, output)
 
     return hook
 
 
-class _FunctionalLinears(TorchFunctionMode):
-    """Input and output of linears that are never called: BEiT, EVA and SwinV2 write F.linear(x, self.qkv.weight)."""
+def _handled(handler: Handler, x: Any) -> Any:
+    """`x` with its first tensor handled; `x` itself where the handler leaves it."""
+    found = first_tensor(x)
+    replaced = None if found is None else handler(found[1])
+    if found is None or replaced is None:
+        return x
+    key, _ = found
+    if key is None:
+        return replaced
+    if isinstance(x, Mapping):
+        return type(x)({**x, key: replaced})  # type: ignore[call-arg]  # dictionaries are made of dictionaries
+    items = [*x[:key], replaced, *x[key + 1 :]]
+    return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+
+
+class _FunctionalLayers(TorchFunctionMode):
+    """Input and output of layers that are never called: BEiT, EVA and SwinV2 write F.linear(x, self.qkv.weight)."""
 
     def __init__(self, model: nn.Module, handlers: Mapping[str, Mapping[str, Handler]]) -> None:
         super().__init__()
@@ -78,7 +91,7 @@ class _FunctionalLinears(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.linear:
+        if func not in LAYER_FUNCTIONS:
             return func(*args, **kwargs)
         weight = args[1] if len(args) > 1 else kwargs["weight"]
         handlers = next((h for module, h in self.modules if module.weight is weight), None)

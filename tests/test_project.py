@@ -151,7 +151,7 @@ def test_every_import_is_declared():
     for path in [*SOURCES, *(ROOT / "tests").rglob("*.py")]:
         for name in imported_modules(path.read_text(encoding="utf-8")):
             top = name.partition(".")[0]
-            if top and top not in sys.stdlib_module_names and top not in {"quant", "analysis", "tests"}:
+            if top and top not in sys.stdlib_module_names and top not in {"quant", "analysis", "benchmarks", "tests"}:
                 assert PYPI_NAMES.get(top, top) in declared["tests" in path.parts], f"{path.name} imports {top}"
 
 

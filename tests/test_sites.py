@@ -1,16 +1,21 @@
 """Which sites a network has: order, kinds, shapes and costs."""
 
 import re
+import warnings
 
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d, LayerNorm2d
+from timm.layers.grn import GlobalResponseNorm
+from timm.layers.halo_attn import HaloAttn
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.cost import cost_table
 from analysis.models import ModelSource, load_model
 from analysis.sites import KINDS, find_sites
+from analysis.tensor_stats import collect_stats
 from quant.errors import InputError
 from quant.site import Site
 
@@ -63,10 +68,23 @@ def test_kinds_of_well_known_layers(name, module, kind):
     assert {i.kind for i in sites if i.site.module == module} == {kind}
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "swin", "vit_tiny_patch16_224"])
+ATTENTIONS = {
+    "efficientvit_m0": dict(img_size=64, embed_dim=(16, 16, 16), depth=(1, 1, 1), num_heads=(2, 2, 2),
+                            key_dim=(4, 4, 4)),
+    "levit_128s": dict(img_size=64, embed_dim=(32, 32, 32), depth=(1, 1, 1), num_heads=(2, 2, 2), key_dim=8),
+    "twins_svt_small": dict(img_size=64, embed_dims=(16, 16, 16, 16), depths=(2, 1, 1, 1), num_heads=(2, 2, 2, 2)),
+    "vit_dlittle_patch16_reg1_gap_256": dict(img_size=64, patch_size=16, embed_dim=32, depth=1, num_heads=4),
+    "edgenext_xx_small": {},
+    "mobilenetv4_hybrid_medium": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenetv3_small_050", "swin", "vit_tiny_patch16_224", *sorted(ATTENTIONS)]
+)
 def test_multiply_accumulates_agree_with_torchs_flop_counter(name):
-    """Twice the sum of all sites' MACs is what torch counts, attention products included."""
-    model = swin() if name == "swin" else timm.create_model(name).eval()
+    """Twice the sum of all sites' MACs is what torch counts, attention products of every kind included."""
+    model = swin() if name == "swin" else timm.create_model(name, **ATTENTIONS.get(name, {})).eval()
     size = {"swin": 32, "vit_tiny_patch16_224": 224}.get(name, 64)
     images = torch.rand(2, 3, size, size)
     _, sites = find_sites(model, images)
@@ -122,6 +140,16 @@ def test_modules_never_called_are_listed_with_a_note():
     assert [(i.site.tensor, i.quantizable, i.note) for i in unused] == [
         ("weight", False, "never executed: its weight only")
     ]
+
+
+def test_the_projection_of_torchs_own_attention_is_used_without_being_called():
+    """nn.MultiheadAttention hands its weights to one function: the note tells it from a layer that never ran."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    trace, sites = find_sites(model, torch.rand(2, 5, 8))
+    projection = [i for i in sites if i.site.module == "1.self_attn.out_proj"]
+    assert [(i.site.tensor, i.quantizable) for i in projection] == [("weight", False)]
+    assert projection[0].note == "used by multi_head_attention_forward without being called: its weight only"
+    assert "multi_head_attention_forward" in trace.unobserved["1.self_attn"]
 
 
 def test_a_module_called_twice_is_counted_and_said():
@@ -187,6 +215,97 @@ def test_modules_called_twice_cost_twice():
         Thrice()(images)
     assert 2 * sum(i.macs for i in sites) * 2 == counter.get_total_flops()
     assert next(i for i in sites if i.site == Site("layer", "input")).numel == 3 * 3 * 8 * 8
+
+
+def test_normalisations_that_hold_their_activation_function_are_norms():
+    """BatchNormAct2d has children, and is a normalisation all the same; what holds a convolution is none."""
+    model = timm.create_model("mobilenetv3_small_050").eval()
+    _, sites = find_sites(model, torch.rand(1, 3, 64, 64))
+    norms = {name for name, module in model.named_modules() if isinstance(module, BatchNormAct2d)}
+    assert {i.site.module for i in sites if i.kind == "norm"} == norms
+    assert all(i.channels == i.shape[0] for i in sites if i.kind == "norm")
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "expected"),
+    [
+        ([nn.Conv1d(3, 5, 1), nn.BatchNorm1d(5)], (2, 3, 7), {"0": (1, 5), "1": (1, 5)}),
+        ([nn.Conv1d(3, 7, 1), nn.BatchNorm1d(7)], (2, 3, 7), {"0": (1, 7), "1": (1, 7)}),
+        ([nn.Linear(3, 5), nn.LayerNorm(5)], (2, 7, 3), {"0": (2, 5), "1": (2, 5)}),
+        ([nn.Conv2d(3, 5, 1), LayerNorm2d(5)], (2, 3, 4, 4), {"0": (1, 5), "1": (1, 5)}),
+        ([nn.Linear(3, 5), nn.LayerNorm(5), GlobalResponseNorm(5)], (2, 4, 4, 3), {"1": (3, 5), "2": (3, 5)}),
+        ([nn.Conv2d(3, 5, 1), GlobalResponseNorm(5, channels_last=False)], (2, 3, 4, 4), {"1": (1, 5)}),
+        ([nn.Conv2d(3, 5, 1), nn.Flatten(), nn.Linear(20, 4)], (2, 3, 2, 2), {"0": (1, 5), "2": (1, 4)}),
+    ],
+)
+def test_channels_lie_on_the_axis_of_the_weights_width(layers, shape, expected):
+    """Planes have them first and tokens last; a normalisation's own weight says which of the two it takes."""
+    _, sites = find_sites(nn.Sequential(*layers).eval(), torch.randn(shape))
+    found = {i.site.module: (i.channel_axis, i.channels) for i in sites if i.site.tensor == "output"}
+    assert {name: found[name] for name in expected} == expected
+
+
+def heads_of(model, image):
+    """(axis, heads, note) of the query of each attention module."""
+    _, sites = find_sites(model.eval(), image)
+    return [(i.head_axis, i.heads, i.note) for i in sites if i.site.tensor == "query"]
+
+
+def test_heads_lie_on_the_axis_that_is_as_long_as_the_module_says():
+    """Twins has windows before its heads, in all but one block; EfficientViT has no axis of heads at all."""
+    twins = timm.create_model("twins_svt_small", **ATTENTIONS["twins_svt_small"])
+    windows_and_all = heads_of(twins, torch.rand(1, 3, 64, 64))  # attention within windows, or to all of them
+    assert windows_and_all == [(axis, 2, "") for axis in (2, 1, 2, 2, 2)]
+    efficientvit = timm.create_model("efficientvit_m0", **ATTENTIONS["efficientvit_m0"])
+    assert {(axis, heads) for axis, heads, _ in heads_of(efficientvit, torch.rand(1, 3, 64, 64))} == {(-1, 0)}
+
+
+@pytest.mark.parametrize(("size", "note"), [(8, "heads cannot be told from windows"), (16, "")])
+def test_windows_are_not_taken_for_heads(size, note):
+    """HaloNet folds its heads into the batch, and may have as many windows as heads: then no axis is theirs."""
+    model = nn.Sequential(HaloAttn(16, feat_size=(size, size), num_heads=4, dim_head=4, block_size=4, halo_size=1))
+    assert heads_of(model, torch.rand(1, 16, size, size)) == [(-1, 0, note)]
+
+
+def test_heads_beside_as_many_windows_are_known_by_their_values():
+    """Swin's four windows of one image and four heads: qkv's parts, found by value, say which axis is which."""
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=32, patch_size=4, window_size=4, embed_dim=16,
+                              depths=(1,), num_heads=(4,))  # fmt: skip
+    assert heads_of(model, torch.rand(1, 3, 32, 32)) == [(1, 4, "")]
+
+
+def test_a_block_that_returns_several_tensors_is_described_by_its_first():
+    """Pooling vision transformers hand on tokens and their grid: the row says what was observed."""
+    model = timm.create_model("mvitv2_tiny", img_size=64).eval()
+    trace, sites = find_sites(model, torch.rand(1, 3, 64, 64))
+    blocks = [i for i in sites if i.kind == "block"]
+    assert len(blocks) == 10
+    assert {i.note for i in blocks} == {"the first tensor of a tuple of 2"}
+    stats = collect_stats(model, trace, blocks, [torch.rand(2, 3, 64, 64)], name="mvitv2").stats
+    assert list(stats["count"]) == [2 * i.numel for i in blocks]
+
+
+def test_calls_of_different_shapes_share_no_channels():
+    """A normalisation without parameters may meet 4 channels, then 6: its moments are of all, by no channel."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.narrow, self.norm = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.InstanceNorm2d(1)
+
+        def forward(self, x):
+            return self.norm(self.narrow(self.norm(self.wide(x)))).flatten(1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch, on the channels that InstanceNorm2d was told
+        model, images = Two().eval(), torch.rand(2, 3, 4, 4)
+        trace, sites = find_sites(model, images[:1])
+        norm = next(i for i in sites if i.kind == "norm")
+        assert (norm.channels, norm.numel) == (0, (6 + 4) * 16)
+        assert "its calls have different shapes: (1, 4, 4, 4), (1, 6, 4, 4)" in norm.note
+        assert "called 2 times" in norm.note
+        stats = collect_stats(model, trace, [norm], [images], name="two").stats
+    assert stats["count"].item() == 2 * norm.numel
 
 
 def test_tables_of_relative_positions_are_counted_once():
