@@ -226,12 +226,29 @@ def report(runs: Sequence[Path], out: Path, quiet: bool) -> None:
 @cli.command(short_help="Several runs side by side.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the results.")
+@click.option("--module", "modules", multiple=True, metavar="PATTERN",
+              help="Layer whose channels are drawn, * and ? as in a shell; of several that match in a run, or of all "
+                   "without it, the one of the largest channel range ratio. May be repeated: runs differ in their "
+                   "names.")  # fmt: skip
 @quiet_option
-def compare(runs: Sequence[Path], out: Path, quiet: bool) -> None:
-    """Two or more runs side by side: how their weights and activations vary. Tables (CSV) and figures (PNG, SVG)."""
+def compare(runs: Sequence[Path], out: Path, modules: tuple[str, ...], quiet: bool) -> None:
+    """Two or more runs side by side: how their weights and activations vary.
+
+    \b
+    Tables (CSV):
+      comparison            a row a measure, a column a run, and what it means
+      differences           whether the modules of one run vary more than another's
+    Figures (PNG, SVG, and their data as CSV), of weights and of activations:
+      variation_weight, variation_input          six measures of each layer over depth, such as kurtosis
+      heads                                      standard deviation of each attention head (runs with attention)
+      distributions_weight, distributions_input  densities by kind of layer, beside a Gaussian's
+      channels                                   range of each channel of one layer a run (--module)
+
+    index.html has them all on one page. Runs of weights alone are compared in their weights.
+    """
     from analysis.compare_step import run_compare
 
-    run_compare(runs, out, quiet=quiet)
+    run_compare(runs, out, modules=modules, quiet=quiet)
 
 
 @cli.command(short_help="The whole path on bundled digits.")

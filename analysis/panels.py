@@ -1,15 +1,20 @@
 """The figures of a run: panels of `plots` put together, one Figure each, and saved as PNG to look at, SVG to print."""
 
 import io
+import math
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import plots
+from analysis import plots, variation_plots
 from analysis.files import write_bytes
+from quant.site import ATTENTION_TENSORS
 
 FORMATS: dict[str, dict] = {"png": {"dpi": 200}, "svg": {"metadata": {"Date": None}}}
 DEPTH_VALUES = ("abs_mean", "std", "excess_kurtosis", "outlier_fraction", "channel_range_ratio", "channel_std_cv")
@@ -51,16 +56,79 @@ def sensitivity_figure(rows: pd.DataFrame, name: str, *, value: str) -> Figure:
 
 @mpl.rc_context(plots.STYLE)
 def depth_figure(frame: pd.DataFrame, tensor: str) -> Figure:
-    """Six measures of several models against relative depth; `frame` is that of `comparison.depth_frame`."""
-    figure, axes = plt.subplots(3, 2, figsize=(plots.PAGE, 6.6), layout="constrained", sharex=True)
-    for value, ax in zip(DEPTH_VALUES, axes.flat, strict=True):
-        plots.plot_variation_by_depth(frame, value=value, ax=ax)
-        legend = ax.get_legend()
-        if legend is not None and ax is not axes.flat[0]:
-            legend.remove()
-        if ax not in axes[-1]:
-            ax.set_xlabel("")
-    figure.suptitle(f"{'weights' if tensor == 'weight' else 'inputs'} of convolutions and linears by depth", fontsize=9)
+    """Six measures against relative depth, one below the other, a column a run, lines by kind of layer.
+
+    `frame` is that of `comparison.depth_frame`.
+    """
+    models = frame["model"].drop_duplicates().tolist()
+    figure, axes = _columns(models, len(DEPTH_VALUES), 1.15, sharex=True)
+    for value, row in zip(DEPTH_VALUES, axes, strict=True):
+        for model, ax in zip(models, row, strict=True):
+            variation_plots.plot_variation_by_depth(frame, value=value, model=model, ax=ax)
+            lines = ax.get_ylabel().replace(" (", "\n(").splitlines()
+            ax.set_ylabel("\n".join(part for line in lines for part in textwrap.wrap(line, 22)), fontsize=7)
+    _label_outer(axes, models)
+    what = "Weights" if tensor == "weight" else "Inputs"
+    figure.suptitle(
+        f"{what} of convolutions and linears by depth (0 the first layer, 1 the last), a line for each kind of layer",
+        fontsize=9,
+    )
+    figure.legend(*variation_plots.kind_handles(frame), loc="outside lower center", ncols=6, columnspacing=1.2)
+    return figure
+
+
+@mpl.rc_context(plots.STYLE)
+def heads_figure(frame: pd.DataFrame) -> Figure:
+    """Spread of the heads over the attention layers above the heads' own standard deviations, a column a run.
+
+    `frame` is that of `comparison.head_frame`.
+    """
+    models = frame["model"].drop_duplicates().tolist()
+    tensors = [tensor for tensor in ATTENTION_TENSORS if (frame["tensor"] == tensor).any()]
+    figure, axes = _columns(models, 1 + len(tensors), 1.1, sharex="col")
+    for j, model in enumerate(models):
+        variation_plots.plot_head_spread(frame, model=model, ax=axes[0, j])
+        for tensor, ax in zip(tensors, axes[1:, j], strict=True):
+            variation_plots.plot_head_std(frame, tensor=tensor, model=model, ax=ax)
+    _label_outer(axes, models)
+    figure.suptitle(
+        "Heads of each attention layer: how much their standard deviations differ (top), and each of them", fontsize=9
+    )
+    figure.legend(*variation_plots.tensor_handles(), loc="outside lower center", ncols=4)
+    return figure
+
+
+@mpl.rc_context(plots.STYLE)
+def ridges_figure(frame: pd.DataFrame, tensor: str) -> Figure:
+    """Densities of standardised values by kind and run; `frame` is that of `comparison.distribution_frame`."""
+    ax = variation_plots.plot_ridges(frame)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    what = "Weights" if tensor == "weight" else "Activations"
+    low, high = (f"$10^{{{math.log10(value):.0f}}}$" for value in (variation_plots.FLOOR, variation_plots.TOP))
+    figure.suptitle(
+        f"{what} by kind of layer: density on a logarithmic scale from {low} to {high} per std;\n"
+        "dashed a Gaussian, points the extremes; (n) tensors pooled, each standardised by itself, all counting alike",
+        fontsize=8,
+    )
+    return figure
+
+
+@mpl.rc_context(plots.STYLE)
+def channels_figure(frame: pd.DataFrame) -> Figure:
+    """Ranges of all channels of one layer a run, its weight beside its input, a row a run.
+
+    `frame` is that of `comparison.channel_frame`.
+    """
+    models = frame["model"].drop_duplicates().tolist()
+    figure, axes = plt.subplots(len(models), 2, figsize=(plots.PAGE, 0.5 + 1.9 * len(models)), squeeze=False,
+                                layout="constrained")  # fmt: skip
+    for model, row in zip(models, axes, strict=True):
+        for tensor, ax in zip(("weight", "input"), row, strict=True):
+            variation_plots.plot_channels(frame, tensor=tensor, model=model, ax=ax)
+        row[0].set_ylabel(f"{plots.plain(model)}\n{row[0].get_ylabel()}", linespacing=1.5)
+    figure.suptitle("Channels of one layer a run: light their range, dark mean ± std, dashed the median channel's "
+                    "reach", fontsize=8)  # fmt: skip
     return figure
 
 
@@ -94,3 +162,25 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def _classes(frame: pd.DataFrame) -> list[str]:
     return [name for name, tensors in plots.TENSOR_CLASSES.items() if frame["tensor"].isin(tensors).any()]
+
+
+def _columns(models: Sequence[str], rows: int, height: float, *, sharex: bool | Literal["col"]) -> tuple[Figure, Any]:
+    """A figure with a column a run and its axes; all of a row share the scale. Wider than a page beyond four runs."""
+    width = max(plots.PAGE, 1.6 * len(models))
+    return plt.subplots(
+        rows,
+        len(models),
+        figsize=(width, 0.9 + height * rows),
+        squeeze=False,
+        layout="constrained",
+        sharex=sharex,
+        sharey="row",
+    )
+
+
+def _label_outer(axes: Any, models: Sequence[str]) -> None:
+    """The runs' names above, the measures on the left, depth below."""
+    for model, ax in zip(models, axes[0], strict=True):
+        ax.set_title(plots.plain(model), fontsize=7)
+    for ax in axes.flat:
+        ax.label_outer()

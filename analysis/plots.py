@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, SymLogNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogFormatter, StrMethodFormatter
 
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.site import ATTENTION_TENSORS, WEIGHT_TENSORS
@@ -83,7 +82,7 @@ def plot_sensitivity_heatmap(
     if table.duplicated(["module", "tensor", "bit_width"]).any():
         raise ValueError("Several rows for one (module, tensor, bit_width): choose one protocol and treatment first.")
     grid = table.pivot(index=["order", "module", "tensor"], columns="bit_width", values=value).sort_index()
-    ax = _axes(ax, heatmap_size(len(grid)))
+    ax = new_axes(ax, heatmap_size(len(grid)))
     cells = np.ma.masked_invalid(grid.to_numpy(dtype=np.float64))
     signed = value.startswith("delta_") or (cells.count() and cells.min() < 0)
     limit = _round_up(float(np.abs(cells).max()) if cells.count() else 0.0)
@@ -137,7 +136,7 @@ def plot_distribution(stats: pd.DataFrame, *, tensor: str = "weight", ax: Axes |
     sites = _of_class(stats, tensor).sort_values("order", kind="stable")
     sites = sites[sites["std"] > 0]
     labels = [shorten_site(module, role) for module, role in zip(sites["module"], sites["tensor"], strict=True)]
-    ax = _axes(ax, (PAGE, 2.4 + LETTER_WIDTH * max(map(len, labels), default=1)))
+    ax = new_axes(ax, (PAGE, 2.4 + LETTER_WIDTH * max(map(len, labels), default=1)))
     x = np.arange(len(sites))
     scaled = {name: ((sites[name] - sites["mean"]) / sites["std"]).to_numpy() for name in
               ("q0001", "q01", "q50", "q99", "q9999", "min", "max")}  # fmt: skip
@@ -173,41 +172,6 @@ def plot_distribution(stats: pd.DataFrame, *, tensor: str = "weight", ax: Axes |
 
 
 @mpl.rc_context(STYLE)
-def plot_variation_by_depth(frame: pd.DataFrame, *, value: str = "abs_mean", ax: Axes | None = None) -> Axes:
-    """One line per model over relative depth (0 the first layer, 1 the last); logarithmic where all are positive.
-
-    `frame` is that of `comparison.depth_frame`. Zeros among positive values lie on a linear stretch at the bottom.
-    """
-    ax = _axes(ax, (COLUMN, 2.4))
-    shown = frame.dropna(subset=[value])
-    colours, markers, dashes = sns.color_palette("colorblind"), "osD^vPX*", ("-", "--", "-.", ":")
-    for i, (model, group) in enumerate(shown.groupby("model", sort=False)):
-        ax.plot(
-            group["relative_depth"], group[value], color=colours[i % len(colours)], ls=dashes[i % len(dashes)],
-            marker=markers[i % len(markers)], markersize=2.5, linewidth=0.8, label=str(model),
-        )  # fmt: skip
-    if (shown[value] > 0).all():
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
-    elif (shown[value] >= 0).all() and (shown[value] > 0).any():
-        ax.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(shown.loc[shown[value] > 0, value].min())))
-    elif shown[value].abs().max() > 10:
-        ax.set_yscale("symlog", linthresh=1)
-    if len(shown) and (shown[value] == 0).all():
-        ax.set_ylim(0, 1)
-    ax.set(xlabel="relative depth (0 first layer, 1 last)", ylabel=LABELS.get(value, value), xlim=(-0.03, 1.03))
-    ax.grid(axis="y", color="0.9", linewidth=0.4)
-    if len(shown):
-        columns = 1 if shown["model"].map(str).str.len().max() > 22 else 2
-        handles, names = ax.get_legend_handles_labels()
-        ax.legend(handles, list(map(plain, names)), ncols=columns, loc="lower left", bbox_to_anchor=(0, 1),
-                  borderaxespad=0.2)  # fmt: skip
-    sns.despine(ax=ax)
-    return ax
-
-
-@mpl.rc_context(STYLE)
 def plot_bits(plan_frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Bits of each site of a plan: modules in network order across, tensors down, colour and digit are the bit-width.
 
@@ -220,7 +184,7 @@ def plot_bits(plan_frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     modules = sites["module"].unique().tolist()
     tensors = [t for t in (*WEIGHT_TENSORS, "input", *ATTENTION_TENSORS) if (sites["tensor"] == t).any()]
     labels = [shorten(module) for module in modules]
-    ax = _axes(ax, (PAGE, 0.8 + 0.18 * len(tensors) + LETTER_WIDTH * max(map(len, labels), default=1)))
+    ax = new_axes(ax, (PAGE, 0.8 + 0.18 * len(tensors) + LETTER_WIDTH * max(map(len, labels), default=1)))
     grid = sites.pivot(index="tensor", columns="module", values="bit_width").reindex(index=tensors, columns=modules)
     used = [bits for bits in ALLOWED_BIT_WIDTHS if (sites["bit_width"] == bits).any()]
     palette = [mpl.colormaps["viridis_r"](BIT_SHADES[bits])[:3] for bits in used]  # the same in every figure
@@ -255,7 +219,8 @@ def _round_up(value: float) -> float:
     return next((step * power for step in (1, 2, 5) if value <= step * power), 10 * power)
 
 
-def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+def new_axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """The axes given, or those of a new figure of this width and height in inches."""
     return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
 
 

@@ -41,6 +41,12 @@ VARIATION: Definitions = (
                          "run's minus the other's, with a bootstrap interval over the modules; the Brown-Forsythe test "
                          "compares the spread of their logarithms. Modules are no independent sample: a description."),
     ("outliers", "Share of values further than 6 standard deviations from the mean."),
+    ("heads", "One point a head of an attention layer: the standard deviation of its query, key, value or attention "
+              "values; their spread is its coefficient of variation over the heads."),
+    ("densities by kind", "Every tensor minus its mean, over its standard deviation; those of one kind of layer are "
+                          "pooled, each counting alike. The height is logarithmic: a Gaussian is a dome."),
+    ("channels", "Of one layer a run, that of the largest channel range ratio of its input unless another was asked "
+                 "for: smallest and largest value of each channel, and mean plus and minus standard deviation."),
 )  # fmt: skip
 SENSITIVITY: Definitions = (
     ("site", "One tensor that can be quantized. Here one at a time is, while all else stays in floating point."),
@@ -106,8 +112,11 @@ class Section:
     wide: bool = False  # its figures need more than half a screen
 
 
-def report_html(runs: Sequence[Path]) -> str:
-    """The page of one or more run folders; the same folders give the same page. InputError as `read_runs`."""
+def report_html(runs: Sequence[Path], variation: Sequence[Picture] | None = None) -> str:
+    """The page of one or more run folders; the same folders give the same page. InputError as `read_runs`.
+
+    `variation` are the pictures of how the runs vary, where they are drawn already.
+    """
     contents = read_runs(runs)
     environment = Environment(
         loader=PackageLoader("analysis"),
@@ -117,11 +126,11 @@ def report_html(runs: Sequence[Path]) -> str:
         lstrip_blocks=True,
     )
     title = " and ".join(content.name for content in contents)
-    return environment.get_template("report.html.jinja").render(title=title, sections=sections(contents))
+    return environment.get_template("report.html.jinja").render(title=title, sections=sections(contents, variation))
 
 
-def sections(contents: Sequence[RunContent]) -> tuple[Section, ...]:
-    """All sections, in the order of the page."""
+def sections(contents: Sequence[RunContent], variation: Sequence[Picture] | None = None) -> tuple[Section, ...]:
+    """All sections, in the order of the page; `variation` as in `report_html`."""
     return (
         Section(
             id="summary", title="Summary", definitions=SUMMARY,
@@ -130,8 +139,8 @@ def sections(contents: Sequence[RunContent]) -> tuple[Section, ...]:
         ),
         Section(
             id="variation", title="Variation", definitions=VARIATION,
-            together=Part(pictures=tuple(figures.by_depth(contents)), tables=_some(tables.differences_table(contents))
-                          + _some(tables.variation_table(contents))),
+            together=Part(pictures=tuple(figures.variation(contents) if variation is None else variation),
+                          tables=_some(tables.differences_table(contents)) + _some(tables.variation_table(contents))),
             parts=tuple(map(_variation, contents)),
         ),
         Section(
@@ -166,7 +175,12 @@ def _summary(content: RunContent) -> Part:
 def _variation(content: RunContent) -> Part:
     if content.stats is None:
         return _lacking(content, "No tensor was measured", _command(content, "stats", "MODEL", "--data", "DATA"))
-    return Part(title=content.name, pictures=_some(figures.distribution(content)))
+    missing = []
+    for file, what in (("channels.parquet", "heads and channels"), ("histograms.parquet", "densities")):
+        if not (content.folder / file).exists():
+            command = _command(content, "stats", "--overwrite")
+            missing.append(f"The figures of {what} leave out this run, which has no {file}: {command}.")
+    return Part(title=content.name, pictures=_some(figures.distribution(content)), missing=tuple(missing))
 
 
 def _sensitivity(content: RunContent) -> Part:

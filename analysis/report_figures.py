@@ -10,11 +10,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis.comparison import depth_frame
-from analysis.panels import bits_figure, depth_figure, distribution_figure, sensitivity_figure
+from analysis.comparison import Measured
+from analysis.panels import bits_figure, distribution_figure, sensitivity_figure
 from analysis.report_content import RunContent, history_frame, oscillation_frame, terms
+from analysis.runs import Run
 from analysis.training_plots import terms_figure, training_figure
-from analysis.variation import variation
+from analysis.variation_panels import variation_figures
 
 DOTS = 180  # an inch: sharp on a screen, and ten runs still fit in 5 MiB
 COLOURS = 256  # of a figure, its shades at the edges of letters included: a third of the bytes
@@ -35,19 +36,13 @@ def distribution(content: RunContent) -> Picture | None:
     if content.stats is None:
         return None
     words = "bands of quantiles of every weight, input and attention tensor, in its own standard deviations"
-    return _picture(distribution_figure(content.stats, content.name), f"{content.name}: distribution", words)
+    return picture(distribution_figure(content.stats, content.name), f"{content.name}: distribution", words)
 
 
-def by_depth(contents: Sequence[RunContent]) -> list[Picture]:
-    """Six measures against relative depth, a line a run, for weights and for inputs; only from two runs on."""
-    runs = [(c.name, c.stats, variation(c.stats)) for c in contents if c.stats is not None]
-    pictures = []
-    for tensor in ("weight", "input") if len(runs) > 1 else ():
-        frame = depth_frame(runs, tensor=tensor)
-        if not frame.empty:
-            words = "absolute mean, standard deviation, kurtosis, outliers and channel ranges of each layer by depth"
-            pictures.append(_picture(depth_figure(frame, tensor), f"{tensor}s of all runs by depth", words))
-    return pictures
+def variation(contents: Sequence[RunContent]) -> list[Picture]:
+    """What `qvw compare` draws of all runs together: over depth, heads, densities by kind, channels of one layer."""
+    runs = [Measured.read(Run(c.folder), c.name, c.stats) for c in contents if c.stats is not None]
+    return [picture(each.figure, each.caption, each.words) for each in variation_figures(runs)]
 
 
 def sensitivity(content: RunContent) -> Picture | None:
@@ -59,7 +54,7 @@ def sensitivity(content: RunContent) -> Picture | None:
     what = "loss increase" if value == "delta_loss" else "KL of the logits"
     words = f"heatmap of the {what} of every site, a column a bit-width"
     figure = sensitivity_figure(rows, content.name, value=value)
-    return _picture(figure, f"{content.name}: {what} of each site", words)
+    return picture(figure, f"{content.name}: {what} of each site", words)
 
 
 def plan(content: RunContent) -> Picture | None:
@@ -71,7 +66,7 @@ def plan(content: RunContent) -> Picture | None:
         [{"module": s.module, "tensor": s.tensor, "bit_width": s.bit_width, "order": i} for i, s in enumerate(sites)]
     )
     words = "modules in network order across, tensors down, colour is the bit-width; the table of sites has the same"
-    return _picture(bits_figure(frame, content.name), f"{content.name}: bits of each site", words)
+    return picture(bits_figure(frame, content.name), f"{content.name}: bits of each site", words)
 
 
 def trainings(content: RunContent) -> list[Picture]:
@@ -81,15 +76,15 @@ def trainings(content: RunContent) -> list[Picture]:
     history = history_frame(content.trainings)
     figure = training_figure(history, oscillation_frame(content.trainings), content.name)
     words = "loss, top-1 and share of oscillating weights over steps, a colour a training"
-    pictures = [_picture(figure, f"{content.name}: trainings", words)]
+    pictures = [picture(figure, f"{content.name}: trainings", words)]
     names = terms(content.trainings)
     if names:
         words = f"{', '.join(names)} over steps, a panel a training"
-        pictures.append(_picture(terms_figure(history, names, content.name), f"{content.name}: loss terms", words))
+        pictures.append(picture(terms_figure(history, names, content.name), f"{content.name}: loss terms", words))
     return pictures
 
 
-def _picture(figure: Figure, caption: str, words: str) -> Picture:
+def picture(figure: Figure, caption: str, words: str) -> Picture:
     """The figure as PNG of few colours; it is closed. The same figure gives the same bytes."""
     drawn, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DOTS)

@@ -23,7 +23,6 @@ from analysis.plots import (
     plot_bits,
     plot_distribution,
     plot_sensitivity_heatmap,
-    plot_variation_by_depth,
     shorten,
     shorten_site,
 )
@@ -143,24 +142,6 @@ def test_distribution_leaves_constant_sites_out():
     frame.loc[2, "std"] = 0.0
     assert len(plot_distribution(frame).containers[0]) == 4
     assert drawn_inside(plot_distribution(frame.iloc[:0]))
-
-
-@pytest.mark.parametrize("value", ["abs_mean", "excess_kurtosis", "outlier_fraction", "head_std_cv"])
-def test_depth_has_a_line_per_model(value):
-    """Lines hold the frame's figures; logarithmic where all are positive; the axes are drawn also without data."""
-    frame = pd.concat(
-        stats_frame(n).assign(model=f"net{n}", relative_depth=np.linspace(0, 1, n), head_std_cv=np.nan)
-        for n in (21, 53)
-    )
-    ax = plot_variation_by_depth(frame, value=value)
-    expected = 0 if value == "head_std_cv" else 2
-    lines = [line for line in ax.lines if len(line.get_xdata()) > 2]
-    assert len(lines) == expected
-    if expected:
-        np.testing.assert_array_equal(lines[1].get_ydata(), frame.loc[frame["model"] == "net53", value])
-        assert [text.get_text() for text in ax.get_legend().get_texts()] == ["net21", "net53"]
-    assert ax.get_yscale() == {"abs_mean": "log", "head_std_cv": "log"}.get(value, "symlog")
-    assert drawn_inside(ax)
 
 
 @pytest.mark.parametrize("sites", [1, 21, 150])

@@ -125,7 +125,8 @@ def test_the_page_holds_all_that_it_needs(page):
     assert not [a for _, a in reader.elements if "src" in a and not a["src"].startswith("data:image/png;base64,")]
     assert {a["href"] for a in reader.all("a")} == {f"#{a['id']}" for a in reader.all("h2")}
     assert [a["href"] for a in reader.all("link")] == ["data:,"]
-    assert len(reader.all("img")) == 8  # 2 over depth; 2 distributions; sensitivity; plan; 2 of the trainings
+    # 2 over depth, 2 by kind, channels; 2 distributions; sensitivity; plan; 2 of the trainings
+    assert len(reader.all("img")) == 11
     for section in SECTIONS:
         assert f">{section}</h2>" in text
 
@@ -193,7 +194,7 @@ def test_runs_stand_side_by_side(finished, page):
     assert uniform[3].startswith("w 2.00")
     text = page.read_text(encoding="utf-8")
     assert "is largest in" in text  # the comparison's reading
-    assert "weights of all runs by depth" in text
+    assert "weights of convolutions and linears by depth" in text
 
 
 def test_what_was_not_measured_is_a_dash(run):
@@ -205,6 +206,7 @@ def test_what_was_not_measured_is_a_dash(run):
     table = pd.read_parquet(run / "sensitivity.parquet")
     names = ["loss", "delta_loss", "delta_loss_se", "top1", "delta_top1", "top1_se"]
     table.assign(**dict.fromkeys(names, np.nan)).to_parquet(run / "sensitivity.parquet")
+    (run / "stats.parquet").unlink()  # its figures take the most time
     history = pd.read_parquet(run / "qat" / "history.parquet")
     history.assign(loss=np.nan, top1=np.nan).to_parquet(run / "qat" / "history.parquet")
     content = read_run(run, "mine")
