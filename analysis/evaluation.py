@@ -1,17 +1,20 @@
 """Logits of a model over a fixed list of batches, and figures that compare two sets of logits image by image."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from quant.errors import InputError
 
 
-def logits_of(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Logits (images, classes), float32 on the CPU, and labels of the batches of (images, labels)."""
+def logits_of(model: Callable[[Tensor], Any], batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Logits (images, classes), float32 on the CPU, and labels of the batches of (images, labels).
+
+    `model` is the network, or what runs it in another way.
+    """
     rows: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.inference_mode():

@@ -1,0 +1,188 @@
+"""Prefix reuse gives the bits of the whole network, on chains and on networks that are none."""
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from analysis.replay import Replay, entered, execution, find_cuts, input_of
+
+ROOM = 1 << 30
+
+
+def small(name: str, **options: object) -> nn.Module:
+    """A timm model with random weights that differ from one another."""
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=5, **options).eval()
+
+
+def images(count: int, size: int = 32) -> Tensor:
+    """Random images."""
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+
+
+MODELS = {
+    "resnet": lambda: small("resnet10t"),
+    "vit": lambda: small("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3),
+    "swin": lambda: small("swin_tiny_patch4_window7_224", img_size=32, embed_dim=24, depths=(1, 2), num_heads=(2, 4),
+                          window_size=4),
+    "mobilenet": lambda: small("mobilenetv3_small_050"),
+    "convnext": lambda: small("convnext_atto", depths=(1, 2, 1, 1)),
+    "densenet": lambda: small("densenet121", block_config=(2, 2)),
+}  # fmt: skip
+BLOCKS = {
+    "resnet": {"layer2.0", "layer4.0", "fc"},
+    "vit": {"blocks.0", "blocks.1", "blocks.2", "head"},
+    "swin": {"layers.0.blocks.0", "layers.1.blocks.0", "layers.1.blocks.1", "head"},
+    "mobilenet": {"blocks.1.0", "blocks.2.1", "classifier"},
+    "convnext": {"stages.1.blocks.1", "stages.3.blocks.0"},
+    "densenet": {"features.denseblock1", "features.denseblock2", "classifier"},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stages_and_blocks_are_found(name):
+    """Every block of a chain is a cut, in order of execution, and the model is left as it was."""
+    model = MODELS[name]()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    cuts = find_cuts(model, images(2))
+    assert {cut.module for cut in cuts} >= BLOCKS[name]
+    assert [cut.entry for cut in cuts] == sorted(cut.entry for cut in cuts)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_changed_layer_gives_the_bits_of_the_whole_network(name):
+    """Each layer's weight changed in turn, in network order: the same logits as without reuse, on unequal batches."""
+    model = MODELS[name]()
+    batches = [images(3), images(2), images(3) + 1]
+    replay = Replay(model, batches, find_cuts(model, images(2)), cache_bytes=ROOM)
+    run = execution(model, batches[0])
+    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and n in run.entry]
+    entered_at = set()
+    for layer in sorted(layers, key=run.entry.__getitem__):
+        replay.move_to(layer)
+        entered_at.add(replay.cut.module if replay.cut else None)
+        weight = model.get_submodule(layer).weight
+        original = weight.detach().clone()
+        with torch.no_grad():
+            weight.mul_(1.1)
+            whole = [model(batch) for batch in batches]
+            assert all(torch.equal(replay(batch), logits) for batch, logits in zip(batches, whole, strict=True)), layer
+            weight.copy_(original)
+    assert len(entered_at) > 3
+    assert not replay.refused
+
+
+class Skips(nn.Module):
+    """Not a chain: the first layer's output is used again at the end; the second layer is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.last = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 8) in, (batch, 8) out."""
+        a = self.first(x)
+        b = self.second(self.second(a).relu())
+        return self.last(self.third(b) + a.tanh())
+
+
+def test_what_is_no_chain_is_entered_only_where_one_tensor_decides():
+    """A tensor that jumps over a module forbids entering there; after the jump it is allowed again."""
+    torch.manual_seed(0)
+    model = Skips()
+    assert [cut.module for cut in find_cuts(model, torch.randn(4, 8))] == ["last"]
+
+
+class InPlaceBlocks(nn.Module):
+    """Blocks that change their input in place, as a ResNet's ReLU may."""
+
+    class Block(nn.Module):
+        """One layer over an input that it overwrites."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """(batch, 8) in, (batch, 8) out."""
+            return x.relu_() + self.layer(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.blocks = nn.Sequential(*(self.Block() for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 8) in, (batch, 8) out."""
+        return self.blocks(self.stem(x))
+
+
+def test_blocks_that_overwrite_their_input_run_again_and_again():
+    """The kept tensor is copied for each run where the network writes into it."""
+    torch.manual_seed(0)
+    model, batches = InPlaceBlocks(), [torch.randn(4, 8), torch.randn(3, 8)]
+    with torch.no_grad():
+        expected = [model(batch) for batch in batches]
+    replay = Replay(model, batches, find_cuts(model, torch.randn(2, 8)), cache_bytes=ROOM)
+    for block in ("blocks.0.layer", "blocks.1.layer", "blocks.2.layer"):
+        replay.move_to(block)
+        assert replay.cut is not None
+        assert replay.cut.module == block.removesuffix(".layer")
+        for _ in range(3):
+            with torch.no_grad():
+                assert all(torch.equal(replay(batch), e) for batch, e in zip(batches, expected, strict=True))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_any_order_of_layers_and_any_room(data):
+    """Going back and forth, with room for all, some or none of the batches, changes no bit."""
+    model = MODELS["vit"]()
+    batches = [images(2), images(3), images(1)]
+    room = data.draw(st.sampled_from([0, 2 * 17 * 192 * 4, 5 * 17 * 192 * 4, ROOM]))
+    replay = Replay(model, batches, find_cuts(model, images(1)), cache_bytes=room)
+    with torch.no_grad():
+        expected = [model(batch) for batch in batches]
+        layers = st.sampled_from([n for n, m in model.named_modules() if isinstance(m, nn.Linear)])
+        for layer in data.draw(st.lists(layers, min_size=1, max_size=4)):
+            replay.move_to(layer)
+            assert all(torch.equal(replay(batch), e) for batch, e in zip(batches, expected, strict=True))
+
+
+def test_work_is_saved():
+    """Behind the cut every module runs, before it none."""
+    model, batch = MODELS["vit"](), images(2)
+    replay = Replay(model, [batch], find_cuts(model, batch), cache_bytes=ROOM)
+    replay.move_to("blocks.2.mlp.fc1")
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    with torch.no_grad():
+        replay(batch)
+    assert ran == ["blocks.2.attn.qkv", "blocks.2.attn.proj", "blocks.2.mlp.fc1", "blocks.2.mlp.fc2", "head"]
+
+
+def test_placeholders_show_a_dependence_that_was_overlooked():
+    """Entering where another tensor is needed too gives NaN, never a plausible number."""
+    torch.manual_seed(0)
+    model, x = Skips(), torch.randn(4, 8)
+    run = execution(model, x)
+    cuts = find_cuts(model, x)
+    wrong = type(cuts[0])(module="third", entry=run.entry["third"], skipped=("first",), filled=False)
+    with torch.no_grad(), entered(model, wrong, run, input_of(model, "third", x)):
+        assert model(x).isnan().all()
+
+
+def test_an_error_leaves_the_model_whole():
+    """A forward pass that fails while it is entered midway leaves no placeholder and no hook."""
+    model, batch = MODELS["resnet"](), images(2)
+    cut = next(cut for cut in find_cuts(model, batch) if cut.module == "layer2.0")
+    with pytest.raises(RuntimeError), entered(model, cut, execution(model, batch), torch.randn(2, 7, 3, 3)):
+        model(batch)
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
