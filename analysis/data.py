@@ -55,13 +55,17 @@ class ChosenImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return self.transform(self.raw(i)).float(), int(self.labels[i])
 
+    def path(self, i: int) -> str:
+        """Where the image lies: its file, or the data set and its index there."""
+        return os.path.join(self.root, self.names[i])
+
     def raw(self, i: int) -> Any:
         """The image as it was read, before it is prepared."""
         try:
             return self.read(int(self.indices[i]))
         except _UNREADABLE as error:
             raise InputError(
-                f"The image {os.path.join(self.root, self.names[i])} cannot be read: {error}. "
+                f"The image {self.path(i)} cannot be read: {error}. "
                 "Replace it, or leave such images out with `--skip-broken`."
             ) from error
 
@@ -73,7 +77,23 @@ class Broken(NamedTuple):
     message: str
 
 
-class _Guarded(Dataset[tuple[Tensor, int] | Broken]):
+class Batch(NamedTuple):
+    """Images (batch, channels, height, width) float32, labels (batch,) int64, -1 where unlabelled, and their paths."""
+
+    images: Tensor
+    labels: Tensor
+    paths: list[str]
+
+
+class _Item(NamedTuple):
+    """One image that could be read."""
+
+    image: Tensor
+    label: int
+    path: str
+
+
+class _Guarded(Dataset[_Item | Broken]):
     """Hands errors over as values: raised in a worker process they would reach the user as a traceback of torch's."""
 
     def __init__(self, dataset: ChosenImages) -> None:
@@ -82,18 +102,19 @@ class _Guarded(Dataset[tuple[Tensor, int] | Broken]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int] | Broken:
+    def __getitem__(self, i: int) -> _Item | Broken:
         try:
-            return self.dataset[i]
+            return _Item(*self.dataset[i], self.dataset.path(i))
         except InputError as error:
             return Broken(self.dataset.names[i], str(error))
 
 
-def _collate(items: Sequence[tuple[Tensor, int] | Broken]) -> tuple[Tensor, Tensor, list[Broken]]:
-    """A batch of the images that could be read, their labels, and the others."""
-    good = [item for item in items if not isinstance(item, Broken)]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    return images, torch.tensor([label for _, label in good]), [item for item in items if isinstance(item, Broken)]
+def _collate(items: Sequence[_Item | Broken]) -> tuple[Batch, list[Broken]]:
+    """A batch of the images that could be read, and the others."""
+    good = [item for item in items if isinstance(item, _Item)]
+    images = torch.stack([item.image for item in good]) if good else torch.empty(0)
+    batch = Batch(images, torch.tensor([item.label for item in good]), [item.path for item in good])
+    return batch, [item for item in items if isinstance(item, Broken)]
 
 
 def resolve_input(
@@ -199,32 +220,51 @@ def load_data(
     )
 
 
-def batches(data: ImageData, *, batch_size: int, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (batch, channels, height, width) float32 and labels (batch,) int64, always in the same order.
+def shared_batches(
+    data: ImageData, *, batch_size: int, num_workers: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """The batches number `rank`, `rank + world`, ... of the images, always in the same order.
 
-    An image that cannot be read raises InputError, or with `skip_broken` is left out and named in `data.skipped`.
+    They hold the same images whatever `world` is. An image that cannot be read raises InputError, or with `skip_broken`
+    is left out and named in `data.skipped`: a batch may be empty.
     """
     if batch_size < 1:
         raise InputError(f"`--batch-size` {batch_size} is below 1.")
-    loader = DataLoader(
+    starts = range(rank * batch_size, data.images, world * batch_size)
+    chosen: Any = [range(start, min(start + batch_size, data.images)) for start in starts]  # lists would take more room
+    loader: DataLoader[Any] = DataLoader(
         _Guarded(data.dataset),
-        batch_size=batch_size,
+        batch_sampler=chosen,
         num_workers=num_workers,
         collate_fn=_collate,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
-    read = 0
-    for images, labels, broken in loader:
+    for batch, broken in loader:
         for name, message in broken:
             if not data.skip_broken:
                 raise InputError(message)
             if name not in data.skipped:
                 data.skipped.append(name)
+        yield batch
+
+
+def batches(data: ImageData, *, batch_size: int, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (batch, channels, height, width) float32 and labels (batch,) int64, always in the same order.
+
+    An image that cannot be read raises InputError, or with `skip_broken` is left out and named in `data.skipped`.
+    """
+    read = 0
+    for images, labels, _ in shared_batches(data, batch_size=batch_size, num_workers=num_workers):
         read += len(labels)
         if len(labels):
             yield images, labels
     if not read:
-        raise InputError(f"None of the {data.images} images of {data.spec} can be read. Check the data.")
+        raise none_readable(data)
+
+
+def none_readable(data: ImageData) -> InputError:
+    """The error that says that not one image could be read."""
+    return InputError(f"None of the {data.images} images of {data.spec} can be read. Check the data.")
 
 
 def input_channels(model: nn.Module) -> int | None:

@@ -217,9 +217,23 @@ def _list_files(
 def _read_file(paths: Sequence[Path], mode: str, i: int) -> Image.Image:
     """The decoded image."""
     with Image.open(paths[i]) as image:
-        if image.mode.startswith(("I", "F")):  # Pillow would clip 16-bit pixels to white
-            raise ValueError(f"its pixels are {image.mode}, not 8 bit")
-        return image.convert(mode)
+        return in_mode(image, mode)
+
+
+def in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """The image with 8 bits a sample in `mode`, L or RGB.
+
+    Of transparent images the stored colours count, without their transparency, as in timm and torchvision; CMYK is
+    converted without a colour profile. Of 16-bit grey the upper 8 bits count, as Pillow takes them of 16-bit colour;
+    its own conversion would make all above 255 white. Raises ValueError for 32-bit samples, whose white is not known.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # both hold 16 bits
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its samples are {image.mode}: 32 bits, of which none says what is white")
+    elif image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # to L or RGB at once, Pillow would warn of some transparent colours
+    return image.convert(mode)
 
 
 def _mode(config: InputConfig) -> str:
@@ -261,6 +275,7 @@ def _list_timm(spec: str, split: str, images: int | None, data_root: str | Path 
     names = [str(i) for i in range(len(labels))]
     if samples is not None:
         names = [os.path.relpath(path, data_root or ".") for path, _ in samples]
+        read = partial(_read_file, [Path(path) for path, _ in samples], mode)  # torchvision's loader clips 16 bits
     classes = getattr(dataset, "classes", None)
     return Listing(
         names=names,
@@ -310,11 +325,11 @@ def _read_timm(dataset: Any, mode: str, i: int) -> Image.Image:
     """The decoded image; timm's own ImageDataset would put another image in the place of a broken one."""
     reader = getattr(dataset, "reader", None)
     if reader is None:
-        return dataset[i][0].convert(mode)
+        return in_mode(dataset[i][0], mode)
     with reader[i][0] as file, Image.open(file) as image:
-        return image.convert(mode)
+        return in_mode(image, mode)
 
 
 def _converted(images: Sequence[Image.Image], mode: str, i: int) -> Image.Image:
     """An image of a stream that was read before."""
-    return images[i].convert(mode)
+    return in_mode(images[i], mode)

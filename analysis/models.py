@@ -68,6 +68,25 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def tensors_in(output: object) -> list[Tensor]:
+    """The tensors in what a model returns: a tensor, or tuples, lists and dictionaries of them."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return [x for part in parts for x in tensors_in(part)]
+
+
+def described(output: object) -> str:
+    """What a model returned, in words: shapes of tensors, entries of dictionaries."""
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} with {', '.join(map(str, output)) or 'nothing'}"
+    if isinstance(output, (tuple, list)):
+        return f"a {type(output).__name__} of {len(output)}"
+    return f"a {type(output).__name__}"
+
+
 def model_names(pattern: str | None = None) -> list[str]:
     """The timm names that match `pattern`, where * and ? are wildcards; without them it matches as a substring."""
     if pattern and not set("*?[") & set(pattern):

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +14,18 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from analysis.console import progress, warn
-from analysis.data import ImageData, batches, input_channels, load_data, resolve_input
+from analysis.data import Batch, ImageData, batches, input_channels, load_data, resolve_input, shared_batches
 from analysis.listing import InputConfig
-from analysis.models import ModelSource, classifier_names, load_model, num_classes, weights_sha256
-from analysis.runs import ModelRecord, Run
+from analysis.models import (
+    ModelSource,
+    classifier_names,
+    described,
+    load_model,
+    num_classes,
+    tensors_in,
+    weights_sha256,
+)
+from analysis.runs import ModelRecord, Run, RunRecord, StepRecord
 from analysis.sites import find_sites
 from quant.errors import InputError, first_line
 from quant.site import Site, SiteInfo
@@ -92,10 +100,16 @@ class Opened:
     def step_images(self, step: str, split: str, at_most: int | None = None) -> ImageData:
         """Images of a step: as many as the command says, else as when it was run before, else `at_most` or all."""
         setup, before = self.setup, self.run.record.steps.get(step)
-        count = setup.images
-        if count is None and before is not None and not setup.overwrite:
-            count = before.inputs.get("images")
-        return self.images(setup.split or split, count, at_most)
+        known = None if before is None or setup.overwrite else before.inputs.get("images")
+        if setup.images is not None or known is None:
+            return self.images(setup.split or split, setup.images, at_most)
+        data = self.images(setup.split or split, None, known)
+        if data.images < known:
+            raise InputError(
+                f"{self.run.path} holds {step} of {known} images, {data.spec} has {data.images} in its split "
+                f"{data.split!r}. Put the images back, or start anew with --overwrite."
+            )
+        return data
 
     def images(self, split: str, count: int | None, at_most: int | None = None) -> ImageData:
         """Images of a split: exactly `count` where given (an error if there are fewer), else `at_most` or all."""
@@ -121,8 +135,15 @@ class Opened:
             for images, labels in batches(data, batch_size=setup.batch_size, num_workers=setup.num_workers):
                 yield images.to(setup.device), labels
                 bar.update(len(images))
-        if data.skipped:
-            warn(f"{len(data.skipped)} of {data.images} images cannot be read and were left out: {data.skipped[0]} ...")
+        warn_of_skipped(data)
+
+    def share(self, data: ImageData, what: str, *, rank: int, world: int) -> Iterator[Batch]:
+        """One process's share of the batches, every `world`-th from `rank` on, on the device; a batch may be empty."""
+        setup, options = self.setup, {"rank": rank, "world": world}
+        with progress(data.images, what, "image", quiet=setup.quiet or rank > 0) as bar:
+            for batch in shared_batches(data, batch_size=setup.batch_size, num_workers=setup.num_workers, **options):
+                yield batch._replace(images=batch.images.to(setup.device))
+                bar.update(min(setup.batch_size * world, data.images - bar.n))  # the other processes do as much
 
     def inputs(self, data: ImageData | None) -> dict[str, Any]:
         """What fixes the result of a step: a step of other inputs is another step."""
@@ -139,6 +160,7 @@ class Opened:
             }  # fmt: skip
         return fixed
 
+    @contextmanager
     def step(
         self,
         name: str,
@@ -150,31 +172,62 @@ class Opened:
         seed: int | None = None,
         temporary: Sequence[str] = (),
         instead: str = "--run",
-    ) -> AbstractContextManager[None]:
+        renew: bool = False,
+    ) -> Iterator[None]:
         """Note in run.json the model, the images and that a step runs; the context notes how it ended.
 
         Refuses to mix it with another model or other inputs. `files` are what it writes, `--overwrite` removes them
-        first; `options` are those of the step's own, `inputs` what else than model and images fixes its result, `seed`
-        its own seed where that is not the one that chose the images, `temporary` files for resuming alone, `instead`
-        the option that keeps both results.
+        first, or with `renew` leaves them until they are written anew; `options` are those of the step's own, `inputs`
+        what else than model and images fixes its result, `seed` its own seed where that is not the one that chose the
+        images, `temporary` files for resuming alone, `instead` the option that keeps both results. Images that were
+        skipped are named in the step's options as `skipped_images`.
         """
-        setup = self.setup
-        self.run.set_model(self.record, overwrite=setup.overwrite)
-        if data is not None:
-            self.run.set_data({name: _jsonable(getattr(setup, name)) for name in REMEMBERED})
+        setup, run = self.setup, self.run
+        run.set_model(self.record, overwrite=setup.overwrite)
         assert setup.seed is not None
-        return self.run.start_step(
+        fixed, before = self.inputs(data) | dict(inputs or {}), run.record.steps.get(name)
+        with run.start_step(
             name, command=shlex.join(["qvw", *sys.argv[1:]]), options=_jsonable(asdict(setup) | dict(options)),
-            inputs=self.inputs(data) | dict(inputs or {}), 
-            seed=setup.seed if seed is None else seed, device=setup.device, files=files,
-            temporary=temporary, instead=instead, overwrite=setup.overwrite,
-        )  # fmt: skip
+            inputs=fixed, seed=setup.seed if seed is None else seed, device=setup.device, files=files,
+            temporary=temporary, instead=instead, overwrite=setup.overwrite and not renew,
+            renew=setup.overwrite and renew,
+        ):  # fmt: skip
+            if data is not None:
+                run.set_data({name: _jsonable(getattr(setup, name)) for name in REMEMBERED})
+            yield
+        # A step that goes on has rows of earlier passes, which skipped what they could not read.
+        earlier = before is not None and not setup.overwrite and before.inputs == run.record.steps[name].inputs
+        skipped = list(before.options.get("skipped_images", [])) if before is not None and earlier else []
+        skipped += [path for path in ([] if data is None else data.skipped) if path not in skipped]
+        if skipped:
+            step = run.record.steps[name]
+            self._note_step(name, replace(step, options=step.options | {"skipped_images": skipped}))
+
+    def put_back(self, name: str, before: RunRecord) -> None:
+        """Let run.json tell of a step, and of its images, what it told `before`, if that step's files are all there."""
+        step = before.steps.get(name)
+        if step is not None and all((self.run.path / file).exists() for file in step.files):
+            self._note_step(name, step, data=before.data)
+
+    def _note_step(self, name: str, step: StepRecord, **changes: Any) -> None:
+        now = self.run.record
+        self.run.write_json("run", asdict(replace(now, steps={**now.steps, name: step}, **changes)))
+
+
+def warn_of_skipped(data: ImageData) -> None:
+    """Say how many images were left out because they cannot be read, if any were."""
+    if data.skipped:
+        others = " and others" if len(data.skipped) > 1 else ""
+        warn(
+            f"{len(data.skipped)} of {data.images} images cannot be read and were left out: {data.skipped[0]}{others}."
+        )
 
 
 def open_run(setup: Setup, *, needs_data: bool) -> Opened:
     """The model of `setup`, or of its run folder, loaded and traced on an image of the right size; writes nothing.
 
-    Raises InputError where neither names a model (or, if `needs_data`, images).
+    Raises InputError where neither names a model, and if `needs_data`, where neither names images or the model returns
+    no logits.
     """
     run = Run(setup.run)
     known = run.record.model
@@ -217,7 +270,7 @@ def open_run(setup: Setup, *, needs_data: bool) -> Opened:
         )
     input_config = _input_config(model, setup)
     _place(model, setup.device)
-    trace, sites = _traced(model, setup, record.name, input_config)
+    trace, sites = _traced(model, setup, record.name, input_config, needs_logits=needs_data)
     return Opened(setup=setup, run=run, record=record, model=model, input_config=input_config, trace=trace, sites=sites)
 
 
@@ -274,7 +327,9 @@ def _place(model: nn.Module, device: str) -> None:
         raise InputError(f"device {device!r} cannot be used: {reason}. Try --device cpu.") from error
 
 
-def _traced(model: nn.Module, setup: Setup, name: str, config: InputConfig) -> tuple[Trace, list[SiteInfo]]:
+def _traced(
+    model: nn.Module, setup: Setup, name: str, config: InputConfig, *, needs_logits: bool
+) -> tuple[Trace, list[SiteInfo]]:
     """One forward pass of one image of noise, which also shows whether the model takes images of this size.
 
     One image, so that tensors with no batch axis (tables of relative positions) are counted once.
@@ -283,10 +338,18 @@ def _traced(model: nn.Module, setup: Setup, name: str, config: InputConfig) -> t
         image = _probe_image(config, setup.device)
         with torch.inference_mode():
             first, second = model(image), model(image)
-        if isinstance(first, Tensor) and not torch.allclose(first, second, rtol=1e-3, atol=1e-5, equal_nan=True):
+        answers = [
+            pair for pair in zip(tensors_in(first), tensors_in(second), strict=False) if pair[0].is_floating_point()
+        ]
+        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in answers):
             raise InputError(
                 f"{name} gives two answers to the same image: its forward pass is random, or changes the model. "
                 "Switch dropout and noise off in evaluation mode."
+            )
+        if needs_logits and not (isinstance(first, Tensor) and first.ndim == 2 and len(first) == 1):
+            raise InputError(
+                f"{name} returned {described(first)} for one image; expected logits of shape (images, classes). "
+                "Name a factory whose model returns them alone, path/to/file.py:factory; `qvw stats` needs none."
             )
         return find_sites(
             model, image, include=setup.include, exclude=setup.exclude, classifier=classifier_names(model)

@@ -1,15 +1,18 @@
 """Statistics of weights and activations: one row a site, streamed over any number of images."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from analysis.running_stats import NonFiniteError, RunningStats, stats_of
+from analysis.float_histogram import FloatHistogram
+from analysis.models import tensors_in
+from analysis.moments import NonFiniteError
+from analysis.running_stats import RunningStats, stats_of
+from analysis.shared_tensors import SharedTensors
 from quant.errors import InputError
-from quant.functional import to_groups
 from quant.intercept import intercept
 from quant.prepare import weight_of
 from quant.site import Site, SiteInfo
@@ -40,28 +43,79 @@ def collect_stats(
 ) -> StatsTables:
     """Moments, extremes, outliers and quantiles of every weight, and of every activation over `batches` of images.
 
-    Weights are measured exactly in float64, activations by `RunningStats` (its docstring states the error of each
-    figure). Without batches the activations are left out. Query, key, value and attention are grouped by head, all else
-    by channel. Raises InputError at the first activation with NaN or Inf.
+    Without batches the activations are left out. Raises InputError at the first tensor with NaN or Inf. Weights,
+    activations and tables can be had one by one from the three functions that this one calls.
     """
+    measured = measure_weights(model, sites)
+    if batches is not None:
+        running = start_activations(sites)
+        measure_activations(model, trace, sites, _numbered(batches), running)
+        measured |= running
+    return stats_tables(sites, measured, trace, name=name, with_activations=batches is not None)
+
+
+def measure_weights(model: nn.Module, sites: Sequence[SiteInfo]) -> dict[Site, RunningStats]:
+    """Statistics of every weight, exact in float64. Raises InputError at the first one with NaN or Inf."""
     measured: dict[Site, RunningStats] = {}
     for info in sites:
         if info.site.is_weight and info.numel:
-            weight = weight_of(model, info)
             try:
-                measured[info.site] = stats_of(weight, *_axis_and_groups(info))
+                measured[info.site] = stats_of(weight_of(model, info), *_axis_and_groups(info))
             except NonFiniteError as error:
                 raise InputError(
-                    f"the weight of {info.site.module} holds NaN or Inf; look for another file."
+                    f"the weight of {info.site.module} holds NaN or Inf ({error}). Look for another file of weights."
                 ) from error
-    if batches is not None:
-        running = {info.site: RunningStats(_axis_and_groups(info)[1]) for info in sites if not info.site.is_weight}
-        handlers = {info.site: _updater(running[info.site], info) for info in sites if info.site in running}
-        with torch.inference_mode(), intercept(model, trace, handlers):
-            for images in batches:
-                model(images)
-        measured.update({site: stats for site, stats in running.items() if stats.count})
-    return _tables(sites, measured, name, with_activations=batches is not None, trace=trace)
+    return measured
+
+
+def start_activations(sites: Sequence[SiteInfo]) -> dict[Site, RunningStats]:
+    """Statistics of every activation, of which nothing was seen yet.
+
+    Query, key, value and attention are grouped by head, all else by channel.
+    """
+    return {info.site: RunningStats(_axis_and_groups(info)[1]) for info in sites if not info.site.is_weight}
+
+
+def measure_activations(
+    model: nn.Module,
+    trace: Trace,
+    sites: Sequence[SiteInfo],
+    batches: Iterable[tuple[Tensor, Sequence[str]]],
+    running: Mapping[Site, RunningStats],
+) -> None:
+    """Add to `running` every activation over batches of (images, their names); `RunningStats` states the errors.
+
+    Raises InputError where the network makes NaN or Inf, with the first site that holds them and the image.
+    """
+    shared = SharedTensors()
+    handlers = {info.site: _updater(running[info.site], info, shared) for info in sites if info.site in running}
+    current: tuple[Tensor, Sequence[str]] = torch.empty(0), ()
+    try:
+        with torch.no_grad(), intercept(model, trace, handlers):  # `shared` needs what inference_mode leaves out
+            for current in batches:
+                if not _is_finite(model(current[0])):
+                    raise _NonFiniteActivation(None, "")
+    except _NonFiniteActivation as error:
+        raise InputError(_where(model, trace, error.site, error.reason, *current)) from error
+
+
+def centres_of(running: Mapping[Site, RunningStats]) -> dict[Site, float]:
+    """The centre of each histogram that has one: that of the first batch."""
+    return {site: stats.histogram.centre for site, stats in running.items() if stats.histogram is not None}
+
+
+def take_centres_(running: Mapping[Site, RunningStats], centres: Mapping[Site, float]) -> None:
+    """Let histograms that have seen nothing use the centres of others, with which they then merge exactly."""
+    for site, centre in centres.items():
+        running[site].histogram = FloatHistogram(centre)
+
+
+def _numbered(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[str]]]:
+    """The batches with the numbers of their images, from 0."""
+    first = 0
+    for images in batches:
+        yield images, [f"number {i}" for i in range(first, first + len(images))]
+        first += len(images)
 
 
 def _axis_and_groups(info: SiteInfo) -> tuple[int, int]:
@@ -71,29 +125,84 @@ def _axis_and_groups(info: SiteInfo) -> tuple[int, int]:
     return (info.channel_axis, info.channels) if info.channels else (0, 1)
 
 
-def _updater(stats: RunningStats, info: SiteInfo) -> Callable[[Tensor], None]:
+class _NonFiniteActivation(Exception):
+    """An activation holds NaN or Inf; `site` is None where only the model's output does."""
+
+    def __init__(self, site: Site | None, reason: str) -> None:
+        super().__init__(reason)
+        self.site, self.reason = site, reason
+
+
+def _updater(stats: RunningStats, info: SiteInfo, shared: SharedTensors) -> Callable[[Tensor], None]:
     axis, groups = _axis_and_groups(info)
 
     def update(x: Tensor) -> None:
         try:
-            stats.update(to_groups(x, axis, groups))
+            shared.update(stats, x, axis, groups)
         except NonFiniteError as error:
-            raise InputError(
-                f"{info.site} holds NaN or Inf on these images ({error}); "
-                "no earlier site does: look at this module's weights and at the images."
-            ) from error
+            raise _NonFiniteActivation(info.site, str(error).rstrip(".")) from error
 
     return update
 
 
-def _tables(
-    sites: Sequence[SiteInfo], measured: dict[Site, RunningStats], name: str, *, with_activations: bool, trace: Trace
+def _where(model: nn.Module, trace: Trace, site: Site | None, reason: str, images: Tensor, names: Sequence[str]) -> str:
+    """What is told of NaN or Inf at `site`, or where None in the model's output alone, and the image they come with.
+
+    The images of the batch run one by one. No site before `site` holds any: handlers are called in order of execution.
+    """
+    wrong = [i for i in range(len(images)) if not _runs_finite(model, trace, site, images[i : i + 1])]
+    spoiled = next((names[i] for i in wrong if not bool(images[i].isfinite().all())), None)
+    if spoiled is not None:
+        return (
+            f"the image {spoiled} itself holds NaN or Inf when it comes to the network. "
+            "Replace it, or check --mean and --std."
+        )
+    look = "Look at that image, and at"
+    if not wrong:  # sums of a batch may be taken in another order than those of one image, and overflow
+        on = f"a batch of images, {names[0]} to {names[-1]}"
+        look = "Look at"
+    elif len(wrong) == 1:
+        on = f"the image {names[wrong[0]]}"
+    elif len(wrong) < len(images):
+        on = f"the image {names[wrong[0]]} and {len(wrong) - 1} more of its batch of {len(images)}"
+        look = "Look at those images, and at"
+    else:
+        on = f"the image {names[0]} and all others of its batch of {len(images)}"
+        look = "Look at the weights of"
+    if site is None:
+        return f"the network's output holds NaN or Inf on {on}, but no site does. {look} the end of its forward."
+    return f"{site} holds NaN or Inf ({reason}) on {on}; no site before it does. {look} {site.module}."
+
+
+def _runs_finite(model: nn.Module, trace: Trace, site: Site | None, image: Tensor) -> bool:
+    """Whether a forward pass of one image leaves the site, or where None the model's output, without NaN and Inf."""
+    seen: list[bool] = []
+    look = {} if site is None else {site: lambda x: seen.append(_is_finite(x))}
+    with torch.inference_mode(), intercept(model, trace, look):
+        output = model(image)
+    return all(seen) if site is not None else _is_finite(output)
+
+
+def _is_finite(output: object) -> bool:
+    """Whether no tensor in what a model returned holds NaN or Inf."""
+    return all(bool(x.isfinite().all()) for x in tensors_in(output))
+
+
+def stats_tables(
+    sites: Sequence[SiteInfo],
+    measured: Mapping[Site, RunningStats],
+    trace: Trace,
+    *,
+    name: str,
+    with_activations: bool,
 ) -> StatsTables:
+    """The tables of what was measured of the model `name`; with activations, a site that never ran has a row too."""
     rows: list[dict[str, Any]] = []
     channels: list[dict[str, Any]] = []
     histograms: list[dict[str, Any]] = []
     for info in sites:
         stats = measured.get(info.site)
+        stats = stats if stats is not None and stats.count else None
         identity: dict[str, Any] = {"module": info.site.module, "tensor": info.site.tensor}
         notes = [info.note]
         if stats is None and not with_activations and not info.site.is_weight:
@@ -101,7 +210,8 @@ def _tables(
         row = {**identity, "model": name, "kind": info.kind, "order": info.order, "shape": list(info.shape),
                "numel": info.numel}  # fmt: skip
         if stats is None:
-            rows.append({**row, "count": 0, "note": _join(notes, "not executed on these images")})
+            why = "" if info.site.is_weight else "not executed on these images"  # a weight's own note says why
+            rows.append({**row, "count": 0, "note": _join(notes, why)})
             continue
         row.update(stats.row())
         notes.append(str(row.pop("note", "") or ""))

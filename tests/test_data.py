@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
-from analysis.data import batches, load_data, resolve_input
+from analysis.data import batches, load_data, resolve_input, shared_batches
 from analysis.listing import InputConfig
 from quant.errors import InputError
 
@@ -374,7 +374,8 @@ BREAK = {
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("no image"),
     "missing": lambda path: path.unlink(),
-    "16 bit": lambda path: Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(path),
+    "32-bit integers": lambda path: Image.fromarray(np.full((8, 8), 9, dtype=np.int32)).save(path, "TIFF"),
+    "floats": lambda path: Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(path, "TIFF"),
 }
 
 
@@ -391,6 +392,101 @@ def test_a_broken_image_is_named(divided, how, num_workers):
     ) as caught:
         list(batches(data, batch_size=4, num_workers=num_workers))
     assert len(str(caught.value).splitlines()) == 1
+
+
+COLOURS = np.array([[[250, 10, 30], [40, 200, 60]], [[70, 80, 220], [0, 255, 128]]], dtype=np.uint8)
+GREYS = np.array([[3, 90], [180, 255]], dtype=np.uint8)
+ALPHA = np.array([[0, 255], [128, 1]], dtype=np.uint8)
+DEEP = np.array([[0, 255], [256, 65535]], dtype=np.uint16)  # 65535 is white
+
+
+def with_alpha(image, *, alpha=ALPHA):
+    """The image with a channel of transparency."""
+    image = image.copy()
+    image.putalpha(Image.fromarray(alpha))
+    return image
+
+
+def palette(**options):
+    """An image of four colours by their number in a palette."""
+    image = Image.new("P", (2, 2))
+    image.putdata(range(4))
+    image.putpalette(COLOURS.reshape(-1).tolist())
+    return image, options
+
+
+COLOUR_IMAGE, GREY_IMAGE = Image.fromarray(COLOURS), Image.fromarray(GREYS)
+# Name of the file -> image with the options of `save`; the mode in which Pillow reads it; its pixels (None: COLOURS).
+MODES = {
+    "colour.png": ((COLOUR_IMAGE, {}), "RGB", None),
+    "grey.png": ((GREY_IMAGE, {}), "L", GREYS),
+    "grey-alpha.png": ((with_alpha(GREY_IMAGE), {}), "LA", GREYS),
+    "colour-alpha.png": ((with_alpha(COLOUR_IMAGE), {}), "RGBA", None),
+    "palette.png": (palette(), "P", None),
+    "palette-one-transparent.png": (palette(transparency=2), "P", None),
+    "palette-transparencies.png": (palette(transparency=bytes([0, 255, 128, 1])), "P", None),
+    "one-bit.png": ((Image.fromarray(GREYS > 100), {}), "1", np.where(GREYS > 100, 255, 0)),
+    "sixteen-bit.png": ((Image.fromarray(DEEP), {}), "I;16", DEEP // 256),
+    "sixteen-bit.tif": ((Image.fromarray(DEEP), {}), "I;16", DEEP // 256),
+    "sixteen-bit-big-endian.tif": ((Image.fromarray(DEEP.astype(">u2")), {}), "I;16B", DEEP // 256),
+    "sixteen-bit.pgm": ((Image.fromarray(DEEP), {}), "I", DEEP // 256),
+    # (255 - ink) * (255 - black) / 255 for each of cyan, magenta, yellow
+    "print.tif": ((Image.new("CMYK", (2, 2), (55, 155, 255, 51)), {}), "CMYK", np.full((2, 2, 3), (160, 80, 0))),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """One folder with an image in every mode, and one of another size."""
+    root = tmp_path_factory.mktemp("mixed")
+    (root / "all").mkdir()
+    for name, ((image, options), mode, _) in MODES.items():
+        image.save(root / "all" / name, **options)
+        with Image.open(root / "all" / name) as read:
+            assert read.mode == mode  # else the case would not be what it says
+    Image.new("CMYK", (40, 24)).save(root / "all" / "print.jpg")  # nothing printed: white
+    return root
+
+
+@forks
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_of_all_modes_become_rgb(mixed, num_workers):
+    """Stored colours count, without transparency; 16-bit grey by its upper 8 bits, not clipped; sizes may differ."""
+    config = InputConfig(input_size=(3, 2, 2), mean=(0.0,) * 3, std=(1.0,) * 3)
+    data = load(f"folder:{mixed}", holdout=0, config=config)
+    images = torch.cat([x for x, _ in batches(data, batch_size=4, num_workers=num_workers)])
+    pixels = dict(zip(data.dataset.names, (255 * images).permute(0, 2, 3, 1).numpy(), strict=True))
+    assert len(pixels) == len(MODES) + 1
+    for name, (_, _, expected) in MODES.items():
+        expected = COLOURS if expected is None else expected
+        rgb = expected if expected.ndim == 3 else expected[..., None].repeat(3, axis=-1)
+        np.testing.assert_allclose(pixels[f"all/{name}"], rgb, atol=1e-3, err_msg=name)
+    np.testing.assert_allclose(pixels["all/print.jpg"], 255, atol=1)
+
+
+def test_images_of_all_modes_become_grey(mixed):
+    """For a network of one channel, colours become their brightness (ITU-R 601), grey stays what it was."""
+    data = load(f"folder:{mixed}", holdout=0, config=InputConfig(input_size=(1, 2, 2), mean=(0.0,), std=(1.0,)))
+    images, _ = next(batches(data, batch_size=len(data.dataset)))
+    pixels = dict(zip(data.dataset.names, (255 * images[:, 0]).numpy(), strict=True))
+    brightness = COLOURS @ [0.299, 0.587, 0.114]
+    for name, (_, _, expected) in MODES.items():
+        if expected is None or expected.ndim == 2:
+            wanted = brightness if expected is None else expected
+            np.testing.assert_allclose(pixels[f"all/{name}"], wanted, atol=0.501, err_msg=name)
+
+
+def test_timm_reads_modes_as_we_do(mixed, tmp_path):
+    """An image folder that timm opens gives the same pixels, also of 16 bits, which torchvision's loader clips."""
+    config = InputConfig(input_size=(3, 2, 2), mean=(0.0,) * 3, std=(1.0,) * 3)
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "a").symlink_to(mixed / "all")
+    theirs = load("torch/image_folder", split="val", data_root=tmp_path, config=config)
+    ours = load(f"folder:{mixed}", holdout=0, config=config)
+    pixels = {Path(name).name: theirs.dataset[i][0] for i, name in enumerate(theirs.dataset.names)}
+    assert set(MODES) < set(pixels)
+    for i, name in enumerate(ours.dataset.names):
+        assert torch.equal(ours.dataset[i][0], pixels[Path(name).name]), name
 
 
 def test_a_truncated_jpeg_is_named(tmp_path):
@@ -420,6 +516,32 @@ def test_broken_images_can_be_skipped(divided, num_workers):
         (divided / name).write_bytes(b"")
     with pytest.raises(InputError, match=r"None of the 9 images of .* can be read"):
         list(batches(data, batch_size=2))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_shares_are_the_batches_of_one_process(folder, world):
+    """Batch i goes to process i % world with the images that it always has; a process may have none."""
+    data = load(f"folder:{folder}")
+    alone = list(shared_batches(data, batch_size=8))
+    assert [len(batch.paths) for batch in alone] == [8, 8, 4]
+    assert [path for batch in alone for path in batch.paths] == [str(folder / name) for name in data.dataset.names]
+    for rank in range(world):
+        share = list(shared_batches(data, batch_size=8, rank=rank, world=world))
+        assert [batch.paths for batch in share] == [batch.paths for batch in alone[rank::world]]
+        for mine, theirs in zip(share, alone[rank::world], strict=True):
+            assert torch.equal(mine.images, theirs.images)
+            assert torch.equal(mine.labels, theirs.labels)
+
+
+def test_a_broken_image_changes_no_other_batch(divided):
+    """Skipped images leave their batch smaller, or empty, so that every process knows where it is."""
+    data = load(f"folder:{divided}", skip_broken=True)
+    names = [str(divided / name) for name in data.dataset.names]
+    for i in (1, 3, 4, 5):
+        cut(Path(names[i]))
+    paths = [batch.paths for batch in shared_batches(data, batch_size=3)]
+    assert paths == [[names[0], names[2]], [], names[6:]]
+    assert data.skipped == [data.dataset.names[i] for i in (1, 3, 4, 5)]
 
 
 def test_timm_data_sets(divided):

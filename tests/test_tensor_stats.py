@@ -1,15 +1,26 @@
 """Statistics of a network's tensors: against scipy on tensors taken by hand, streamed or at once."""
 
 import math
+import pickle
+from contextlib import contextmanager
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import timm
 import torch
 
 from analysis.sites import find_sites
-from analysis.tensor_stats import STATS_COLUMNS, collect_stats
+from analysis.tensor_stats import (
+    STATS_COLUMNS,
+    centres_of,
+    collect_stats,
+    measure_activations,
+    start_activations,
+    stats_tables,
+    take_centres_,
+)
 from quant.errors import InputError
 from quant.site import Site
 
@@ -139,20 +150,92 @@ def test_beit_and_swinv2_are_observed(name):
     assert len(qkv_inputs) == blocks
 
 
-def test_the_first_site_with_nan_is_named(swin):
-    """A NaN that arises in the middle is reported where it first appears, not at the logits."""
-    model, trace, sites = swin
-    layer = model.layers[0].blocks[1].mlp.fc1
-    with torch.no_grad():
-        kept = layer.bias.clone()
-        layer.bias[0] = float("nan")
+@contextmanager
+def spoiled(tensor):
+    """Let the first element of a tensor be NaN for a while."""
+    kept = tensor.detach().clone()
     try:
-        with pytest.raises(InputError, match=r"layers\.0\.blocks\.1\.mlp\.fc1:output holds NaN"):
-            collect_stats(model, trace, sites, IMAGES.split(6), name="m")
+        with torch.no_grad():
+            tensor.view(-1)[0] = float("nan")
+        yield
     finally:
         with torch.no_grad():
-            layer.bias.copy_(kept)
+            tensor.copy_(kept)
+
+
+def test_the_first_site_with_nan_is_named(swin):
+    """A NaN that arises in the middle is reported where it first appears, not at the logits; no hook stays behind."""
+    model, trace, sites = swin
+    with (
+        spoiled(model.layers[0].blocks[1].mlp.fc1.bias),
+        pytest.raises(
+            InputError,
+            match=r"^layers\.0\.blocks\.1\.mlp\.fc1:output holds NaN or Inf \(.*\) on the image number 0 and all "
+            r"others of its batch of 6; no site before it does\. Look at the weights of layers\.0\.blocks\.1\.",
+        ),
+    ):
+        collect_stats(model, trace, sites, IMAGES.split(6), name="m")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_weight_with_nan_is_named_before_any_image_runs(swin):
+    """Damaged weights are told as such, not as what they do to activations."""
+    model, trace, sites = swin
+
+    def never():
+        raise AssertionError("an image was read")
+        yield
+
+    with (
+        spoiled(model.layers[1].blocks[0].mlp.fc2.weight),
+        pytest.raises(InputError, match=r"the weight of layers\.1\.blocks\.0\.mlp\.fc2 holds NaN or Inf \(1 NaN"),
+    ):
+        collect_stats(model, trace, sites, never(), name="m")
+
+
+def test_a_table_inside_attention_with_nan_is_found(swin):
+    """A tensor that is no site itself, the relative positions' biases, is found at the softmax that it spoils."""
+    model, trace, sites = swin
+    with (
+        spoiled(model.layers[0].blocks[0].attn.relative_position_bias_table),
+        pytest.raises(
+            InputError, match=r"^layers\.0\.blocks\.0\.attn:attention holds NaN .* on the image number 0 and"
+        ),
+    ):
+        collect_stats(model, trace, sites, IMAGES.split(6), name="m")
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 12])
+def test_the_image_with_nan_is_named(swin, batch_size):
+    """An image that holds NaN itself is told by its number, whatever the batches; no weight is blamed."""
+    model, trace, sites = swin
+    images = IMAGES.clone()
+    images[7, 1, 4, 4] = float("nan")
+    with pytest.raises(InputError, match=r"^the image number 7 itself holds NaN or Inf .*check --mean and --std\.$"):
+        collect_stats(model, trace, sites, images.split(batch_size), name="m")
+
+
+def test_statistics_of_parts_are_those_of_the_whole(swin):
+    """Batches measured apart, pickled and merged: equal counts, extremes and histograms, moments to 1e-9.
+
+    Exactly equal histograms need the same centres: those of the first batch of all, as processes hand them on.
+    """
+    model, trace, sites = swin
+    batches = [(images, [""] * len(images)) for images in IMAGES.split(3)]
+    whole, merged, other = (start_activations(sites) for _ in range(3))
+    measure_activations(model, trace, sites, batches, whole)
+    measure_activations(model, trace, sites, batches[::2], merged)
+    take_centres_(other, centres_of(merged))
+    measure_activations(model, trace, sites, batches[1::2], other)
+    merged, other = pickle.loads(pickle.dumps((merged, other)))
+    for site, stats in merged.items():
+        stats.merge(other[site])
+    one, two = (stats_tables(sites, m, trace, name="m", with_activations=True) for m in (whole, merged))
+    for table, exact in (("stats", ["count", "min", "max"]), ("histograms", ["left", "right", "count"])):
+        pd.testing.assert_frame_equal(getattr(one, table)[exact], getattr(two, table)[exact], check_exact=True)
+    for mine, theirs in zip(one, two, strict=True):
+        numbers = [frame.select_dtypes("number").to_numpy(dtype=float) for frame in (mine, theirs)]
+        np.testing.assert_allclose(*numbers, rtol=1e-9, atol=1e-12)
 
 
 def test_histograms_count_every_value(swin):
