@@ -37,7 +37,7 @@ from torch.ao.quantization import HistogramObserver
 
 from analysis.fused_pass import fused_pass
 from analysis.sites import find_sites, is_layer
-from analysis.tensor_stats import measure_activations, measure_weights, stats_tables
+from analysis.tensor_stats import measure_activations, measure_weights, start_activations, stats_tables
 from quant.intercept import intercept
 from quant.site import SiteInfo
 from quant.trace import Trace
@@ -91,7 +91,9 @@ class Subject:
         start = time.perf_counter()
         measured = measure_weights(self.model, sites)
         once.append(time.perf_counter() - start)
-        measured |= measure_activations(self.model, self.trace, sites, self._named())
+        running = start_activations(sites)
+        measure_activations(self.model, self.trace, sites, self._named(), running)
+        measured |= running
         start = time.perf_counter()
         stats_tables(sites, measured, self.trace, name=self.name, with_activations=True)
         once[-1:] = [once[-1] + time.perf_counter() - start] if once else []

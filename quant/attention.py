@@ -193,14 +193,18 @@ def explicit_attention(
     scores = (query * (1 / math.sqrt(query.size(-1)) if scale is None else scale)) @ key.transpose(-2, -1)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    # In place where it changes neither shape nor dtype: scores are the largest tensors of the pass.
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, float("-inf"))
+        scores.masked_fill_(~attn_mask, float("-inf"))
     elif attn_mask is not None:
-        scores = scores + attn_mask
+        same = attn_mask.dtype == scores.dtype and attn_mask.ndim <= scores.ndim
+        scores = scores.add_(attn_mask) if same else scores + attn_mask
     if attn_mask is None:
         attention = scores.softmax(dim=-1)
     else:  # a row that is masked altogether attends to nothing, as in torch's own function, and has no gradient
         empty = scores.isneginf().all(dim=-1, keepdim=True)
-        attention = scores.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
+        attention = scores.masked_fill_(empty, 0.0).softmax(dim=-1)
+        del scores
+        attention = attention.masked_fill(empty, 0.0)
     attention = _handled(handlers, "attention", attention)
     return F.dropout(attention, dropout_p, training=dropout_p > 0) @ value
