@@ -10,6 +10,7 @@ from scipy import stats as scipy_stats
 from analysis.bootstrap import coefficient, interval
 from analysis.variation import layer_sites, module_abs_means
 
+LEVEL = 0.05  # of the test, in the readings; the bootstrap intervals are of 95 %
 DIFFERENCE_COLUMNS = (
     "tensor", "run_a", "run_b", "modules_a", "modules_b", "cv_a", "cv_b", "cv_difference", "cv_difference_low",
     "cv_difference_high", "brown_forsythe", "p_value", "reading",
@@ -44,12 +45,16 @@ def differences(runs: Sequence[tuple[str, pd.DataFrame]]) -> pd.DataFrame:
 
 
 def _reading(row: dict, tensor: str) -> str:
+    """What the interval says, and whether the test of the logarithms agrees."""
     what = "weights" if tensor == "weight" else "inputs"
+    a, b = row["run_a"], row["run_b"]
     if "cv_difference" not in row:
-        return f"Too few modules whose {what} were measured."
-    low, high = row["cv_difference_low"], row["cv_difference_high"]
-    p = f"Brown-Forsythe p = {row['p_value']:.2g}"
+        return f"Too few modules whose {what} were measured in {a} or {b}."
+    low, high, p = row["cv_difference_low"], row["cv_difference_high"], row["p_value"]
+    test = f"Brown-Forsythe p = {p:.2g}"
     if low <= 0 <= high:
-        return f"No difference is shown in how the {what} of modules vary: the interval holds 0 ({p})."
-    more, less = (row["run_a"], row["run_b"]) if low > 0 else (row["run_b"], row["run_a"])
-    return f"Relative to their mean, the {what} of modules vary more in {more} than in {less} ({p})."
+        unsure = f"No difference between {a} and {b} is shown in how the {what} of modules vary: the interval holds 0"
+        return f"{unsure} ({test})." if p >= LEVEL else f"{unsure}; but their logarithms spread differently ({test})."
+    more, less = (a, b) if low > 0 else (b, a)
+    surely = f"Relative to their mean, the {what} of modules vary more in {more} than in {less}"
+    return f"{surely} ({test})." if p < LEVEL else f"{surely}; their logarithms show no difference ({test})."

@@ -45,7 +45,17 @@ def test_networks_of_one_spread_show_no_difference():
     """Two draws of one distribution: the interval holds 0 and the sentence says that nothing is shown."""
     row = differences([("a", frame(spread(2, 0.5))), ("b", frame(spread(3, 0.5)))]).iloc[0]
     assert row["cv_difference_low"] < 0 < row["cv_difference_high"]
-    assert row["reading"].startswith("No difference is shown")
+    assert row["reading"].startswith("No difference between a and b is shown")
+    assert "but" not in row["reading"]
+
+
+def test_interval_and_test_that_disagree_are_both_told():
+    """Equal coefficients by one large module here and an even spread there: the logarithms tell them apart."""
+    one_large = np.append(np.exp(np.random.default_rng(5).normal(0, 0.02, 39)), 6.5)
+    row = differences([("a", frame(one_large)), ("b", frame(spread(4, 0.75)))]).iloc[0]
+    assert row["cv_difference_low"] < 0 < row["cv_difference_high"]
+    assert row["p_value"] < 0.05
+    assert row["reading"].endswith(f"their logarithms spread differently (Brown-Forsythe p = {row['p_value']:.2g}).")
 
 
 @given(factor=st.floats(1e-3, 1e3), seed=st.integers(0, 100))
