@@ -37,6 +37,6 @@ def interval(samples: tuple[NDArray[np.float64], ...], statistic: Callable) -> I
     """The percentile interval of `statistic`, each sample resampled by itself; the same for the same samples."""
     result = scipy_stats.bootstrap(
         samples, statistic, n_resamples=_RESAMPLES, confidence_level=CONFIDENCE, method="percentile", vectorized=True,
-        random_state=np.random.default_rng(0),
+        random_state=np.random.default_rng(0), batch=500,  # resamples that are in memory together
     )  # fmt: skip
     return Interval(float(result.confidence_interval.low), float(result.confidence_interval.high))

@@ -88,7 +88,10 @@ class FloatHistogram:
         return low + (rank - np.floor(rank)) * (high - low)
 
     def quantile_error(self, value: float) -> float:
-        """Largest error of a quantile near `value`: its bin, plus the shift of merges of another centre."""
+        """Largest error of an order statistic near `value`: its bin, plus the shift of merges of another centre.
+
+        A quantile is interpolated between two of them; where these lie far apart, the larger of their errors holds.
+        """
         shift = max((abs(value - centre) for centre in self.other_centres), default=0.0) * RELATIVE_BIN_WIDTH / 2
         return (abs(value - self.centre) + shift) * RELATIVE_BIN_WIDTH * (1 + RELATIVE_BIN_WIDTH) + shift
 

@@ -29,7 +29,7 @@ def fused_pass(x: np.ndarray, centre: float, threads: int) -> tuple[Moments, np.
     (65536,). None where a sum of magnitudes is not finite: NaN, infinities, or values near the end of float32.
     """
     tables = 4 if x.size >= _SHARED else 1  # equal values in a row would wait for one another's count
-    parts = np.array_split(x, min(threads, len(x))) if x.size >= _SHARED and threads > 1 else [x]
+    parts = _shares(x, threads) if x.size >= _SHARED and threads > 1 else [x]
     arguments = [(part, _start(x.shape[1]), _float(centre), np.zeros((tables, BINS), dtype=np.uint32))
                  for part in parts]  # fmt: skip
     if len(parts) == 1:
@@ -44,6 +44,13 @@ def fused_pass(x: np.ndarray, centre: float, threads: int) -> tuple[Moments, np.
         moments = moments.joined(Moments(*sums))
         counts += table.sum(0, dtype=np.int64)
     return moments, counts
+
+
+def _shares(x: np.ndarray, threads: int) -> list[np.ndarray]:
+    """`x` divided for the threads where one thread would begin a new piece too: the pieces stay the same."""
+    unit = _ROWS if x.shape[2] < _SHORT else 1
+    share = -(-len(x) // (threads * unit)) * unit
+    return [x[start : start + share] for start in range(0, len(x), share)]
 
 
 @cache
@@ -113,11 +120,18 @@ def _add(piece, sums, group, buffer):
     spread = max(float(high) - float(shift), float(shift) - float(low))
     if spread == 0.0 or 1 / SAFE_RANGE <= spread <= SAFE_RANGE:
         s1, s2, s3, s4 = _powers(piece, shift)
+        if s1 * s1 > 0.01 * n * s2:  # nearly constant: rounding moved the shift by a part of the standard deviation
+            shift = _float(shift + s1 / n)
+            s1, s2, s3, s4 = _powers(piece, shift)
     else:  # a power of two makes the fourth powers fit into float32 and rounds nothing
         scale = 2.0 ** -min(max(round(np.log2(spread)), -120), 120)
         for i in range(piece.shape[0]):
             buffer[i] = (piece[i] - shift) * _float(scale)
         s1, s2, s3, s4 = _powers(buffer[: piece.shape[0]], _float(0))
+        if s1 * s1 > 0.01 * n * s2:
+            rest = _float(s1 / n)
+            shift += rest / scale
+            s1, s2, s3, s4 = _powers(buffer[: piece.shape[0]], rest)
         s1, s2, s3, s4 = s1 / scale, s2 / scale**2, s3 / scale**3, s4 / scale**4
     rest = s1 / n  # what float32 rounding left between the shift and the mean
     square = rest * rest

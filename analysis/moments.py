@@ -83,6 +83,8 @@ def group_moments(x: Tensor) -> Moments:
     if not (np.isfinite(minimum).all() and np.isfinite(maximum).all()):
         raise NonFiniteError(int(x.isnan().sum()), int(x.isinf().sum()), x.numel())
     if not np.isfinite(sums[7]).all():  # values near the end of float32
+        if x.dtype == torch.float64:
+            raise NonFiniteError(0, int((x.abs() > 1e300).sum()), x.numel())  # their sum is infinite
         return group_moments(x.double())
     spread = np.maximum(maximum - shift, shift - minimum).max(axis=0)
     spread[spread == 0] = 1.0

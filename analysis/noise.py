@@ -46,31 +46,51 @@ class MeasuredQuantizer:
         return x_q
 
 
+class CleanOutputs:
+    """Outputs of `module` on the clean batches, in their order, as many as fit into `room` bytes."""
+
+    def __init__(self, module: str, room: int) -> None:
+        self.module, self.room = module, room
+        self._kept: list[Tensor] = []
+        self._full = False
+
+    def get(self, place: int) -> Tensor | None:
+        """The output for the batch in this place; None where it was not kept."""
+        return self._kept[place] if place < len(self._kept) else None
+
+    def keep(self, place: int, output: Tensor) -> None:
+        """Keep the output of the next batch, unless there is no more room."""
+        self.room -= output.numel() * output.element_size()
+        self._full |= self.room < 0
+        if place == len(self._kept) and not self._full:
+            self._kept.append(output)
+
+
 @contextmanager
-def output_noise(model: nn.Module, name: str, weight: nn.Parameter | None) -> Iterator[Noise]:
+def output_noise(model: nn.Module, name: str, weight: nn.Parameter | None, outputs: CleanOutputs) -> Iterator[Noise]:
     """Compare each output of a module with what it gives on the same, untouched input and `weight`.
 
-    The module's forward runs a second time, without hooks. Its input must be the clean one: no earlier site is
-    quantized, and the module is called once.
+    The module's forward runs a second time, without hooks, where `outputs` has not kept what it gave. Its input must
+    be the clean one: no earlier site is quantized, and the module is called once a batch.
     """
     module, noise = model.get_submodule(name), Noise()
     clean: list[tuple[Any, Any]] = []
+    place = 0
 
     def keep(_module: nn.Module, args: Any, kwargs: Any) -> None:
         clean.append((args, kwargs))
 
     def compare(module: nn.Module, _args: Any, output: Any) -> None:
+        nonlocal place
         args, kwargs = clean.pop()
         if not isinstance(output, Tensor):
             return
-        current = module._parameters.get("weight")
-        try:
-            if weight is not None:
-                module._parameters["weight"] = weight
-            noise.add(closed_forward(module, *args, **kwargs), output)
-        finally:
-            if weight is not None:
-                module._parameters["weight"] = current
+        expected = outputs.get(place)
+        if expected is None:
+            expected = _on_clean_input(module, weight, args, kwargs)
+            outputs.keep(place, expected)
+        place += 1
+        noise.add(expected, output)
 
     before = module.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
     after = module.register_forward_hook(compare)
@@ -79,3 +99,14 @@ def output_noise(model: nn.Module, name: str, weight: nn.Parameter | None) -> It
     finally:
         before.remove()
         after.remove()
+
+
+def _on_clean_input(module: nn.Module, weight: nn.Parameter | None, args: Any, kwargs: Any) -> Tensor:
+    current = module._parameters.get("weight")
+    try:
+        if weight is not None:
+            module._parameters["weight"] = weight
+        return closed_forward(module, *args, **kwargs)
+    finally:
+        if weight is not None:
+            module._parameters["weight"] = current

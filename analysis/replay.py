@@ -2,8 +2,9 @@
 
 A *cut* is a module at whose entry the rest of the forward pass depends on one tensor alone, the module's input. The
 clean run's inputs are kept, and a changed network is entered at the last cut before the change: modules that end
-before it are not run, they return placeholders of NaN, so that a dependence that was overlooked spoils the result and
-cannot go unseen. Stages and blocks are cuts, one inside another too; the inside of a residual block is not.
+before it are not run, they return placeholders of NaN. Every cut is tried on every batch that it is used for: entered
+there, the clean network must give the bits that it gives in full. Stages and blocks are cuts, one inside another too;
+the inside of a residual block is not.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ class Execution:
     outputs: Mapping[str, Any]  # tensors of the outputs' shapes on the device "meta"
 
 
-class _Reached(Exception):
+class _Reached(BaseException):  # a model may catch every Exception
     """The forward pass has come to the module that was waited for."""
 
     def __init__(self, x: Any) -> None:
@@ -47,8 +48,9 @@ class Replay:
     """Runs a network on fixed batches, from the last cut before a changed module where its input is known.
 
     `batches` are images; `cuts` those of `find_cuts`; `cache_bytes` limits what is kept. Batches beyond it run in full.
-    Every result has the same bits as that of the whole network on the same batch: tried on the first batch at each
-    cut, and where it is not so (`refused` names these cuts) an earlier cut is taken.
+    Every result has the same bits as that of the whole network on the same batch: each cut is tried with the clean
+    network on every batch that is kept, and where it is not so (`refused` names these cuts) an earlier one is taken.
+    Under `torch.no_grad`, not `inference_mode`, whose tensors do not tell when they are changed in place.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Tensor], cuts: Sequence[Cut], *, cache_bytes: int) -> None:
@@ -58,7 +60,8 @@ class Replay:
         self.cut: Cut | None = None
         self._kept: dict[int, tuple[Tensor, int]] = {}  # id of a batch -> the cut's input, and its version
         self._copies = False  # whether the network writes into its input at the cut
-        self._executions: dict[int, Execution] = {}  # by number of images
+        self._executions: dict[torch.Size, Execution] = {}  # by the shape of a batch
+        self._clean: dict[int, Any] = {}  # id of a batch -> what the clean network returns for it
 
     def move_to(self, module: str) -> None:
         """Go to the last cut that is not after `module`. The network must be the clean one, in its present form."""
@@ -91,21 +94,24 @@ class Replay:
 
     def _keep(self, cut: Cut) -> bool:
         """Keep the inputs of `cut`, computed from those of the present one; whether it gives the same bits."""
-        first = self.batches[0]
+        kept, room, copies = {}, self.cache_bytes, False
         with torch.no_grad():
-            expected = self(first)
-            copy = self._input_at(cut, first).clone()
-            with entered(self.model, cut, self._execution(first), copy):
-                if not _same(self.model(first), expected):
-                    return False
-            kept, room = {}, self.cache_bytes
+            if not self._clean:
+                self._clean = {id(images): self.model(images) for images in self.batches}
             for images in self.batches:
                 x = self._input_at(cut, images)
                 room -= x.numel() * x.element_size()
                 if room < 0:
                     break
                 kept[id(images)] = (x, x._version)
-        self.cut, self._kept, self._copies = cut, kept, copy._version > 0
+            for images in self.batches:
+                if id(images) in kept:
+                    x = kept[id(images)][0].clone()
+                    with entered(self.model, cut, self._execution(images), x):
+                        if not _same(self.model(images), self._clean[id(images)]):
+                            return False
+                    copies |= x._version > 0
+        self.cut, self._kept, self._copies = cut, kept, copies
         return True
 
     def _input_at(self, cut: Cut, images: Tensor) -> Tensor:
@@ -117,9 +123,9 @@ class Replay:
             return input_of(self.model, cut.module, images)
 
     def _execution(self, images: Tensor) -> Execution:
-        if len(images) not in self._executions:
-            self._executions[len(images)] = execution(self.model, images)
-        return self._executions[len(images)]
+        if images.shape not in self._executions:
+            self._executions[images.shape] = execution(self.model, images)
+        return self._executions[images.shape]
 
 
 def find_cuts(model: nn.Module, images: Tensor) -> list[Cut]:
@@ -177,7 +183,10 @@ def execution(model: nn.Module, images: Tensor) -> Execution:
     def leave(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             left[name] = next(clock)
-            outputs[name] = _mapped(output, lambda x: x.to("meta"))
+            try:
+                outputs[name] = _mapped(output, lambda x: x.to("meta"))
+            except TypeError:  # `entered` will refuse it
+                outputs[name] = NotImplemented
 
         return hook
 
@@ -214,8 +223,12 @@ def input_of(model: nn.Module, name: str, images: Tensor) -> Tensor:
 
 @contextmanager
 def entered(model: nn.Module, cut: Cut, run: Execution, x: Tensor) -> Iterator[None]:
-    """While the block runs, a forward pass begins at `cut` with `x`; what ends before it returns placeholders."""
+    """While the block runs, a forward pass begins at `cut` with `x`; what ends before it returns placeholders.
+
+    Hooks of the modules that are left out still run, on placeholders.
+    """
     module = model.get_submodule(cut.module)
+    own = {name: vars(model.get_submodule(name)).get("forward") for name in cut.skipped}  # a forward put on the object
     skipped = [(model.get_submodule(name), run.outputs[name]) for name in cut.skipped]
     reached = False
 
@@ -241,8 +254,11 @@ def entered(model: nn.Module, cut: Cut, run: Execution, x: Tensor) -> Iterator[N
         yield
     finally:
         handle.remove()
-        for before, _ in skipped:
+        for name, forward in own.items():
+            before = model.get_submodule(name)
             vars(before).pop("forward", None)
+            if forward is not None:
+                before.forward = forward
 
 
 def _skipped(run: Execution, name: str) -> tuple[str, ...]:
@@ -252,24 +268,27 @@ def _skipped(run: Execution, name: str) -> tuple[str, ...]:
 
 
 def _unknown(like: Tensor, device_of: Tensor, filled: bool) -> Tensor:
-    """NaN in the shape of `like`; zeros where its dtype has none, which find_cuts would see matter or not."""
-    value = float("nan") if like.is_floating_point() else 0
+    """NaN in the shape of `like`. TypeError for integers and booleans, which have none."""
+    if not like.is_floating_point() and not like.is_complex():
+        raise TypeError(f"No placeholder for {like.dtype}.")
     if filled:
-        return torch.full(like.shape, value, dtype=like.dtype, device=device_of.device)
-    return torch.full((), value, dtype=like.dtype, device=device_of.device).expand(like.shape)
+        return torch.full(like.shape, float("nan"), dtype=like.dtype, device=device_of.device)
+    return torch.full((), float("nan"), dtype=like.dtype, device=device_of.device).expand(like.shape)
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """`value` with every tensor in it changed; tuples, lists and dictionaries are gone through."""
+    """`value` with every tensor in it changed; TypeError where it holds what may depend on the images unseen."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
         return {key: _mapped(part, change) for key, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_mapped(part, change) for part in value))
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return type(value)(_mapped(part, change) for part in value)
-    return value
+    if value is None or isinstance(value, (str, torch.Size)):
+        return value
+    raise TypeError(f"No placeholder for {type(value).__name__}.")
 
 
 def _same(output: Any, expected: Any) -> bool:

@@ -15,11 +15,11 @@ from analysis.sensitivity import (
     preferred_rows,
     row_key,
     sensitivity_table,
-    sweep,
     sweep_keys,
 )
 from analysis.setup import Opened, Setup, open_run
 from analysis.sites import select_sites
+from analysis.sweep import sweep
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
 

@@ -82,6 +82,8 @@ def observe_activations(
         if not site.is_weight:
             chosen = (granularities or {}).get(site) or granularity_of(info, model, None)
             samples[site] = ActivationSample(*axis_and_groups(info, chosen), count)
+    if not samples:
+        return samples
     with torch.no_grad(), intercept(model, trace, {site: sample.update for site, sample in samples.items()}):
         for images in batches:
             model(images)

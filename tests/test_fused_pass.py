@@ -70,6 +70,31 @@ def test_any_scale_and_mean(seed, length, mean, exponent, zeros):
         assert figures["excess_kurtosis"][0] == pytest.approx(scipy_stats.kurtosis(exact), rel=1e-5, abs=3e-4)
 
 
+@pytest.mark.parametrize("inner", [1, 4000])
+@pytest.mark.parametrize(
+    ("value", "share"), [(13.1, 0.1), (13.1, 0.5), (-1.7, 0.1), (1_000_003.0, 0.001), (1e-30, 0.2)]
+)
+def test_values_one_step_of_float32_apart_keep_their_kurtosis(value, share, inner):
+    """A nearly constant channel: rounding the mean to float32 is as large as the spread itself."""
+    generator = np.random.default_rng(0)
+    x = np.full(4000, value, dtype=np.float32)
+    x[generator.random(4000) < share] = np.nextafter(np.float32(value), np.float32(np.inf))
+    moments, _ = fused_pass(x.reshape(-1, 1, inner) if inner > 1 else x.reshape(4000, 1, 1), 0.0, 1)
+    kurtosis = scipy_stats.kurtosis(x.astype(np.float64) - value)
+    assert moments.figures()["excess_kurtosis"][0] == pytest.approx(kurtosis, rel=1e-4, abs=3e-4)
+
+
+@pytest.mark.parametrize("shape", [(5000, 96, 1), (7, 24, 4000)])
+def test_the_number_of_threads_changes_nothing(shape):
+    """Threads begin where pieces begin: the same moments within 1e-9, also of skewness."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).exp().numpy()
+    alone, _ = fused_pass(x, 0.0, 1)
+    for threads in (2, 3, 7):
+        together, _ = fused_pass(x, 0.0, threads)
+        for name, figure in alone.figures().items():
+            np.testing.assert_allclose(together.figures()[name], figure, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("shape", [(2, 3, 500), (300, 20, 1)])
 def test_what_is_not_finite_is_left_to_the_other_pass(bad, shape):

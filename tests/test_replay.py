@@ -179,6 +179,76 @@ def test_placeholders_show_a_dependence_that_was_overlooked():
         assert model(x).isnan().all()
 
 
+class Note:
+    """An object that a tensor can hide in."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+class Odd(nn.Module):
+    """A first layer whose result reaches the last one past the block, in a way that NaN does not show."""
+
+    class First(nn.Linear):
+        """A linear that also returns, or keeps, something else made of its output."""
+
+        def __init__(self, way: str) -> None:
+            super().__init__(8, 8)
+            self.way, self.kept = way, torch.zeros(())
+
+        def forward(self, x: Tensor) -> tuple[Tensor, object]:
+            """(batch, 8) in; a tensor of that shape and an extra out."""
+            y = super().forward(x)
+            self.kept = y.mean().detach()
+            extra = {"kept": None, "object": Note(y.mean()), "float": float(y.mean()),
+                     "integer": y.argmax(dim=1)}[self.way]  # fmt: skip
+            return y, extra
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.first = way, self.First(way)
+        self.block, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 8) in, (batch, 8) out."""
+        y, extra = self.first(x)
+        y = self.block(y)
+        more = {"kept": lambda: self.first.kept, "object": lambda: extra.x, "float": lambda: extra,
+                "integer": lambda: extra[:, None].float()}[self.way]()  # fmt: skip
+        return self.last(y + more)
+
+
+@pytest.mark.parametrize("way", ["kept", "object", "float", "integer"])
+def test_what_reaches_past_a_cut_unseen_by_nan_is_refused(way):
+    """State, objects, numbers and integers: the bits are those of full passes on every batch."""
+    torch.manual_seed(0)
+    model, batches = Odd(way).eval(), [torch.randn(4, 8) * factor for factor in (1, 3, 5)]
+    replay = Replay(model, batches, find_cuts(model, batches[0]), cache_bytes=ROOM)
+    for module in ("block", "last"):
+        replay.move_to(module)
+        with torch.no_grad():
+            original = model.last.weight.clone()
+            model.last.weight.mul_(1.1)
+            for batch in batches:
+                expected = model(batch)
+                model(batches[0])
+                assert torch.equal(replay(batch), expected), module
+            model.last.weight.copy_(original)
+
+
+def test_a_forward_of_the_user_s_own_is_put_back():
+    """A forward that was put on a module object stands there again afterwards."""
+    model, batch = MODELS["vit"](), images(2)
+    model.blocks[0].forward = lambda x, **_: x + 1
+    with torch.no_grad():
+        before = model(batch)
+        replay = Replay(model, [batch], find_cuts(model, batch), cache_bytes=ROOM)
+        replay.move_to("blocks.2.mlp.fc1")
+        replay(batch)
+        assert torch.equal(model(batch), before)
+    assert "forward" in vars(model.blocks[0])
+
+
 def test_an_error_leaves_the_model_whole():
     """A forward pass that fails while it is entered midway leaves no placeholder and no hook."""
     model, batch = MODELS["resnet"](), images(2)

@@ -3,8 +3,10 @@
 import copy
 import itertools
 import math
+from functools import partialmethod
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.special
 import timm
@@ -12,8 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from analysis.evaluation import compare_logits, logits_of
-from analysis.sensitivity import SENSITIVITY_COLUMNS, SweepConfig, sensitivity_table, sweep, sweep_keys
+from analysis.replay import Replay
+from analysis.sensitivity import SENSITIVITY_COLUMNS, SweepConfig, sensitivity_table, sweep_keys
 from analysis.sites import find_sites
+from analysis.sweep import sweep
 from quant.batchnorm import batchnorm_reestimated
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
@@ -278,3 +282,19 @@ def test_a_label_beyond_the_head_is_an_error():
     """A class index that the model cannot predict is wrong input, not a crash in torch."""
     with pytest.raises(InputError, match="label 7 is beyond the model's 4 classes"):
         compare_logits(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 7]))
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "swin"])
+def test_entering_midway_changes_no_bit(name, monkeypatch):
+    """All sites, both treatments of BatchNorm: the rows are those of full passes, with room for none, some or all."""
+    model, trace, sites = opened(name)
+    keys = sweep_keys(model, sites, SweepConfig(bit_widths=(2, 4)))
+    begin, tables = Replay.__init__, []
+    for room in (0, 40_000, 1 << 30):
+        limited = partialmethod(
+            lambda self, *given, room, cache_bytes: begin(self, *given, cache_bytes=room), room=room
+        )
+        monkeypatch.setattr(Replay, "__init__", limited)
+        tables.append(sensitivity_table(list(sweep(model, trace, sites, BATCHES, keys, name="m"))))
+    for table in tables[1:]:
+        pd.testing.assert_frame_equal(table, tables[0], check_exact=True)
