@@ -11,8 +11,8 @@ from torch import Tensor
 from analysis import accounting
 from analysis.console import warn
 from analysis.cost import cost_table
+from analysis.opened import Opened
 from analysis.plan_options import uniform_bits
-from analysis.setup import Opened
 from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlannedSite, PlanSolver
 from quant.calibrate import ActivationSample, default_scheme, make_quantizer, observe_activations
 from quant.choices import ALLOWED_BIT_WIDTHS, Estimator, Layout

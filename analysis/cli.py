@@ -22,7 +22,7 @@ from analysis.options import (
     run_option,
     seed_option,
 )
-from quant.choices import ESTIMATORS, GRANULARITIES, Estimator, Granularity
+from quant.choices import ESTIMATORS, GRANULARITIES, GROUPINGS, PROTOCOLS, Estimator, Granularity, Grouping, Protocol
 from quant.errors import InputError
 
 
@@ -94,27 +94,39 @@ def stats(**options: Any) -> None:
 )
 @click.option("--bn", type=click.Choice(["stored", "re-estimate", "both"]), default="both", show_default=True,
               help="BatchNorm statistics: the model's own, or those of the quantized network.")  # fmt: skip
+@click.option("--protocol", type=click.Choice(PROTOCOLS), default="single", show_default=True,
+              help="single: nothing else is quantized; leave_one_out: everything else is.")  # fmt: skip
+@click.option("--groups", type=click.Choice(GROUPINGS),
+              help="Sites together: by kind (all attention, all MLPs, ...), block, stage or module.")  # fmt: skip
+@click.option("--cache-mib", type=click.IntRange(min=0), default=1024, show_default=True,
+              help="Memory for activations that are reused; 0: every row is a full forward pass.")  # fmt: skip
 def sensitivity(
     bits: tuple[int, ...],
     tensors: tuple[str, ...],
     granularity: Granularity | None,
     estimator: Estimator,
     bn: str,
+    protocol: Protocol,
+    groups: Grouping | None,
+    cache_mib: int,
     **options: Any,
 ) -> None:
     """What the network loses when ONE site is quantized and all else stays in floating point.
 
-    Writes sensitivity.parquet, cost.parquet and sensitivity.png. Training images by default (256 of them). Interrupted
-    and started again, it goes on with the next site; other bit-widths or tensors are added to the table.
+    Or one group of sites (--groups), or everything but one (--protocol leave_one_out; first layer and classifier then
+    keep 8 bit). Writes sensitivity.parquet, cost.parquet and sensitivity.png. Training images by default (256 of
+    them). Interrupted and started again, it goes on with the next row; other bit-widths, tensors or groups are added
+    to the table. The network is entered at the block that holds the site, with the activations that were kept.
     """
     from analysis.sensitivity import SweepConfig
     from analysis.sensitivity_step import run_sensitivity
     from analysis.setup import Setup
 
     config = SweepConfig(
-        bit_widths=tuple(sorted(set(bits))), estimator=estimator, granularity=granularity, batchnorm=bn
-    )
-    run_sensitivity(Setup.of(options), config, tensors=tensors)
+        bit_widths=tuple(sorted(set(bits))), estimator=estimator, granularity=granularity, batchnorm=bn,
+        protocol=protocol, groups=groups,
+    )  # fmt: skip
+    run_sensitivity(Setup.of(options), config, tensors=tensors, cache_mib=cache_mib)
 
 
 @cli.command(short_help="Bits for every site within a budget.")

@@ -2,11 +2,12 @@
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 
-from analysis.comparison import Measured, channel_frame, compare
+from analysis.comparison import COLUMNS, Compared, compare
 from analysis.console import as_text, say, warn
 from analysis.files import write_bytes
 from analysis.panels import figure_files, save_figure
@@ -15,6 +16,7 @@ from analysis.report_figures import picture
 from analysis.runs import Run
 from analysis.tensor_stats import STATS_COLUMNS
 from analysis.variation import layer_sites, variation
+from analysis.variation_frames import Measured, channel_frame
 from analysis.variation_panels import STEMS, variation_figures
 from analysis.variation_tests import differences
 from quant.errors import InputError
@@ -30,12 +32,15 @@ def run_compare(runs: Sequence[Path], out: Path, *, modules: Sequence[str] = (),
     measured: list[Measured] = []
     for path in runs:
         run = Run(path)
+        step = run.record.steps.get("stats")
+        if step is not None and step.status != "done":
+            raise InputError(f"the statistics of {path} were not finished: run `qvw stats --run {path}` again.")
         name = _unique_name(path, [each.name for each in measured])
         measured.append(Measured.read(run, name, run.read_table("stats", STATS_COLUMNS)))
         for file in measured[-1].lacking():
             again = shlex.join(["qvw", "stats", "--run", str(path), "--overwrite"])
             warn(f"{path} has no {file}: the figures drawn from it leave this run out. `{again}` makes it.")
-    table = compare([(each.name, each.stats, variation(each.stats)) for each in measured])
+    table = compare([Compared(each, variation(each.stats)) for each in measured])
     channels = channel_frame(measured, modules)  # a wrong pattern is told before anything is written
     for line in _left_out(measured, channels, modules):
         say(line, quiet=quiet)
@@ -50,7 +55,8 @@ def run_compare(runs: Sequence[Path], out: Path, *, modules: Sequence[str] = (),
         stems.append(each.stem)
     for stem in set(STEMS) - set(stems):  # of other runs, compared into the same folder before
         for file in (*figure_files(stem), f"{stem}.csv"):
-            (out / file).unlink(missing_ok=True)
+            with suppress(OSError):  # a folder of that name is the user's own
+                (out / file).unlink()
     say(as_text(table[["tensor", "measure", *(each.name for each in measured)]]), quiet=quiet)
     say("\n".join(pairs["reading"]), quiet=quiet)
     say(f"in {out}: comparison.csv (each measure explained), differences.csv (intervals and tests)", quiet=quiet)
@@ -72,6 +78,7 @@ def _left_out(measured: Sequence[Measured], channels: pd.DataFrame, modules: Seq
 
 
 def _unique_name(path: Path, taken: Sequence[str]) -> str:
-    """The run folder's name, which the user chose; with its parent's where two are named alike."""
-    path = path.resolve()
-    return path.name if path.name not in taken else f"{path.parent.name}/{path.name}"
+    """The run folder's name, which the user chose; with folders above it where the name is taken, or a column's own."""
+    parts = path.resolve().parts
+    names = ("/".join(parts[-n:]) for n in range(1, len(parts)))
+    return next((name for name in names if name not in (*taken, *COLUMNS)), str(path.resolve()))

@@ -22,11 +22,12 @@ from analysis.eval_step import EvalRequest, run_eval
 from analysis.evaluation import logits_of, scores
 from analysis.files import write_atomic
 from analysis.models import ModelSource, load_model
+from analysis.open_run import open_run
 from analysis.plan_step import PlanRequest, run_plan
 from analysis.runs import Run
 from analysis.sensitivity import SweepConfig
 from analysis.sensitivity_step import run_sensitivity
-from analysis.setup import Setup, open_run
+from analysis.setup import Setup
 from analysis.stats_step import run_stats
 from analysis.train_step import TrainRequest, run_train
 from quant.config import QATConfig

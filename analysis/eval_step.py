@@ -17,7 +17,9 @@ from analysis.columns import VERIFY_COLUMNS
 from analysis.console import as_text, say, warn
 from analysis.cost import cost_table
 from analysis.evaluation import logits_of, mean_and_error, scores
-from analysis.setup import Opened, Setup, open_run
+from analysis.open_run import open_run
+from analysis.opened import Opened
+from analysis.setup import Setup
 from analysis.trained_model import load_trained_
 from quant.batchnorm import batchnorm_reestimated, batchnorms
 from quant.bit_plan import PlannedSite

@@ -58,7 +58,14 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), error
 
 
-def compare_logits(logits: Tensor, reference: Tensor, labels: Tensor) -> dict[str, Any]:
+class ImageDifferences(NamedTuple):
+    """Of single images: KL of the logits and growth of the loss, (images,) float64 each; the loss NaN without label."""
+
+    kl: Tensor
+    delta_loss: Tensor
+
+
+def compare_logits(logits: Tensor, reference: Tensor, labels: Tensor) -> tuple[dict[str, Any], ImageDifferences]:
     """What changed against the reference logits, with standard errors of the paired differences of the images.
 
     `delta_loss` and `delta_top1` keep their sign; `top1_se` is the error of `delta_top1`. `kl` is
@@ -68,10 +75,11 @@ def compare_logits(logits: Tensor, reference: Tensor, labels: Tensor) -> dict[st
     delta_loss, delta_loss_se = mean_and_error(now.loss - before.loss)
     delta_top1, top1_se = mean_and_error(now.hit - before.hit)
     log_p, log_q = reference.double().log_softmax(dim=1), logits.double().log_softmax(dim=1)
-    kl, kl_se = mean_and_error((log_p.exp() * (log_p - log_q)).sum(dim=1))
+    image_kl = (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    kl, kl_se = mean_and_error(image_kl)
     error = (logits.double() - reference.double()).square().sum()
     return {
         "images": len(labels), "loss": now.loss.mean().item(), "delta_loss": delta_loss,
         "delta_loss_se": delta_loss_se, "top1": now.hit.mean().item(), "delta_top1": delta_top1, "top1_se": top1_se,
         "kl": kl, "kl_se": kl_se, "logit_nmse": (error / reference.double().square().sum()).item(),
-    }  # fmt: skip
+    }, ImageDifferences(kl=image_kl, delta_loss=now.loss - before.loss)  # fmt: skip

@@ -14,6 +14,7 @@ from analysis.moments import SAFE_RANGE, Moments
 
 BINS = 1 << 16  # the upper 16 of the 32 bits of a float32
 _PIECE = 2048  # values summed in float32; their sums are merged in float64
+_EXACT = 128  # of them whose sum is taken in float32
 _ROWS, _COLUMNS = 256, 16  # of a piece whose groups lie side by side: 16 float32 fill a cache line
 _SHORT = 16  # rows of fewer values than this are gathered with those of the other images
 _SHARED = 1 << 18  # values from which on the work is shared out over threads, and counted in several tables
@@ -116,7 +117,7 @@ def _add(piece, sums, group, buffer):
     if not np.isfinite(magnitudes):
         return False
     n = float(piece.shape[0])
-    shift = _float(total / _float(n))
+    shift = _float(total / n)
     spread = max(float(high) - float(shift), float(shift) - float(low))
     if spread == 0.0 or 1 / SAFE_RANGE <= spread <= SAFE_RANGE:
         s1, s2, s3, s4 = _powers(piece, shift)
@@ -159,12 +160,16 @@ def _add(piece, sums, group, buffer):
 
 @njit(nogil=True, cache=True, fastmath=_REORDERED)
 def _extremes(piece):
-    low, high, total, magnitudes = _float(np.inf), _float(-np.inf), _float(0), _float(0)
-    for i in range(piece.shape[0]):
-        value = piece[i]
-        low, high = min(low, value), max(high, value)
-        total += value
-        magnitudes += abs(value)
+    low, high, total, magnitudes = _float(np.inf), _float(-np.inf), np.float64(0), np.float64(0)
+    for start in range(0, piece.shape[0], _EXACT):  # sums of many like values in float32 drift
+        part, part_magnitudes = _float(0), _float(0)
+        for i in range(start, min(start + _EXACT, piece.shape[0])):
+            value = piece[i]
+            low, high = min(low, value), max(high, value)
+            part += value
+            part_magnitudes += abs(value)
+        total += part
+        magnitudes += part_magnitudes
     return low, high, total, magnitudes
 
 

@@ -1,12 +1,10 @@
 """Groups of sites that are quantized together, or left out together: by kind, block, stage or module."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal
 
+from quant.choices import Grouping
 from quant.site import SiteInfo
 
-Grouping = Literal["kind", "block", "stage", "module"]
-GROUPINGS = ("kind", "block", "stage", "module")
 EVERYTHING = "all"
 
 # name -> which sites of a transformer it holds besides those of its own kind; a site may be in several

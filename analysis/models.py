@@ -119,7 +119,9 @@ def _timm_model(source: ModelSource) -> nn.Module:
     """A model of timm's; names such as `hf-hub:user/model` go to timm unchecked."""
     architecture = source.model.partition(".")[0]
     if ":" not in source.model and not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        names = timm.list_models()
+        begin = sorted((name for name in names if name.startswith(architecture)), key=len)
+        near = begin[:3] or difflib.get_close_matches(architecture, names, n=3)
         hint = f"The nearest: {', '.join(near)}" if near else "`qvw models` lists them"
         raise InputError(
             f"timm has no model {source.model!r}. {hint}. A model of your own is written path/to/file.py:factory."

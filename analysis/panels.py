@@ -58,7 +58,7 @@ def sensitivity_figure(rows: pd.DataFrame, name: str, *, value: str) -> Figure:
 def depth_figure(frame: pd.DataFrame, tensor: str) -> Figure:
     """Six measures against relative depth, one below the other, a column a run, lines by kind of layer.
 
-    `frame` is that of `comparison.depth_frame`.
+    `frame` is that of `variation_frames.depth_frame`.
     """
     models = frame["model"].drop_duplicates().tolist()
     figure, axes = _columns(models, len(DEPTH_VALUES), 1.15, sharex=True)
@@ -81,7 +81,7 @@ def depth_figure(frame: pd.DataFrame, tensor: str) -> Figure:
 def heads_figure(frame: pd.DataFrame) -> Figure:
     """Spread of the heads over the attention layers above the heads' own standard deviations, a column a run.
 
-    `frame` is that of `comparison.head_frame`.
+    `frame` is that of `variation_frames.head_frame`.
     """
     models = frame["model"].drop_duplicates().tolist()
     tensors = [tensor for tensor in ATTENTION_TENSORS if (frame["tensor"] == tensor).any()]
@@ -100,7 +100,7 @@ def heads_figure(frame: pd.DataFrame) -> Figure:
 
 @mpl.rc_context(plots.STYLE)
 def ridges_figure(frame: pd.DataFrame, tensor: str) -> Figure:
-    """Densities of standardised values by kind and run; `frame` is that of `comparison.distribution_frame`."""
+    """Densities of standardised values by kind and run; `frame` is that of `variation_frames.distribution_frame`."""
     ax = variation_plots.plot_ridges(frame)
     figure = ax.get_figure(root=True)
     assert figure is not None
@@ -118,7 +118,7 @@ def ridges_figure(frame: pd.DataFrame, tensor: str) -> Figure:
 def channels_figure(frame: pd.DataFrame) -> Figure:
     """Ranges of all channels of one layer a run, its weight beside its input, a row a run.
 
-    `frame` is that of `comparison.channel_frame`.
+    `frame` is that of `variation_frames.channel_frame`.
     """
     models = frame["model"].drop_duplicates().tolist()
     figure, axes = plt.subplots(len(models), 2, figsize=(plots.PAGE, 0.5 + 1.9 * len(models)), squeeze=False,
@@ -134,7 +134,7 @@ def channels_figure(frame: pd.DataFrame) -> Figure:
 
 @mpl.rc_context(plots.STYLE)
 def bits_figure(frame: pd.DataFrame, name: str) -> Figure:
-    """Bits of every planned site in network order; `frame` is that of `comparison.bits_frame`."""
+    """Bits of every planned site in network order; `frame` is that of `plan_step.bits_frame`."""
     ax = plots.plot_bits(frame)
     figure = ax.get_figure(root=True)
     assert figure is not None

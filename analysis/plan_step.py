@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 from pydantic import TypeAdapter
 
-from analysis.comparison import bits_frame
 from analysis.console import say
 from analysis.cost import COST_COLUMNS
 from analysis.files import write_bytes
@@ -126,6 +125,16 @@ def plan_options(rows: pd.DataFrame, cost: pd.DataFrame, request: PlanRequest) -
     options = isotonic(rows.assign(score=sign * rows[column]))
     pins = [_parse_pin(text) for text in request.pin]
     return apply_pins(options, pins, layout_pins(cost, request.layout), candidates=request.candidates)
+
+
+def bits_frame(plan_sites: pd.DataFrame, stats: pd.DataFrame) -> pd.DataFrame:
+    """The sites of a plan in network order: module, tensor, bit_width, kind, order.
+
+    `plan_sites` has module, tensor and bit_width; kind and order come from `stats`.
+    """
+    known = stats[["module", "tensor", "kind", "order"]]
+    joined = plan_sites[["module", "tensor", "bit_width"]].merge(known, on=["module", "tensor"], how="left")
+    return joined.sort_values("order", kind="stable", ignore_index=True)
 
 
 def _parse_pin(text: str) -> tuple[str, int]:

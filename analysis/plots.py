@@ -175,7 +175,7 @@ def plot_distribution(stats: pd.DataFrame, *, tensor: str = "weight", ax: Axes |
 def plot_bits(plan_frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Bits of each site of a plan: modules in network order across, tensors down, colour and digit are the bit-width.
 
-    `plan_frame` is that of `comparison.bits_frame`: module, tensor, bit_width, kind, order. Sites that are not in the
+    `plan_frame` is that of `plan_step.bits_frame`: module, tensor, bit_width, kind, order. Sites that are not in the
     plan are left white.
     """
     if plan_frame.empty:

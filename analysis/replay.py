@@ -63,9 +63,9 @@ class Replay:
         self._executions: dict[torch.Size, Execution] = {}  # by the shape of a batch
         self._clean: dict[int, Any] = {}  # id of a batch -> what the clean network returns for it
 
-    def move_to(self, module: str) -> None:
-        """Go to the last cut that is not after `module`. The network must be the clean one, in its present form."""
-        entry = self._execution(self.batches[0]).entry.get(module, 0)
+    def move_to(self, *modules: str) -> None:
+        """Go to the last cut that is after none of `modules`. The network must be clean, in its present form."""
+        entry = min(self._execution(self.batches[0]).entry.get(module, 0) for module in modules)
         while True:
             wanted = next((cut for cut in reversed(self.cuts) if cut.entry <= entry), None)
             if wanted == self.cut or wanted is None:

@@ -10,11 +10,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis.comparison import Measured
 from analysis.panels import bits_figure, distribution_figure, sensitivity_figure
 from analysis.report_content import RunContent, history_frame, oscillation_frame, terms
 from analysis.runs import Run
 from analysis.training_plots import terms_figure, training_figure
+from analysis.variation_frames import Measured
 from analysis.variation_panels import variation_figures
 
 DOTS = 180  # an inch: sharp on a screen, and ten runs still fit in 5 MiB

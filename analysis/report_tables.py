@@ -10,6 +10,7 @@ from analysis import comparison
 from analysis.report_cells import DASH, Cell, Table, finite, measured, number, plain, text
 from analysis.report_content import RunContent, Training, oscillating_shares
 from analysis.variation import variation
+from analysis.variation_frames import Measured
 from analysis.variation_tests import differences
 from quant.bit_plan import BitPlan
 
@@ -76,10 +77,11 @@ def network_label(plan: str, trainings: Iterable[Training]) -> str:
 
 def variation_table(contents: Sequence[RunContent]) -> Table | None:
     """A row a measure of how a network's modules differ, a column a run; from two runs on with a reading."""
-    runs = [(c.name, c.stats, variation(c.stats)) for c in contents if c.stats is not None]
+    tables = [Measured(name=c.name, stats=c.stats) for c in contents if c.stats is not None]
+    runs = [comparison.Compared(each, variation(each.stats)) for each in tables]
     if not runs:
         return None
-    names = tuple(name for name, _, _ in runs)
+    names = tuple(each.name for each in tables)
     rows = []
     for row in comparison.compare(runs).to_dict("records"):
         what = "weights" if row["tensor"] == "weight" else "input activations"

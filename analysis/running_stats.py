@@ -1,22 +1,23 @@
 """Streaming, mergeable statistics of one tensor: moments to the fourth order, extremes, quantiles, outliers."""
 
 from bisect import bisect_left, bisect_right
-from functools import reduce
-from importlib.util import find_spec
+from collections.abc import Callable
+from functools import cache, reduce
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from analysis.console import warn
 from analysis.float_histogram import FloatHistogram, centre_of, count_distances
-from analysis.moments import Moments, group_moments
+from analysis.moments import Moments, NonFiniteError, group_moments
+from quant.errors import first_line
 from quant.functional import to_groups
 
 QUANTILES = {"q0001": 0.0001, "q001": 0.001, "q01": 0.01, "q50": 0.5, "q99": 0.99, "q999": 0.999, "q9999": 0.9999}
 OUTLIERS = {"outlier_fraction_3": 3.0, "outlier_fraction": 6.0}  # column -> number of standard deviations
 _SLICE = 1 << 20  # values of a weight that are in float64 at one time
-_FUSED = find_spec("numba") is not None  # else as on an accelerator: slower, with the same errors
 
 
 class Batch(NamedTuple):
@@ -32,18 +33,20 @@ class RunningStats:
 
     Moments: float32 power sums about the mean of each block of a batch, merged in float64 per group and then over the
     groups: against float64 the variance agrees within 1e-6 (commonly 1e-7), the excess kurtosis within 3e-4, or 1e-5
-    of it where that is more, also at mean 100 and std 1. float64 input is summed in float64. The same batches in another order or split give the same
-    count, min and max, and moments within 1e-9.
+    of it where that is more, also at mean 100 and std 1. float64 input is summed in float64. The same batches in
+    another order or split give the same count, min and max, and moments within 1e-9.
 
     Quantiles: from a `FloatHistogram`, so off by at most one bin, 2^-7 of their distance from its centre, commonly far
-    less (`quantile_error`); where it is interpolated between two far values, their distances count. The centre is fixed by the first batch, and 0 unless its mean exceeds one or two std;
-    statistics of different centres merge with the error stated there. Outlier fractions are off by at most the share
+    less (`quantile_error`); where one is interpolated between two far values, their distances count. The centre is
+    fixed by the first batch, and 0 unless its mean exceeds one or two std; statistics of different centres merge with
+    the error stated there. Outlier fractions are off by at most the share
     of the bins that hold the thresholds (`outlier_fraction_error`). `stats_of` gives both exactly, for weights.
     """
 
     def __init__(self, groups: int = 1) -> None:
         """`groups`: number of channels or heads; 1 where there are none."""
         self.groups = groups
+        self.reason = ""  # why nothing could be measured, or no channels told apart
         self.histogram: FloatHistogram | None = None
         self._moments: Moments | None = None  # per group
         self._exact: dict[str, float] = {}
@@ -71,7 +74,10 @@ class RunningStats:
             x = x.transpose(1, 2).reshape(-1, self.groups, 1)
         x = x.contiguous()
         if self.histogram is None:
-            first = group_moments(x[: max(1, len(x) // 8)]).pooled(0).figures()
+            try:
+                first = group_moments(x[: max(1, len(x) // 8)]).pooled(0).figures()
+            except NonFiniteError as error:
+                raise NonFiniteError(int(x.isnan().sum()), int(x.isinf().sum()), x.numel()) from error
             self.histogram = FloatHistogram(centre_of(float(first["mean"]), float(first["std"])))
         batch = _measure(x, self.histogram.centre)
         self.add(batch)
@@ -105,10 +111,12 @@ class RunningStats:
     def note(self) -> str:
         """Why a figure is NaN: `not observed`, `constant`, or that the median group is zero; else empty."""
         if self._moments is None:
-            return "not observed"
+            return self.reason or "not observed"
         if self._moments.minimum.min() == self._moments.maximum.max():
-            return "constant"
-        return "median channel is zero" if self.groups > 1 and np.median(self._group_abs_max()) == 0 else ""
+            return "; ".join(filter(None, (self.reason, "constant")))
+        if self.groups > 1 and np.median(self._group_abs_max()) == 0:
+            return "median channel is zero"
+        return self.reason
 
     def row(self) -> dict[str, float | int | str]:
         """The tensor's columns of stats.parquet, in its own unit; std divides by count; `note` says why NaN."""
@@ -184,12 +192,22 @@ class RunningStats:
         return figures | dict(zip(QUANTILES, values.tolist(), strict=True)), errors
 
 
+@cache
+def _compiled_pass() -> Callable[..., tuple[Moments, np.ndarray] | None] | None:
+    """`fused_pass`, or None where numba is missing, does not fit numpy, or finds no place for what it compiles."""
+    try:
+        from analysis.fused_pass import fused_pass  # half a second
+    except (ImportError, RuntimeError) as error:
+        warn(f"numba cannot be used ({first_line(error)}): statistics take about twice as long, with the same errors.")
+        return None
+    return fused_pass
+
+
 def _measure(x: Tensor, centre: float) -> Batch:
     """Of a contiguous (outer, groups, inner) tensor. Raises NonFiniteError."""
-    if _FUSED and x.device.type == "cpu" and x.dtype == torch.float32:
-        from analysis.fused_pass import fused_pass  # numba takes half a second to import
-
-        fused = fused_pass(x.numpy(), centre, torch.get_num_threads())
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        compiled = _compiled_pass()
+        fused = None if compiled is None else compiled(x.numpy(), centre, torch.get_num_threads())
         if fused is not None:
             return Batch(*fused, centre)
     return Batch(group_moments(x), count_distances(x, centre), centre)

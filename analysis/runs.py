@@ -217,14 +217,16 @@ class Run:
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """Write NAME.parquet."""
-        write_atomic(self.path / f"{name}.parquet", lambda path: frame.to_parquet(path, index=False))
+        write_atomic(
+            self.path / f"{name}.parquet", lambda path: frame.to_parquet(path, index=False, write_page_checksum=True)
+        )
 
     def read_table(self, name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
         """The table of NAME.parquet; raises InputError where it is missing, unreadable, or lacks one of `columns`."""
         path = self._existing(f"{name}.parquet")
         try:
-            table = pd.read_parquet(path)
-        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            table = pd.read_parquet(path, page_checksum_verification=True)
+        except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:  # pyarrow's, of damaged files
             raise InputError(f"{path} cannot be read: {first_line(error)}. {_remedy(name)}") from error
         missing = [column for column in columns if column not in table]
         if missing:

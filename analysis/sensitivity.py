@@ -1,22 +1,27 @@
 """Sensitivity: what the network's answers lose when one site is quantized and all else stays in floating point."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
+from analysis.groups import EVERYTHING, groups_of
+from analysis.rank_bands import rank_bands
 from quant.batchnorm import batchnorms
 from quant.calibrate import granularity_of
-from quant.choices import Estimator, Granularity
-from quant.site import SiteInfo
+from quant.choices import Estimator, Granularity, Grouping, Protocol
+from quant.site import Site, SiteInfo
 
 SENSITIVITY_COLUMNS = (
     "model", "module", "kind", "order", "tensor", "group", "bit_width", "protocol", "granularity", "signed", "offset",
     "estimator", "batchnorm", "images", "loss", "delta_loss", "delta_loss_se", "top1", "delta_top1", "top1_se", "kl",
     "kl_se", "logit_nmse", "sqnr_db", "sqnr_output_db", "rank_low", "rank_high", "note",
 )  # fmt: skip
+IMAGE_COLUMNS = ("image_kl", "image_delta_loss")  # of sensitivity_images.parquet
+PINNED_BITS = 8
 ROW_KEY = ("module", "tensor", "group", "bit_width", "protocol", "granularity", "estimator", "batchnorm")
 
 
@@ -25,37 +30,77 @@ class SweepConfig:
     """Every choice that changes the figures of a sweep.
 
     `granularity` concerns weights; None is each site's default. `batchnorm` is `stored`, `re-estimate` or `both`.
+    `single` quantizes one site, or with `groups` the sites of one group, and nothing else; `leave_one_out` everything
+    but these. Where everything is quantized, first layer and classifier keep at least `PINNED_BITS`.
     """
 
     bit_widths: tuple[int, ...] = (2, 3, 4, 8)
     estimator: Estimator = "mse"
     granularity: Granularity | None = None
     batchnorm: str = "both"
+    protocol: Protocol = "single"
+    groups: Grouping | None = None
 
 
-def sweep_keys(model: nn.Module, sites: Sequence[SiteInfo], config: SweepConfig) -> list[dict[str, Any]]:
-    """The rows that a sweep will have, each named by `ROW_KEY`: sites in network order, bit-widths ascending."""
+def sweep_keys(
+    model: nn.Module, sites: Sequence[SiteInfo], config: SweepConfig, *, blocks: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """The rows that a sweep will have, each named by `ROW_KEY`: in network order, bit-widths ascending.
+
+    A row of a group has no module; `tensor` says which tensors of the group are meant. With `leave_one_out` comes a
+    row of everything quantized, the group `all`. `blocks` are the names of the network's blocks.
+    """
     if not batchnorms(model):
         modes = ["none"]
     else:
         modes = {"stored": ["stored"], "re-estimate": ["re_estimated"], "both": ["stored", "re_estimated"]}[
             config.batchnorm
         ]
+    together = {"module": "", "tensor": tensors_of(sites), "granularity": config.granularity or "default"}
+    items: list[dict[str, Any]] = []
+    if config.protocol == "leave_one_out":
+        items.append({**together, "group": EVERYTHING, "protocol": "single"})
+    if config.groups is not None:
+        names = groups_of(sites, config.groups, blocks=blocks)
+        items += [{**together, "group": name, "protocol": config.protocol} for name in names]
+    else:
+        items += [
+            {"module": info.site.module, "tensor": info.site.tensor, "group": "", "protocol": config.protocol,
+             "granularity": granularity_of(info, model, config.granularity)}
+            for info in sites
+        ]  # fmt: skip
     return [
-        {
-            "module": info.site.module,
-            "tensor": info.site.tensor,
-            "group": "",
-            "bit_width": bit_width,
-            "protocol": "single",
-            "granularity": granularity_of(info, model, config.granularity),
-            "estimator": config.estimator,
-            "batchnorm": mode,
-        }
-        for info in sites
+        {**item, "bit_width": bit_width, "estimator": config.estimator, "batchnorm": mode}
+        for item in items
         for bit_width in sorted(config.bit_widths)
         for mode in modes
     ]
+
+
+def tensors_of(sites: Sequence[SiteInfo]) -> str:
+    """Which classes of tensors `sites` hold, such as `weight+input`."""
+    classes = ("weight", "input", "query", "key", "value", "attention")
+    held = {info.site.tensor.partition(".")[0] for info in sites}
+    return "+".join(name for name in classes if name in held)
+
+
+def quantized_sites(
+    key: Mapping[str, Any], sites: Sequence[SiteInfo], *, blocks: Collection[str]
+) -> list[tuple[SiteInfo, int]]:
+    """The sites that a row of this key quantizes, of all `sites` of the sweep, with their bit-widths."""
+    bits, group = key["bit_width"], key["group"]
+    if group == EVERYTHING:
+        named: list[SiteInfo] = []
+    elif group:
+        by = group.partition(":")[0]
+        named = groups_of(sites, by, blocks=blocks)[group]
+    else:
+        site = Site(key["module"], key["tensor"])
+        named = [info for info in sites if info.site == site]
+    if key["protocol"] == "single" and group != EVERYTHING:
+        return [(info, bits) for info in named]
+    left_out = {info.site for info in named}
+    return [(info, max(bits, PINNED_BITS) if info.pinned else bits) for info in sites if info.site not in left_out]
 
 
 def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -64,9 +109,29 @@ def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def sensitivity_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """The frame of sensitivity.parquet: sites in network order, bit-widths ascending."""
+    """The frame of sensitivity.parquet: sites in network order, bit-widths ascending, with their rank bands."""
     ordered = sorted(rows, key=lambda row: (row["order"], row["protocol"], *row_key(row)))
-    return pd.DataFrame(ordered, columns=list(SENSITIVITY_COLUMNS))
+    table = pd.DataFrame(ordered, columns=list(SENSITIVITY_COLUMNS))
+    values = [row.get("image_kl") for row in ordered]
+    for places in comparable(table).values():
+        if len(places) > 1 and all(values[i] is not None for i in places):
+            low, high = rank_bands(np.array([values[i] for i in places], dtype=np.float64))
+            table.loc[places, "rank_low"], table.loc[places, "rank_high"] = low, high
+    return table
+
+
+def images_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The frame of sensitivity_images.parquet: `ROW_KEY`, and of each image KL and growth of the loss, as lists."""
+    known = [row for row in rows if row.get("image_kl") is not None]
+    return pd.DataFrame(known, columns=[*ROW_KEY, *IMAGE_COLUMNS])
+
+
+def comparable(table: pd.DataFrame) -> dict[tuple[Any, ...], list[int]]:
+    """Places of the rows whose figures can be ranked together: one bit-width, protocol, treatment and kind of group."""
+    kind_of_group = table["group"].str.partition(":")[0]
+    keys = [table["bit_width"], table["protocol"], table["estimator"], table["batchnorm"], kind_of_group]
+    grouped = table.groupby(keys, sort=False).indices
+    return {key: places.tolist() for key, places in grouped.items()}
 
 
 def preferred_rows(table: pd.DataFrame) -> pd.DataFrame:

@@ -3,32 +3,40 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import numpy as np
 import pandas as pd
 
 from analysis.console import as_text, progress, say
 from analysis.cost import cost_table
 from analysis.files import RowLog
+from analysis.groups import EVERYTHING
+from analysis.open_run import open_run
+from analysis.opened import Opened
 from analysis.panels import figure_files, save_figure, sensitivity_figure
+from analysis.rank_bands import images_to_separate
 from analysis.sensitivity import (
+    IMAGE_COLUMNS,
+    ROW_KEY,
     SENSITIVITY_COLUMNS,
     SweepConfig,
+    images_table,
     preferred_rows,
     row_key,
     sensitivity_table,
     sweep_keys,
 )
-from analysis.setup import Opened, Setup, open_run
+from analysis.setup import Setup
 from analysis.sites import select_sites
-from analysis.sweep import sweep
+from analysis.sweep import CACHE_MIB, sweep
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
 
 IMAGES = 256
 LOG = "sensitivity.partial.jsonl"
-FILES = ("sensitivity.parquet", "cost.parquet", LOG, *figure_files("sensitivity"))
+FILES = ("sensitivity.parquet", "sensitivity_images.parquet", "cost.parquet", LOG, *figure_files("sensitivity"))
 
 
-def run_sensitivity(setup: Setup, config: SweepConfig, *, tensors: Sequence[str]) -> None:
+def run_sensitivity(setup: Setup, config: SweepConfig, *, tensors: Sequence[str], cache_mib: int = CACHE_MIB) -> None:
     """Sweep the sites that hold `tensors`; finished rows are kept one by one and never measured twice."""
     wrong = [bits for bits in config.bit_widths if bits not in ALLOWED_BIT_WIDTHS]
     if wrong:
@@ -39,7 +47,8 @@ def run_sensitivity(setup: Setup, config: SweepConfig, *, tensors: Sequence[str]
     sites = select_sites(opened.sites, tensors)
     if not sites:
         raise InputError(f"no site of {opened.name} holds {', '.join(tensors)}; see --tensors, --include, --exclude.")
-    keys = sweep_keys(opened.model, sites, config)
+    blocks = {info.site.module for info in opened.sites if info.kind == "block"}
+    keys = sweep_keys(opened.model, sites, config, blocks=blocks)
     log = RowLog(run.path / LOG)
     with opened.step("sensitivity", data, FILES, asdict(config) | {"tensors": list(tensors)}):
         rows = {row_key(row): row for row in _finished(opened, log)}
@@ -47,17 +56,24 @@ def run_sensitivity(setup: Setup, config: SweepConfig, *, tensors: Sequence[str]
         if todo:
             batches = list(opened.stream(data, "images"))
             with progress(len(todo), "sensitivity", "row", quiet=quiet) as bar:
-                for row in sweep(opened.model, opened.trace, sites, batches, todo, name=opened.name):
+                for row in sweep(
+                    opened.model, opened.trace, sites, batches, todo, name=opened.name, blocks=blocks,
+                    cache_mib=cache_mib, tell=lambda text: say(text, quiet=quiet),
+                ):  # fmt: skip
                     log.append([row])
                     rows[row_key(row)] = row
                     bar.update()
         run.write_table("cost", cost_table(opened.sites))
+        run.write_table("sensitivity_images", images_table(list(rows.values())))
         run.write_table("sensitivity", sensitivity_table(list(rows.values())))
         table = run.read_table("sensitivity")
         value = "delta_loss" if table["delta_loss"].notna().any() else "kl"
-        save_figure(sensitivity_figure(preferred_rows(table), opened.name, value=value), run.path / "sensitivity")
+        single = preferred_rows(table)
+        if len(single):
+            save_figure(sensitivity_figure(single, opened.name, value=value), run.path / "sensitivity")
         log.remove()
-    say(_summary(preferred_rows(table), value), quiet=quiet)
+    measured = {row_key(key) for key in keys}
+    say(_summary([row for key, row in rows.items() if key in measured], value), quiet=quiet)
     say(f"{len(table)} rows in {run.path / 'sensitivity.parquet'}, figure sensitivity.png", quiet=quiet)
 
 
@@ -65,16 +81,50 @@ def _finished(opened: Opened, log: RowLog) -> list[dict]:
     """Rows of the table and of a sweep that was stopped; a row in both is the same measurement."""
     table = opened.run.path / "sensitivity.parquet"
     written = opened.run.read_table("sensitivity", SENSITIVITY_COLUMNS).to_dict("records") if table.exists() else []
+    if (opened.run.path / "sensitivity_images.parquet").exists():
+        images = opened.run.read_table("sensitivity_images", (*ROW_KEY, *IMAGE_COLUMNS)).to_dict("records")
+        by_key = {row_key(row): {name: row[name] for name in IMAGE_COLUMNS} for row in images}
+        written = [row | by_key.get(row_key(row), {}) for row in written]
     rows = [*written, *log.read()]
     if not all(isinstance(row, dict) and set(SENSITIVITY_COLUMNS) <= set(row) for row in rows):
         raise InputError(f"{log.path} is damaged. Start the step anew with --overwrite.")
     return rows
 
 
-def _summary(rows: pd.DataFrame, value: str) -> str:
-    lowest = rows[rows["bit_width"] == rows["bit_width"].min()].nlargest(8, value)
-    columns = ["module", "tensor", "bit_width", "delta_loss", "delta_loss_se", "delta_top1", "kl", "sqnr_db"]
-    text = f"Most sensitive at {lowest['bit_width'].iloc[0]} bit:\n{as_text(lowest[columns])}"
-    if (rows["kl"] == 0).all():
-        text += "\nEvery change is 0: are residual branches zero-initialised (timm: zero_init_last)?"
-    return text
+def _summary(rows: Sequence[dict], value: str) -> str:
+    """The most sensitive sites, or groups, at the lowest bit-width, and how far that can be trusted."""
+    table = sensitivity_table(rows)
+    treatment = "re_estimated" if (table["batchnorm"] == "re_estimated").any() else table["batchnorm"].iloc[0]
+    table = table[(table["batchnorm"] == treatment) & (table["bit_width"] == table["bit_width"].min())]
+    out = table["protocol"] == "leave_one_out"
+    everything = table[(table["group"] == EVERYTHING) & ~out]
+    table = table[out] if out.any() else table
+    worst = table.nsmallest(8, "kl") if out.any() else table.nlargest(8, "kl")
+    names = ["group"] if (table["group"] != "").all() else ["module", "tensor"]
+    columns = [*names, "delta_loss", "delta_loss_se", "delta_top1", "kl", "kl_se", "rank_low", "rank_high"]
+    bits = int(table["bit_width"].iloc[0])
+    text = f"Most sensitive at {bits} bit"
+    if out.any():
+        text = f"What helps most when it is left in floating point, all else at {bits} bit"
+    text += f" (KL of the logits, ranks in 95 % of resampled images):\n{as_text(worst[columns])}"
+    if len(everything):
+        text += f"\nEverything at {bits} bit: KL {everything['kl'].iloc[0]:.3g}."
+    return "\n".join([text, *_doubts(rows, table, value)])
+
+
+def _doubts(rows: Sequence[dict], table: pd.DataFrame, value: str) -> list[str]:
+    """What a reader must know before the ranks are used."""
+    doubts = []
+    if (table["kl"] == 0).all():
+        doubts.append("Every change is 0: are residual branches zero-initialised (timm: zero_init_last)?")
+    elif value == "delta_loss" and (table["delta_loss"].abs() < 2 * table["delta_loss_se"]).all():
+        doubts.append("No change of the loss is larger than twice its standard error: use the KL, or more images.")
+    shown = {tuple(key) for key in table[list(ROW_KEY)].itertuples(index=False)}
+    values = [row["image_kl"] for row in rows if row_key(row) in shown and row.get("image_kl") is not None]
+    if len(values) > 2 and (table["kl"] != 0).any():
+        needed = images_to_separate(np.array(values, dtype=np.float64))
+        have = len(values[0])
+        if needed > have:
+            amount = f"about {needed:,.0f} images" if needed < 1e6 else "more than a million images"
+            doubts.append(f"The first ten cannot be told apart with {have} images; {amount} would.")
+    return doubts

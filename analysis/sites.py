@@ -171,11 +171,13 @@ def _weight_sites(name: str, module: nn.Module, trace: Trace, kind: str, modules
             for part, (start, stop) in parts.items()
         ]  # fmt: skip
     by_columns = kind == "attn.proj" and heads > 0 and weight.shape[1] % heads == 0
-    channel_axis = 1 if transposed else 0
+    # Axis 1 of a grouped transposed convolution holds the output channels of one group, those of all groups mixed.
+    mixed = isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups > 1
+    channel_axis = -1 if mixed else int(transposed)
     return [
         {**common, "site": Site(name, "weight"), "shape": tuple(weight.shape), "numel": weight.numel(),
-         "channel_axis": channel_axis, "channels": weight.shape[channel_axis], "head_axis": 1 if by_columns else -1,
-         "heads": heads if by_columns else 0, "macs": macs}
+         "channel_axis": channel_axis, "channels": 0 if mixed else weight.shape[channel_axis],
+         "head_axis": 1 if by_columns else -1, "heads": heads if by_columns else 0, "macs": macs}
     ]  # fmt: skip
 
 

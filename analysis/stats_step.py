@@ -11,10 +11,12 @@ from torch import Tensor
 
 from analysis.console import as_text, say
 from analysis.data import ImageData, none_readable
+from analysis.open_run import open_run
+from analysis.opened import Opened, warn_of_skipped
 from analysis.panels import distribution_figure, figure_files, save_figure
 from analysis.processes import Processes, leave_after_the_first
 from analysis.running_stats import RunningStats
-from analysis.setup import Opened, Setup, open_run, warn_of_skipped
+from analysis.setup import Setup
 from analysis.tensor_stats import (
     StatsTables,
     centres_of,
@@ -37,6 +39,7 @@ def run_stats(setup: Setup) -> None:
 
     Several processes measure every `world`-th batch each; the one of rank 0 writes, prints, and tells what is wrong.
     """
+    # No public name of accelerate asks whether its state is made, or drops it; these two are the same in 1.0 and 1.15.
     new = not PartialState._shared_state
     state = PartialState(cpu=setup.device == "cpu")
     processes = Processes(rank=state.process_index, world=state.num_processes)
@@ -64,25 +67,28 @@ def _run_stats(setup: Setup, processes: Processes) -> None:
         step: AbstractContextManager[None] = nullcontext()
         if main:
             step = opened.step("stats", data, FILES, {"processes": processes.world}, renew=True)
-        before, untouched = run.record, False
-        try:
-            with ExitStack() as stack:
-                processes.together(lambda: stack.enter_context(step))
-                untouched = main
-                tables = _measured(opened, data, processes)
-                untouched = False
-                if main:
-                    _write(opened, tables)
-        except BaseException:
-            if untouched:  # what an earlier start has left stands as it was
-                opened.put_back("stats", before)
-            raise
+        _measure_and_write(opened, data, processes, step)
     if main:
         stats = run.read_table("stats")
         say(_summary(stats), quiet=setup.quiet)
         for module, reason in opened.trace.unobserved.items():
             say(f"The attention of {module} is not observed: {reason}.", quiet=setup.quiet)
         say(f"{len(stats)} tensors in {run.path / 'stats.parquet'}, figure distribution.png", quiet=setup.quiet)
+
+
+def _measure_and_write(
+    opened: Opened, data: ImageData | None, processes: Processes, step: AbstractContextManager[None]
+) -> None:
+    """Take the step; where measuring fails no file was written, and run.json tells of an earlier one as before."""
+    before = opened.run.record
+    with ExitStack() as afterwards, ExitStack() as during:
+        processes.together(lambda: during.enter_context(step))
+        if processes.rank == 0:
+            afterwards.callback(opened.put_back, "stats", before)  # runs after the step has noted how it ended
+        tables = _measured(opened, data, processes)
+        afterwards.pop_all()  # all is measured: from here on the files are new, and so is what run.json tells
+        if processes.rank == 0:
+            _write(opened, tables)
 
 
 def _opened(setup: Setup) -> tuple[Opened, ImageData | None]:
@@ -173,4 +179,4 @@ def _write(opened: Opened, tables: StatsTables) -> None:
 def _summary(stats: pd.DataFrame) -> str:
     shown = stats[~stats["kind"].isin(("norm", "block"))].nlargest(8, "excess_kurtosis")
     columns = ["module", "tensor", "kind", "std", "excess_kurtosis", "outlier_fraction", "channel_range_ratio"]
-    return "Heaviest tails:\n" + as_text(shown[columns])
+    return "Heaviest tails, norms and blocks left out:\n" + as_text(shown[columns])

@@ -1,7 +1,7 @@
 """The sweep: one site quantized at a time, all else in floating point, and what the network's answers lose by it."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from analysis.evaluation import compare_logits, logits_of
 from analysis.noise import CleanOutputs, MeasuredQuantizer, Noise, output_noise
 from analysis.replay import Cut, Replay, find_cuts
+from analysis.sensitivity import quantized_sites
 from quant.batchnorm import batchnorm_kept, batchnorms, reestimate_batchnorm_
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.intercept import intercept
@@ -21,6 +22,10 @@ from quant.trace import Trace
 CACHE_MIB = 1024
 
 
+def _silent(_text: str) -> None:
+    return None
+
+
 def sweep(
     model: nn.Module,
     trace: Trace,
@@ -29,42 +34,66 @@ def sweep(
     keys: Sequence[Mapping[str, Any]],
     *,
     name: str,
+    blocks: Collection[str] = (),
     cache_mib: int = CACHE_MIB,
+    tell: Callable[[str], None] = _silent,
 ) -> Iterator[dict[str, Any]]:
     """One row of sensitivity.parquet for each of `keys`, over `batches` of (images, labels).
 
-    Protocol `single`: one site is quantized, its scale estimated on these same images, all else is floating point.
-    Differences are taken against the floating-point model in the same form: sites inside attention against attention
-    computed by its formula. Where the network can be entered midway it is (`Replay`, in at most `cache_mib` MiB), with
-    the same bits as in full. The model comes back bit for bit, also when the sweep ends early.
+    Each row quantizes the sites of `quantized_sites`, their scales estimated on these same images; all else is
+    floating point. Differences are taken against the floating-point model in the same form: sites inside attention
+    against attention computed by its formula. Where the network can be entered midway it is (`Replay`, in at most
+    `cache_mib` MiB), with the same bits as in full. The model comes back bit for bit, also when the sweep ends early.
+    What keeps it from being entered goes to `tell`. Besides the columns of the table a row has `image_kl` and
+    `image_delta_loss`, lists over the images.
     """
-    by_site = {info.site: info for info in sites}
-    wanted = {Site(key["module"], key["tensor"]) for key in keys}
-    samples = observe_activations(
-        model, trace, {s: i for s, i in by_site.items() if s in wanted}, [x for x, _ in batches], count=len(batches)
-    )
-    forms = _Forms(model, trace, batches, _forms_of(keys), cache_bytes=cache_mib << 20)
-    for key in keys:
-        info = by_site[Site(key["module"], key["tensor"])]
-        sample = samples.get(info.site)
-        scheme = default_scheme(model, info, key["bit_width"], sample=sample, granularity=key["granularity"])
-        quantizer = make_quantizer(model, info, scheme, sample=sample, estimator=key["estimator"])
+    chosen = [quantized_sites(key, sites, blocks=blocks) for key in keys]
+    wanted = {info.site: info for items in chosen for info, _ in items}
+    samples = observe_activations(model, trace, wanted, [x for x, _ in batches], count=len(batches))
+    forms = _Forms(model, trace, batches, _forms_of(keys, chosen), cache_bytes=cache_mib << 20, tell=tell)
+    made: dict[tuple[Site, int, str], Quantizer] = {}
+    for key, items in zip(keys, chosen, strict=True):
+        quantizers = {}
+        for info, bits in items:
+            which = (info.site, bits, key["estimator"])
+            if which not in made or len(items) == 1:
+                granularity = None if key["granularity"] == "default" else key["granularity"]
+                sample = samples.get(info.site)
+                scheme = default_scheme(model, info, bits, sample=sample, granularity=granularity)
+                made[which] = make_quantizer(model, info, scheme, sample=sample, estimator=key["estimator"])
+            quantizers[info] = made[which]
+        info, alone = items[0][0], len(items) == 1 and not key["group"]
+        quantizer = next(iter(quantizers.values()))
         yield {
             **key,
             "model": name,
-            "kind": info.kind,
-            "order": info.order,
-            "signed": quantizer.scheme.signed,
-            "offset": quantizer.scheme.offset,
-            **_measure(forms, info, quantizer, re_estimated=key["batchnorm"] == "re_estimated"),
+            "kind": info.kind if alone or len({i.kind for i, _ in items}) == 1 else "",
+            "order": _order(key, sites, items),
+            "signed": quantizer.scheme.signed if alone else None,
+            "offset": quantizer.scheme.offset if alone else None,
+            **_measure(forms, quantizers, alone=alone, re_estimated=key["batchnorm"] == "re_estimated"),
             "rank_low": math.nan,
             "rank_high": math.nan,
         }
 
 
-def _forms_of(keys: Sequence[Mapping[str, Any]]) -> int:
+def _order(key: Mapping[str, Any], sites: Sequence[SiteInfo], items: Sequence[tuple[SiteInfo, int]]) -> int:
+    """The place of a row in the table: that of its site, or of the first one that its group quantizes or leaves out."""
+    site = Site(key["module"], key["tensor"])
+    own = next((info.order for info in sites if info.site == site), None)
+    if own is not None:
+        return own
+    held = {info.site for info, _ in items}
+    named = [info for info in sites if (info.site in held) == (key["protocol"] == "single")]
+    return min((info.order for info in named), default=0)
+
+
+def _forms_of(keys: Sequence[Mapping[str, Any]], chosen: Sequence[Sequence[tuple[SiteInfo, int]]]) -> int:
     """How many kinds of clean run the keys need: their inputs share the cache."""
-    kinds = {(Site(key["module"], key["tensor"]).is_attention, key["batchnorm"] == "re_estimated") for key in keys}
+    kinds = {
+        (any(info.site.is_attention for info, _ in items), key["batchnorm"] == "re_estimated")
+        for key, items in zip(keys, chosen, strict=True)
+    }
     return sum(2 if re_estimated else 1 for _, re_estimated in kinds)
 
 
@@ -76,9 +105,16 @@ class _Forms:
     """
 
     def __init__(
-        self, model: nn.Module, trace: Trace, batches: Sequence[tuple[Tensor, Tensor]], forms: int, *, cache_bytes: int
+        self,
+        model: nn.Module,
+        trace: Trace,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        forms: int,
+        *,
+        cache_bytes: int,
+        tell: Callable[[str], None],
     ) -> None:
-        self.model, self.trace, self.batches = model, trace, batches
+        self.model, self.trace, self.batches, self.tell = model, trace, batches, tell
         self.images = [images for images, _ in batches]
         self.room = cache_bytes // (2 * max(1, forms))  # half for the inputs of cuts, half for outputs of the module
         self._cuts: list[Cut] | None = None
@@ -94,12 +130,14 @@ class _Forms:
         with intercept(self.model, self.trace, untouched):
             yield
 
-    def replay(self, module: str, explicit: bool, batchnorm: str) -> Replay:
-        """The run of one form, at the last cut before `module`; the model must be clean, its attention in the form."""
+    def replay(self, modules: Sequence[str], explicit: bool, batchnorm: str) -> Replay:
+        """The run of one form, at the last cut before `modules`; the model must be clean, its attention in the form."""
         key = explicit, batchnorm
         if key not in self._replays:
             if self._cuts is None:
                 self._cuts = find_cuts(self.model, self.images[0][:1])
+                if not self._cuts:
+                    self.tell("This network cannot be entered midway: every row is a full forward pass.")
             self._replays[key] = Replay(self.model, self.images, self._cuts, cache_bytes=self.room)
         with batchnorm_kept(self.model):
             if batchnorm == "batch":
@@ -107,7 +145,10 @@ class _Forms:
                     layer.train()
             elif batchnorm == "re_estimated":
                 self.load_statistics(explicit)
-            self._replays[key].move_to(module)
+            refused = len(self._replays[key].refused)
+            self._replays[key].move_to(*modules)
+        for name in self._replays[key].refused[refused:]:
+            self.tell(f"Entered at {name} the network gives other bits: rows start at an earlier module.")
         return self._replays[key]
 
     def logits(self, explicit: bool, re_estimated: bool) -> Tensor:
@@ -147,42 +188,55 @@ def _leave(_x: Tensor) -> None:
     return None
 
 
-def _measure(forms: _Forms, info: SiteInfo, quantizer: Quantizer, *, re_estimated: bool) -> dict[str, Any]:
-    """Figures of one quantized site, and a note on what could not be measured."""
-    site, model, trace = info.site, forms.model, forms.trace
-    explicit = site.is_attention
-    measured = MeasuredQuantizer(quantizer)
+def _measure(
+    forms: _Forms, quantizers: Mapping[SiteInfo, Quantizer], *, alone: bool, re_estimated: bool
+) -> dict[str, Any]:
+    """Figures of the quantized sites, and a note on what could not be measured."""
+    model, trace = forms.model, forms.trace
+    infos = {info.site: info for info in quantizers}
+    explicit = any(site.is_attention for site in infos)
     reference = forms.logits(explicit, re_estimated)
-    original = model.get_submodule(site.module)._parameters.get("weight")
+    first = next(iter(quantizers))
+    measured = {info.site: MeasuredQuantizer(quantizer) for info, quantizer in quantizers.items()}
+    original = model.get_submodule(first.site.module)._parameters.get("weight")
+    module_noise = Noise()
     with ExitStack() as stack:
         stack.enter_context(forms.attention(explicit))
-        run = forms.replay(site.module, explicit, "re_estimated" if re_estimated else "stored")
-        estimating = forms.replay(site.module, explicit, "batch") if re_estimated else None
-        stack.enter_context(quantized(model, trace, {site: info}, {site: measured}))
+        modules = sorted({site.module for site in infos})
+        run = forms.replay(modules, explicit, "re_estimated" if re_estimated else "stored")
+        estimating = forms.replay(modules, explicit, "batch") if re_estimated else None
+        stack.enter_context(quantized(model, trace, infos, measured))
         if estimating is not None:
             stack.enter_context(batchnorm_kept(model))
             skipped = () if estimating.cut is None else estimating.cut.skipped
             reestimate_batchnorm_(model, forms.images, estimating)
             forms.load_statistics(explicit, skipped)  # these did not run: theirs are those of the clean network
-            if not site.is_weight:  # what the passes for BatchNorm added is not of these logits
-                measured.tensor_noise = Noise()
-        outputs = forms.outputs(site.module, explicit, re_estimated)
-        module_noise = stack.enter_context(output_noise(model, site.module, original, outputs))
+            for site, quantizer in measured.items():
+                if not site.is_weight:  # what the passes for BatchNorm added is not of these logits
+                    quantizer.tensor_noise = Noise()
+        if alone:
+            outputs = forms.outputs(first.site.module, explicit, re_estimated)
+            module_noise = stack.enter_context(output_noise(model, first.site.module, original, outputs))
         logits, labels = logits_of(run, forms.batches)
-    notes = [info.note] if info.note else []
+    figures, images = compare_logits(logits, reference, labels)
+    called_once = trace.calls.get(first.site.module, 0) == 1
+    notes = [first.note] if alone and first.note else []
     if (labels < 0).any():
         notes.append("no labels: loss and top-1 not measured")
-    if quantizer.degenerate:
-        notes.append(f"degenerate: {quantizer.degenerate} of {quantizer.groups} scales borrowed")
-    called_once = trace.calls.get(site.module, 0) == 1
-    if not called_once:  # a later call gets an input that the earlier one has already changed
+    degenerate = sum(quantizer.degenerate for quantizer in quantizers.values())
+    if degenerate:
+        notes.append(f"degenerate: {degenerate} of {sum(q.groups for q in quantizers.values())} scales borrowed")
+    if not alone:
+        notes.append(f"{len(infos)} sites: no SQNR")
+    elif not called_once:  # a later call gets an input that the earlier one has already changed
         notes.append("sqnr_output_db not measured: the module is called more than once")
     elif not module_noise.seen:
         notes.append("sqnr_output_db: the module's forward is not called")
-    notes.append("rank bands not measured")
     return {
-        **compare_logits(logits, reference, labels),
-        "sqnr_db": measured.tensor_noise.sqnr_db,
-        "sqnr_output_db": module_noise.sqnr_db if called_once else math.nan,
+        **figures,
+        "sqnr_db": measured[first.site].tensor_noise.sqnr_db if alone else math.nan,
+        "sqnr_output_db": module_noise.sqnr_db if alone and called_once else math.nan,
         "note": "; ".join(notes),
+        "image_kl": images.kl.float().tolist(),
+        "image_delta_loss": images.delta_loss.float().tolist(),
     }

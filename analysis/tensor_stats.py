@@ -93,6 +93,7 @@ def measure_activations(
     try:
         with torch.no_grad(), intercept(model, trace, handlers):  # `shared` needs what inference_mode leaves out
             for current in batches:
+                shared.forget()
                 if not _is_finite(model(current[0])):
                     raise _NonFiniteActivation(None, "")
     except _NonFiniteActivation as error:
@@ -137,8 +138,20 @@ def _updater(stats: RunningStats, info: SiteInfo, shared: SharedTensors) -> Call
     axis, groups = _axis_and_groups(info)
 
     def update(x: Tensor) -> None:
+        if not x.is_floating_point():
+            stats.reason = f"holds {str(x.dtype).removeprefix('torch.')}, no real numbers"
+            return
+        if x.numel() == 0:
+            return
+        split, parts = axis, groups
+        if stats.groups > 1 and not info.site.is_attention and x.shape[axis] != groups:
+            if stats.count:
+                raise InputError(f"{info.site} has {x.shape[axis]} channels, {groups} before; leave it out, --exclude.")
+            stats.groups, stats.reason = 1, "channels not told apart: their number grows with that of the images"
+        if stats.groups == 1:
+            split, parts = 0, 1
         try:
-            shared.update(stats, x, axis, groups)
+            shared.update(stats, x, split, parts)
         except NonFiniteError as error:
             raise _NonFiniteActivation(info.site, str(error).rstrip(".")) from error
 
@@ -202,6 +215,7 @@ def stats_tables(
     histograms: list[dict[str, Any]] = []
     for info in sites:
         stats = measured.get(info.site)
+        reason = "" if stats is None else stats.reason
         stats = stats if stats is not None and stats.count else None
         identity: dict[str, Any] = {"module": info.site.module, "tensor": info.site.tensor}
         notes = [info.note]
@@ -210,7 +224,7 @@ def stats_tables(
         row = {**identity, "model": name, "kind": info.kind, "order": info.order, "shape": list(info.shape),
                "numel": info.numel}  # fmt: skip
         if stats is None:
-            why = "" if info.site.is_weight else "not executed on these images"  # a weight's own note says why
+            why = "" if info.site.is_weight else reason or "not executed on these images"  # a weight's note says why
             rows.append({**row, "count": 0, "note": _join(notes, why)})
             continue
         row.update(stats.row())

@@ -24,7 +24,9 @@ from analysis.eval_step import drop_rows, keep_row, show_rows, verify_row
 from analysis.evaluation import logits_of, scores
 from analysis.files import RowLog
 from analysis.models import ModelSource, load_model, weights_sha256
-from analysis.setup import Opened, Setup, open_run
+from analysis.open_run import open_run
+from analysis.opened import Opened
+from analysis.setup import Setup
 from analysis.trained_model import save_trained
 from analysis.training_data import TrainingImages, training_batches
 from quant.batchnorm import batchnorms, reestimate_batchnorm_

@@ -9,7 +9,7 @@ from safetensors.torch import load_model, save_model
 
 from analysis.calibration import read_plan, uncalibrated
 from analysis.files import write_atomic, write_bytes
-from analysis.setup import Opened
+from analysis.opened import Opened
 from quant.bit_plan import BitPlan, PlannedSite
 from quant.errors import InputError, first_line
 from quant.prepare import prepare_qat_

@@ -7,7 +7,7 @@ from analysis.bootstrap import cv_interval
 
 SPREADS = ("excess_kurtosis", "channel_range_ratio")
 OUTSIDE_LAYERS = ("norm", "block", "attn.softmax")  # kinds that are no convolution or linear
-LEFT_OUT = ("constant", "degenerate", "not observed", "not executed", "never executed")  # notes of figures not to use
+LEFT_OUT = ("constant", "degenerate", "not observed", "not executed", "never executed")  # notes that start so: unusable
 
 
 def variation(stats: pd.DataFrame) -> dict:
@@ -42,8 +42,14 @@ def layer_sites(stats: pd.DataFrame, tensor: str) -> pd.DataFrame:
     """Rows of convolutions and linears with usable figures, for `weight` (parts of a fused one too) or `input`."""
     role = stats["tensor"].str.startswith("weight") if tensor == "weight" else stats["tensor"] == tensor
     layers = ~stats["kind"].isin(OUTSIDE_LAYERS)
-    left_out = stats["note"].fillna("").str.contains("|".join(LEFT_OUT))
-    return stats[role & layers & ~left_out & stats["abs_mean"].notna()]
+    return stats[role & layers & usable(stats) & stats["abs_mean"].notna()]
+
+
+def usable(stats: pd.DataFrame) -> pd.Series:
+    """True for each row that no part of its note leaves out; a note's parts are joined by "; " and may name modules."""
+    notes = stats["note"].fillna("")
+    known = [not any(part.startswith(LEFT_OUT) for part in note.split("; ")) for note in notes]
+    return pd.Series(known, index=stats.index, dtype=bool)
 
 
 def module_abs_means(sites: pd.DataFrame) -> pd.Series:
@@ -58,7 +64,7 @@ def _figures(sites: pd.DataFrame) -> dict[str, float | int | str | None]:
     logs = np.log(abs_means[abs_means > 0])
     figures["sdam"] = _number(abs_means.std()) if len(abs_means) else None
     figures["abs_mean"] = _number(abs_means.mean()) if len(abs_means) else None
-    low, high = cv_interval(abs_means[abs_means > 0])
+    low, high = cv_interval(abs_means)
     figures["cv_low"], figures["cv_high"] = _number(low), _number(high)
     figures["cv"] = _number(abs_means.std() / abs_means.mean()) if len(logs) else None
     figures["log_abs_mean_mean"] = _number(logs.mean()) if len(logs) else None

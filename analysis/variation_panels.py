@@ -6,8 +6,8 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.comparison import Measured, channel_frame, depth_frame, distribution_frame, head_frame
 from analysis.panels import channels_figure, depth_figure, heads_figure, ridges_figure
+from analysis.variation_frames import Measured, channel_frame, depth_frame, distribution_frame, head_frame
 
 STEMS = ("variation_weight", "variation_input", "heads", "distributions_weight", "distributions_input", "channels")
 
@@ -25,11 +25,11 @@ class VariationFigure(NamedTuple):
 def variation_figures(runs: Sequence[Measured], modules: Sequence[str] = ()) -> Iterator[VariationFigure]:
     """Every figure for which one of the runs holds data, drawn when it is asked for.
 
-    `modules` are the patterns of `comparison.channel_frame`, which raises InputError for one that matches no layer.
+    `modules` are the patterns of `variation_frames.channel_frame`: InputError for one that matches no layer.
     """
     channels = channel_frame(runs, modules)  # before anything is drawn: a pattern may be wrong
     for tensor, name in (("weight", "weights"), ("input", "inputs")):
-        frame = depth_frame([(run.name, run.stats, {}) for run in runs], tensor=tensor)
+        frame = depth_frame(runs, tensor=tensor)
         if not frame.empty:
             caption = f"{name} of convolutions and linears by depth"
             words = "absolute mean, standard deviation, kurtosis, outliers and channel ranges of each layer over depth"

@@ -48,9 +48,9 @@ def plot_variation_by_depth(
 ) -> Axes:
     """One line per kind of layer over relative depth (0 the first layer, 1 the last), for one of the models of `frame`.
 
-    `frame` is that of `comparison.depth_frame`; `model` may be left out where it holds one. The scale suits all models
-    of the frame: logarithmic where all values are positive; zeros among positive values lie on a linear stretch at the
-    bottom.
+    `frame` is that of `variation_frames.depth_frame`; `model` may be left out where it holds one. The scale suits all
+    models of the frame: logarithmic where all values are positive; zeros among positive values lie on a linear stretch
+    at the bottom.
     """
     ax = new_axes(ax, (COLUMN, 2.4))
     rows = _of_model(frame, model).dropna(subset=[value])
@@ -67,7 +67,7 @@ def plot_variation_by_depth(
 def plot_head_std(frame: pd.DataFrame, *, tensor: str, model: str | None = None, ax: Axes | None = None) -> Axes:
     """The standard deviation of each head of one tensor as a point, those of a layer joined, over the layers.
 
-    `frame` is that of `comparison.head_frame`; `tensor` is query, key, value or attention.
+    `frame` is that of `variation_frames.head_frame`; `tensor` is query, key, value or attention.
     """
     ax = new_axes(ax, (COLUMN, 1.6))
     shown = frame[frame["tensor"] == tensor]
@@ -87,7 +87,7 @@ def plot_head_std(frame: pd.DataFrame, *, tensor: str, model: str | None = None,
 def plot_head_spread(frame: pd.DataFrame, *, model: str | None = None, ax: Axes | None = None) -> Axes:
     """How much the heads of a layer differ in standard deviation, a line for query, key, value and attention each.
 
-    `frame` is that of `comparison.head_frame`, its `head_std_cv` the same for all heads of a tensor.
+    `frame` is that of `variation_frames.head_frame`, its `head_std_cv` the same for all heads of a tensor.
     """
     ax = new_axes(ax, (COLUMN, 1.6))
     sites = frame.drop_duplicates(["model", "module", "tensor"]).dropna(subset=["head_std_cv"])
@@ -108,9 +108,9 @@ def plot_head_spread(frame: pd.DataFrame, *, model: str | None = None, ax: Axes 
 def plot_ridges(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Densities of standardised values, a ridge for each kind and run, attention's operands last; dashed: a Gaussian.
 
-    `frame` is that of `comparison.distribution_frame`. The height of a ridge is the logarithm of the density, from
-    `FLOOR` to `TOP` per standard deviation, so that tails show; points are the ends of the outermost bins that hold a
-    value, however rare. Across, the scale is linear within 4 standard deviations and logarithmic beyond.
+    `frame` is that of `variation_frames.distribution_frame`. The height of a ridge is the logarithm of the density,
+    from `FLOOR` to `TOP` per standard deviation, so that tails show; points are the ends of the outermost bins that
+    hold a value, however rare. Across, the scale is linear within 4 standard deviations and logarithmic beyond.
     """
     models = frame["model"].drop_duplicates().tolist()
     ax = new_axes(ax, ridges_size(frame))
@@ -167,7 +167,7 @@ def plot_channels(
     Light: minimum to maximum; dark: mean plus and minus one standard deviation; dashed: plus and minus the largest
     magnitude of the median channel. The scale is linear up to there and logarithmic beyond where the widest channel has
     more than five times that, else linear throughout. The widest three are named. `frame` is that of
-    `comparison.channel_frame`.
+    `variation_frames.channel_frame`.
     """
     ax = new_axes(ax, (COLUMN, 1.8))
     rows = _of_model(frame[frame["tensor"].str.startswith(tensor)], model).sort_values("rank")

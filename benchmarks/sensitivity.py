@@ -53,7 +53,7 @@ def plain_loop(
         quantizer = make_quantizer(model, info, scheme, sample=None, estimator=key["estimator"])
         with quantized(model, trace, {info.site: info}, {info.site: quantizer}):
             logits, _ = logits_of(model, batches)
-        rows.append(key | compare_logits(logits, reference, labels))
+        rows.append(key | compare_logits(logits, reference, labels)[0])
     return rows
 
 

@@ -1,6 +1,8 @@
 """`qvw compare`: the figures' data agree with what numpy makes of the raw tensors, and the figures with their data."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -15,10 +17,10 @@ from matplotlib import pyplot as plt
 from matplotlib.collections import PathCollection
 
 from analysis.cli import main
-from analysis.comparison import Measured, channel_frame, depth_frame, distribution_frame, head_frame
 from analysis.panels import channels_figure, depth_figure, heads_figure, ridges_figure
 from analysis.report import report_html
 from analysis.running_stats import stats_of
+from analysis.variation_frames import Measured, channel_frame, depth_frame, distribution_frame, head_frame
 from analysis.variation_panels import STEMS, variation_figures
 from analysis.variation_plots import (
     FLOOR,
@@ -136,6 +138,17 @@ def test_densities_are_those_of_the_raw_values():
             far = (rows["left"] >= 4) | (rows["right"] <= -4)
             assert shares[far].sum() == pytest.approx(expected[far].sum(), rel=0.25, abs=2e-4), kind
             assert np.sum(rows["gaussian"] * np.diff(edges)) == pytest.approx(1, abs=1e-4)
+
+
+def test_attention_is_pooled_unless_a_part_of_its_note_says_no():
+    """A note that names something else keeps its tensor among the densities, one that starts so leaves it out."""
+    run = measured("net", network())
+    inside = run.stats["tensor"].isin(("query", "attention"))
+    for note, kept in (("the first tensor of a constant_pair of 2", True), ("its own; not observed", False)):
+        noted = run.stats.assign(note=run.stats["note"].where(~inside, note))
+        frame = distribution_frame([replace(run, stats=noted)], tensor="input")
+        assert ({"query", "attention"} <= set(frame["tensor"])) == kept
+        assert kept or not {"query", "attention"} & set(frame["tensor"])
 
 
 def test_zeros_of_a_relu_fall_into_one_bin():
@@ -275,6 +288,24 @@ def test_heads_are_those_of_the_raw_tensors():
     assert on_the_paper(heads_figure(frame))
 
 
+def test_an_attention_of_one_head_counts_as_a_layer():
+    """It has no rows of heads, and the layers after it keep their place in the network, whatever the order of rows."""
+    values = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+    tensors = [
+        (f"blocks.{block}.attn", f"attn.{tensor}", tensor, values[:heads])
+        for block, heads in enumerate((4, 1, 2)) for tensor in ("query", "key")
+    ]  # fmt: skip
+    run = measured("net", tensors)
+    assert run.channels is not None
+    several = run.channels[run.channels["module"] != "blocks.1.attn"]  # `qvw stats` writes no rows of a single head
+    frame = head_frame([replace(run, stats=run.stats.iloc[::-1], channels=several)])
+    layers = frame.drop_duplicates(["module", "tensor"])
+    assert layers[["module", "tensor", "layer"]].to_numpy().tolist() == [
+        ["blocks.0.attn", "query", 0], ["blocks.0.attn", "key", 0],
+        ["blocks.2.attn", "query", 2], ["blocks.2.attn", "key", 2],
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("value", ["abs_mean", "excess_kurtosis", "outlier_fraction", "head_std_cv"])
 def test_depth_has_a_line_per_kind(value):
     """Lines hold the frame's figures; logarithmic where all are positive; the axes are drawn also without data."""
@@ -305,8 +336,7 @@ def test_depth_figure_fits_the_paper(models):
 
 def test_parts_of_a_fused_weight_have_lines_of_their_own():
     """Query, key and value differ in scale: one line through all three would say nothing."""
-    run = measured("net", network())
-    frame = depth_frame([(run.name, run.stats, {})])
+    frame = depth_frame([measured("net", network())])
     kinds = frame.loc[frame["module"] == "blocks.0.attn.qkv", "kind"].tolist()
     assert kinds == ["attn.query", "attn.key", "attn.value"]
 
@@ -420,3 +450,27 @@ def test_a_damaged_table_is_named(runs, tmp_path):
     assert qvw("compare", runs / "weights", broken, "--out", tmp_path / "out") == 2
     with pytest.raises(InputError, match=r"channels\.parquet cannot be read"):
         report_html([broken])
+
+
+def test_statistics_that_were_not_finished_are_refused(runs, tmp_path, capsys):
+    """A stats step that was killed may have left tables of two measurements: exit code 2, nothing written."""
+    broken, out = tmp_path / "broken", tmp_path / "out"
+    shutil.copytree(runs[0], broken)
+    record = json.loads((broken / "run.json").read_text())
+    record["steps"]["stats"]["status"] = "running"
+    (broken / "run.json").write_text(json.dumps(record))
+    assert main(["compare", str(broken), str(runs[1]), "--out", str(out)]) == 2
+    assert "were not finished" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_runs_may_be_named_as_columns_or_alike(runs, tmp_path):
+    """A run called `reading`, and three of one name in folders of one name: each has a column of its own."""
+    folders = [tmp_path / name for name in ("reading", "a/p/same", "b/p/same", "c/p/same")]
+    for folder, run in zip(folders, [runs[0], runs[1], runs[1], runs[0]], strict=True):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(run, folder)
+    out = tmp_path / "out"
+    assert main(["compare", *map(str, folders), "--out", str(out), "--quiet"]) == 0
+    columns = list(pd.read_csv(out / "comparison.csv").columns)
+    assert columns[2:-1] == [f"{tmp_path.name}/reading", "same", "p/same", "c/p/same"]

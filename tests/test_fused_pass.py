@@ -1,6 +1,7 @@
 """The compiled pass gives the figures of the one that runs on any device, on any shape and any float32 values."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
+from analysis import running_stats
 from analysis.float_histogram import count_distances
 from analysis.fused_pass import fused_pass
 from analysis.moments import group_moments
@@ -138,6 +140,52 @@ def test_a_tensor_that_passes_two_sites_is_measured_once(monkeypatch):
     assert second.group_rows() == first.group_rows()
     assert second.histogram_rows() == first.histogram_rows()
     assert first.row()["min"] < 0
+
+
+@pytest.mark.parametrize("change", [lambda x: x.data.mul_(100), lambda x: x.numpy().__imul__(100),
+                                    lambda x: setattr(x, "data", x.data * 100)])  # fmt: skip
+def test_a_tensor_that_was_changed_behind_torch_s_back_is_measured_anew(change):
+    """Writes through .data and numpy raise no version: the values tell."""
+    shared, before, after = SharedTensors(), RunningStats(8), RunningStats(8)
+    x = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(0))
+    shared.update(before, x, 1, 8)
+    change(x)
+    shared.update(after, x, 1, 8)
+    assert after.row()["std"] == pytest.approx(100 * before.row()["std"], rel=1e-6)
+
+
+def test_tensors_of_inference_mode_are_measured_each_time():
+    """They have no version; nothing is shared, nothing fails."""
+    shared, first, second = SharedTensors(), RunningStats(8), RunningStats(8)
+    with torch.inference_mode():
+        x = torch.randn(4, 8, 6)
+        shared.update(first, x, 1, 8)
+        shared.update(second, x.mul_(2), 1, 8)
+    assert second.row()["std"] == pytest.approx(2 * first.row()["std"], rel=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_like_values_keep_their_absolute_mean(share):
+    """Thousands of equal values: the float32 sum of magnitudes does not drift."""
+    generator = np.random.default_rng(0)
+    x = np.where(generator.random((8, 4, 4096)) < share, 0, 0.6).astype(np.float32)
+    moments, _ = fused_pass(x, 0.0, 1)
+    exact = np.abs(x.astype(np.float64)).mean((0, 2))
+    np.testing.assert_allclose(moments.figures()["abs_mean"], exact, rtol=1e-6)
+
+
+def test_a_numba_that_does_not_work_is_told_and_done_without(monkeypatch, capsys):
+    """A numba of another numpy, or without a place for its files: a warning, and the same figures."""
+    x = torch.randn(4, 8, 600, generator=torch.Generator().manual_seed(0))
+    expected, without = RunningStats(8), RunningStats(8)
+    expected.update(x)
+    monkeypatch.setitem(sys.modules, "analysis.fused_pass", None)
+    running_stats._compiled_pass.cache_clear()
+    without.update(x)
+    running_stats._compiled_pass.cache_clear()
+    assert "numba cannot be used" in capsys.readouterr().err
+    assert without.row()["excess_kurtosis"] == pytest.approx(expected.row()["excess_kurtosis"], abs=3e-4)
+    assert without.histogram_rows() == expected.histogram_rows()
 
 
 def test_a_tensor_whose_channels_lie_elsewhere_is_measured_anew():

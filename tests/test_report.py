@@ -193,7 +193,7 @@ def test_runs_stand_side_by_side(finished, page):
     assert len(uniform) == 4
     assert uniform[3].startswith("w 2.00")
     text = page.read_text(encoding="utf-8")
-    assert "is largest in" in text  # the comparison's reading
+    assert ": largest in" in text  # the comparison's reading
     assert "weights of convolutions and linears by depth" in text
 
 

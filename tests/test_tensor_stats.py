@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 import timm
 import torch
+from torch import nn
 
 from analysis.sites import find_sites
 from analysis.tensor_stats import (
@@ -258,3 +259,64 @@ def test_a_degenerate_site_says_so():
     assert math.isnan(figures["excess_kurtosis"])
     assert "constant" in figures["note"]
     assert Site("0", "weight") in {info.site for info in sites}
+
+
+class Odd(nn.Module):
+    """A layer beside modules whose results are no plain activations."""
+
+    class IndexBlock(nn.Module):
+        """A block that returns indices first."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            """(batch, 4) in; indices and values out."""
+            y = self.layer(x)
+            return y.argmax(dim=1), y
+
+    class Planes(nn.Module):
+        """A block that is given every channel as an image of its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x):
+            """(images, channels, h, w) in and out."""
+            return self.layer(x.reshape(-1, 1, *x.shape[2:])).reshape(1, -1, *x.shape[2:])
+
+    class PlanesBlock(Planes):
+        """The kind of module whose output is a site."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.planes = nn.Conv2d(3, 8, 3), self.PlanesBlock()
+        self.index, self.up = self.IndexBlock(), nn.ConvTranspose2d(8, 12, 2, groups=4)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        """Images in, logits out."""
+        y = self.conv(x)
+        y = self.planes(y).reshape(len(x), 8, *y.shape[2:])
+        _, z = self.index(self.up(y).mean((2, 3))[:, :4])
+        return self.head(z)
+
+
+def test_odd_tensors_are_noted_and_channels_never_mixed():
+    """Indices get no figures, channels folded into the batch or of grouped transposed convolutions no groups."""
+    torch.manual_seed(0)
+    model = Odd().eval()
+    images = torch.rand(6, 3, 8, 8)
+    trace, sites = find_sites(model, images[:1])
+    tables = collect_stats(model, trace, sites, images.split(3), name="odd")
+    rows = tables.stats.set_index(["module", "tensor"])
+    assert rows.loc[("index", "output"), "count"] == 0
+    assert "holds int64" in rows.loc[("index", "output"), "note"]
+    assert rows.loc[("planes", "output"), "count"] == 6 * 8 * 6 * 6
+    assert "not told apart" in rows.loc[("planes", "output"), "note"]
+    by_channel = tables.channels.groupby(["module", "tensor"]).size()
+    assert ("planes", "output") not in by_channel
+    assert ("up", "weight") not in by_channel
+    assert by_channel[("up", "output")] == 12

@@ -9,9 +9,11 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from analysis.comparison import MEASURES, bits_frame, compare, depth_frame
+from analysis.comparison import MEASURES, Compared, compare
+from analysis.plan_step import bits_frame
 from analysis.running_stats import stats_of
-from analysis.variation import variation
+from analysis.variation import layer_sites, usable, variation
+from analysis.variation_frames import Measured, depth_frame
 from quant.errors import InputError
 
 
@@ -26,6 +28,11 @@ def stats_frame(model: str, tensors: list[tuple[str, str, str, torch.Tensor]]) -
              "head_std_cv": float("nan")}
         )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def compared(stats: pd.DataFrame) -> Compared:
+    """What `compare` takes of the run that these statistics are of."""
+    return Compared(Measured(name=stats["model"].iloc[0], stats=stats), variation(stats))
 
 
 @pytest.fixture
@@ -102,27 +109,67 @@ def test_two_models_in_one_frame_are_refused(tensors):
         variation(frame)
 
 
+@pytest.mark.parametrize(
+    "note",
+    [
+        "",
+        float("nan"),
+        "shares its weight with constant_proj",
+        "shares its weight with not observed.proj",
+        "used by constant_linear without being called: its weight only",
+        "ParametrizedConstantLinear transforms its weight itself: observed, not quantized",
+        "median channel is zero; called 2 times in one forward pass: over all calls",
+    ],
+)
+def test_a_note_may_name_what_it_likes(note, tensors):
+    """Names of modules, functions and classes leave no site out, whatever words they hold."""
+    frame = stats_frame("net", tensors)
+    frame["note"] = frame["note"].astype(object).where(frame["module"] != "conv", note)
+    assert usable(frame).sum() == len(frame) - 1  # but for the constant one
+    assert "conv" in set(layer_sites(frame, "weight")["module"])
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        "constant",
+        "not observed",
+        "not executed on these images",
+        "never executed: its weight only",
+        "shares its weight with fc; constant",
+        "called 2 times in one forward pass; not executed on these images",
+        "its calls have different shapes: (1, 2), (3, 2); not observed; called 2 times in one forward pass",
+    ],
+)
+def test_a_note_leaves_out_by_the_start_of_any_of_its_parts(note, tensors):
+    """Each note that `qvw stats` writes where figures mean nothing, alone and beside another."""
+    frame = stats_frame("net", tensors)
+    frame["note"] = frame["note"].where(frame["module"] != "conv", note)
+    assert usable(frame).tolist() == [module not in ("conv", "fixed") for module in frame["module"]]
+    assert "conv" not in {*layer_sites(frame, "weight")["module"], *layer_sites(frame, "input")["module"]}
+
+
 def test_comparison_has_a_row_per_measure_and_a_true_sentence(tensors):
     """Numbers are those of variation; the sentence names the larger one and the ratio."""
     small, large = stats_frame("small", tensors), stats_frame("large", [(*t[:3], t[3] * 3) for t in tensors])
-    table = compare([("small", small, variation(small)), ("large", large, variation(large))])
+    table = compare([compared(small), compared(large)])
     assert list(table.columns) == ["tensor", "measure", "small", "large", "reading"]
     assert len(table) == 2 * len(MEASURES)
     sdam = table[(table["tensor"] == "weight") & (table["measure"] == "sdam")].iloc[0]
     assert sdam["large"] == pytest.approx(3 * sdam["small"])
-    assert sdam["reading"].endswith("is largest in large: 3 times small.")
+    assert sdam["reading"].endswith(": largest in large, 3 times small.")
     modules = table[(table["tensor"] == "weight") & (table["measure"] == "modules")].iloc[0]
     assert modules["reading"] == "Convolutions and linears whose weights were measured."
     assert table["reading"].str.endswith(".").all()
     with pytest.raises(InputError, match="two runs are named 'small'"):
-        compare([("small", small, variation(small))] * 2)
+        compare([compared(small)] * 2)
 
 
 def test_comparison_with_a_run_without_activations(tensors):
     """What one run has not measured is NaN in its column, and the sentence says so."""
     full = stats_frame("full", tensors)
     weights = stats_frame("weights", [t for t in tensors if t[2].startswith("weight")])
-    table = compare([("full", full, variation(full)), ("weights", weights, variation(weights))])
+    table = compare([compared(full), compared(weights)])
     row = table[(table["tensor"] == "input") & (table["measure"] == "sdam")].iloc[0]
     assert math.isnan(row["weights"])
     assert row["reading"] == "Measured in full alone."
@@ -130,8 +177,7 @@ def test_comparison_with_a_run_without_activations(tensors):
 
 def test_depth_runs_from_zero_to_one(tensors):
     """Each model's layers spread over 0 to 1 in network order; the parts of qkv follow each other."""
-    frame = stats_frame("net", tensors)
-    depth = depth_frame([("net", frame, variation(frame))])
+    depth = depth_frame([Measured(name="net", stats=stats_frame("net", tensors))])
     assert depth["relative_depth"].tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert depth["model"].unique().tolist() == ["net"]
 
