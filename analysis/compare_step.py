@@ -13,7 +13,7 @@ from analysis.files import write_bytes
 from analysis.panels import figure_files, save_figure
 from analysis.report import report_html
 from analysis.report_figures import picture
-from analysis.runs import Run
+from analysis.runs import Run, run_names
 from analysis.tensor_stats import STATS_COLUMNS
 from analysis.variation import layer_sites, variation
 from analysis.variation_frames import Measured, channel_frame
@@ -30,12 +30,11 @@ def run_compare(runs: Sequence[Path], out: Path, *, modules: Sequence[str] = (),
     if len(runs) < 2:
         raise InputError("one run was given; name at least two run folders to compare.")
     measured: list[Measured] = []
-    for path in runs:
+    for path, name in zip(runs, run_names(runs, reserved=COLUMNS), strict=True):
         run = Run(path)
         step = run.record.steps.get("stats")
         if step is not None and step.status != "done":
             raise InputError(f"the statistics of {path} were not finished: run `qvw stats --run {path}` again.")
-        name = _unique_name(path, [each.name for each in measured])
         measured.append(Measured.read(run, name, run.read_table("stats", STATS_COLUMNS)))
         for file in measured[-1].lacking():
             again = shlex.join(["qvw", "stats", "--run", str(path), "--overwrite"])
@@ -75,10 +74,3 @@ def _left_out(measured: Sequence[Measured], channels: pd.DataFrame, modules: Seq
         if modules and each.channels is not None and each.name not in set(channels["model"]):
             lines.append(f"{each.name} has no layer that matches --module: the figure of channels leaves it out.")
     return lines
-
-
-def _unique_name(path: Path, taken: Sequence[str]) -> str:
-    """The run folder's name, which the user chose; with folders above it where the name is taken, or a column's own."""
-    parts = path.resolve().parts
-    names = ("/".join(parts[-n:]) for n in range(1, len(parts)))
-    return next((name for name in names if name not in (*taken, *COLUMNS)), str(path.resolve()))

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.columns import HISTORY_COLUMNS, OSCILLATION_COLUMNS, VERIFY_COLUMNS
-from analysis.runs import Run, RunRecord
+from analysis.runs import Run, RunRecord, run_names
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
 from analysis.tensor_stats import STATS_COLUMNS
 from quant.bit_plan import BitPlan
@@ -50,14 +50,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunContent]:
     """
     if not folders:
         raise InputError("no run folder was given; name at least one.")
-    names: list[str] = []
-    for folder in folders:
-        path = folder.resolve()
-        name = path.name if path.name not in names else f"{path.parent.name}/{path.name}"
-        if name in names:
-            raise InputError(f"the run folder {folder} cannot be told from another one named {name}. Give each once.")
-        names.append(name)
-    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+    return [read_run(folder, name) for folder, name in zip(folders, run_names(folders), strict=True)]
 
 
 def read_run(folder: Path, name: str) -> RunContent:

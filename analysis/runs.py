@@ -5,7 +5,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -344,3 +344,19 @@ def _git_commit() -> str | None:
 def _git(folder: Path, *arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=True)
     return done.stdout.strip()
+
+
+def run_names(folders: Sequence[Path], *, reserved: Collection[str] = ()) -> list[str]:
+    """By what several run folders are told apart: their own names, which the user chose, no two alike.
+
+    Folders above are added where a name is taken, or `reserved`. InputError for a folder that is given twice.
+    """
+    names: list[str] = []
+    for folder in folders:
+        parts = folder.resolve().parts
+        candidates = ("/".join(parts[-n:]) for n in range(1, len(parts)))
+        name = next((each for each in candidates if each not in (*names, *reserved)), None)
+        if name is None or folder.resolve() in [other.resolve() for other in folders[: len(names)]]:
+            raise InputError(f"the run folder {folder} was given twice. Give each once.")
+        names.append(name)
+    return names

@@ -455,11 +455,11 @@ def test_a_damaged_table_is_named(runs, tmp_path):
 def test_statistics_that_were_not_finished_are_refused(runs, tmp_path, capsys):
     """A stats step that was killed may have left tables of two measurements: exit code 2, nothing written."""
     broken, out = tmp_path / "broken", tmp_path / "out"
-    shutil.copytree(runs[0], broken)
+    shutil.copytree(runs / "resnet", broken)
     record = json.loads((broken / "run.json").read_text())
     record["steps"]["stats"]["status"] = "running"
     (broken / "run.json").write_text(json.dumps(record))
-    assert main(["compare", str(broken), str(runs[1]), "--out", str(out)]) == 2
+    assert qvw("compare", broken, runs / "vit", "--out", out) == 2
     assert "were not finished" in capsys.readouterr().err
     assert not out.exists()
 
@@ -467,10 +467,10 @@ def test_statistics_that_were_not_finished_are_refused(runs, tmp_path, capsys):
 def test_runs_may_be_named_as_columns_or_alike(runs, tmp_path):
     """A run called `reading`, and three of one name in folders of one name: each has a column of its own."""
     folders = [tmp_path / name for name in ("reading", "a/p/same", "b/p/same", "c/p/same")]
-    for folder, run in zip(folders, [runs[0], runs[1], runs[1], runs[0]], strict=True):
+    for folder, run in zip(folders, ["resnet", "vit", "vit", "resnet"], strict=True):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(run, folder)
+        shutil.copytree(runs / run, folder)
     out = tmp_path / "out"
-    assert main(["compare", *map(str, folders), "--out", str(out), "--quiet"]) == 0
+    assert qvw("compare", *folders, "--out", out, "--quiet") == 0
     columns = list(pd.read_csv(out / "comparison.csv").columns)
     assert columns[2:-1] == [f"{tmp_path.name}/reading", "same", "p/same", "c/p/same"]
