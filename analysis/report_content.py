@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.columns import HISTORY_COLUMNS, OSCILLATION_COLUMNS, VERIFY_COLUMNS
+from analysis.comparison import COLUMNS
 from analysis.runs import Run, RunRecord, run_names
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
 from analysis.tensor_stats import STATS_COLUMNS
@@ -50,7 +51,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunContent]:
     """
     if not folders:
         raise InputError("no run folder was given; name at least one.")
-    return [read_run(folder, name) for folder, name in zip(folders, run_names(folders), strict=True)]
+    return [read_run(folder, name) for folder, name in zip(folders, run_names(folders, reserved=COLUMNS), strict=True)]
 
 
 def read_run(folder: Path, name: str) -> RunContent:
