@@ -17,7 +17,7 @@ MEASURES = {
     "log_abs_mean_std": "Standard deviation over the modules of the logarithm of the mean magnitude of {tensor}",
     "excess_kurtosis_median": "Heaviness of the tails of {tensor} in the typical module (0 is a Gaussian)",
     "excess_kurtosis_iqr": "Difference between modules in the heaviness of the tails of {tensor}",
-    "channel_range_ratio_median": "Magnitude of the widest channel of {tensor} over the median channel's, typical module",
+    "channel_range_ratio_median": "Magnitude of the widest channel of {tensor} over the median one's, typical module",
     "channel_range_ratio_iqr": "Difference between modules in that ratio of channels of {tensor}",
     "outlier_fraction_max": "Share of {tensor} beyond 6 standard deviations in the worst module",
 }
