@@ -14,6 +14,8 @@ MEASURES = {
     "modules": "Convolutions and linears whose {tensor} were measured",
     "sdam": "Standard deviation over the modules of the mean magnitude of {tensor}",
     "cv": "The same relative to the mean over the modules, of {tensor}",
+    "cv_low": "Lower end of the 95 % bootstrap interval of cv, the modules resampled, of {tensor}",
+    "cv_high": "Upper end of that interval, of {tensor}",
     "log_abs_mean_std": "Standard deviation over the modules of the logarithm of the mean magnitude of {tensor}",
     "excess_kurtosis_median": "Heaviness of the tails of {tensor} in the typical module (0 is a Gaussian)",
     "excess_kurtosis_iqr": "Difference between modules in the heaviness of the tails of {tensor}",
@@ -53,7 +55,7 @@ def compare(runs: Sequence[Compared]) -> pd.DataFrame:
 def _reading(tensor: str, measure: str, numbers: Mapping[str, float]) -> str:
     """Which model has the largest value, and how many times the next one's where a ratio makes sense."""
     what = MEASURES[measure].format(tensor="weights" if tensor == "weight" else "input activations")
-    if measure == "modules":
+    if measure in ("modules", "cv_low", "cv_high"):
         return f"{what}."
     ranked = sorted(((value, name) for name, value in numbers.items() if value == value), reverse=True)
     if not ranked:

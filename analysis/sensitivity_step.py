@@ -1,12 +1,14 @@
 """`qvw sensitivity`: the single-site sweep, into a run folder, resumable at every row."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
-from analysis.console import as_text, progress, say
+from analysis.console import as_text, progress, say, warn
 from analysis.cost import cost_table
 from analysis.files import RowLog
 from analysis.groups import EVERYTHING
@@ -30,6 +32,7 @@ from analysis.sites import select_sites
 from analysis.sweep import CACHE_MIB, sweep
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
+from quant.site import SiteInfo
 
 IMAGES = 256
 LOG = "sensitivity.partial.jsonl"
@@ -56,10 +59,7 @@ def run_sensitivity(setup: Setup, config: SweepConfig, *, tensors: Sequence[str]
         if todo:
             batches = list(opened.stream(data, "images"))
             with progress(len(todo), "sensitivity", "row", quiet=quiet) as bar:
-                for row in sweep(
-                    opened.model, opened.trace, sites, batches, todo, name=opened.name, blocks=blocks,
-                    cache_mib=cache_mib, tell=lambda text: say(text, quiet=quiet),
-                ):  # fmt: skip
+                for row in _rows(opened, sites, batches, todo, blocks, cache_mib):
                     log.append([row])
                     rows[row_key(row)] = row
                     bar.update()
@@ -75,6 +75,40 @@ def run_sensitivity(setup: Setup, config: SweepConfig, *, tensors: Sequence[str]
     measured = {row_key(key) for key in keys}
     say(_summary([row for key, row in rows.items() if key in measured], value), quiet=quiet)
     say(f"{len(table)} rows in {run.path / 'sensitivity.parquet'}, figure sensitivity.png", quiet=quiet)
+
+
+def _rows(
+    opened: Opened,
+    sites: Sequence[SiteInfo],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    todo: Sequence[dict],
+    blocks: Collection[str],
+    cache_mib: int,
+) -> Iterator[dict]:
+    """The rows of a sweep; where memory runs out it goes on with half as many images at a time, and notes it."""
+    left, note = list(todo), ""
+    while left:
+        try:
+            for row in sweep(
+                opened.model, opened.trace, sites, batches, tuple(left), name=opened.name, blocks=blocks,
+                cache_mib=cache_mib, tell=lambda text: say(text, quiet=opened.setup.quiet),
+            ):  # fmt: skip
+                yield row | {"note": "; ".join(filter(None, (row["note"], note)))}
+                left.pop(0)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            size = max(len(images) for images, _ in batches) // 2
+            if not _is_out_of_memory(error) or size < 1:
+                raise
+            batches = [part for x, y in batches for part in zip(x.split(size), y.split(size), strict=True)]
+            cache_mib //= 2
+            note = f"{size} images at a time: memory ran out with more"
+            warn(f"memory ran out; going on with {size} images at a time.")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or, where torch raises a plain RuntimeError, on the CPU."""
+    plain = any(words in str(error) for words in ("not enough memory", "DefaultCPUAllocator"))
+    return plain or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _finished(opened: Opened, log: RowLog) -> list[dict]:

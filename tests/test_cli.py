@@ -441,6 +441,25 @@ class Raises(Random):
 class Nothing(nn.Module):
     def forward(self, x):
         return x.flatten(1)[:, :10]
+
+class Writes(Plain):
+    def forward(self, x):
+        return super().forward(x.mul_(0.5))
+
+class Trains(Plain):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+    def train(self, mode=True):
+        return super().train(True)
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+class Large(Plain):
+    def forward(self, x):
+        if len(x) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(x)
 """
 
 
@@ -449,7 +468,8 @@ class Nothing(nn.Module):
     [("Random", "two answers to the same image"), ("Pair", "Pair returned a tuple of 2.*expected logits"),
      ("Listed", "returned a list of 1 for one image; expected logits"), ("RandomPair", "two answers to the same image"),
      ("Named", "returned a dict with logits, input, step.*expected logits of shape.*Name a factory"),
-     ("NotANumber", "NaN or Inf"), ("Raises", "does not take images of size"),
+     ("NotANumber", "NaN or Inf"), ("Writes", "writes into the images"),
+     ("Trains", "of Trains, a BatchNorm2d, stays in training mode"), ("Raises", "does not take images of size"),
      ("Nothing", "no convolution and no linear|expected logits")],
 )  # fmt: skip
 def test_models_that_cannot_be_measured_are_told(name, message, tmp_path, capfd):
@@ -460,6 +480,19 @@ def test_models_that_cannot_be_measured_are_told(name, message, tmp_path, capfd)
     error = capfd.readouterr().err
     assert re.search(message, error), error
     assert len(error.strip().splitlines()) <= 2
+
+
+def test_memory_that_runs_out_halves_the_batches(tmp_path, capfd):
+    """The sweep goes on with fewer images at a time, keeps its rows, notes the size, and has the same figures."""
+    (tmp_path / "odd.py").write_text(ODD_MODELS)
+    tables = {}
+    for name in ("Plain", "Large"):
+        arguments = [f"{tmp_path / 'odd.py'}:{name}", *DATA, *SWEEP, "--images", 64, "--batch-size", 64, "--seed", 3]
+        assert qvw("sensitivity", *arguments, "--run", tmp_path / name) == 0
+        tables[name] = pd.read_parquet(tmp_path / name / "sensitivity.parquet")
+    assert "memory ran out; going on with 16 images at a time" in capfd.readouterr().err
+    assert tables["Large"]["note"].str.contains("16 images at a time: memory ran out with more").all()
+    np.testing.assert_allclose(tables["Large"]["kl"], tables["Plain"]["kl"], rtol=0.05, atol=1e-5)
 
 
 def test_statistics_need_no_logits(tmp_path, capfd):
