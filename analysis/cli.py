@@ -239,9 +239,10 @@ def report(runs: Sequence[Path], out: Path, quiet: bool) -> None:
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the results.")
 @click.option("--module", "modules", multiple=True, metavar="PATTERN",
-              help="Layer whose channels are drawn, * and ? as in a shell; of several that match in a run, or of all "
-                   "without it, the one of the largest channel range ratio. May be repeated: runs differ in their "
-                   "names.")  # fmt: skip
+              help="Layer whose channels are drawn, * and ? as in a shell. Its full name (blocks.0.mlp.fc2) and the "
+                   "short one of the figures (b0.mlp.fc2) both work. Of several that match in a run, or of all "
+                   "without it, the one whose weight or input has the largest channel_range_ratio (widest over median "
+                   "channel). May be repeated: runs differ in their names.")  # fmt: skip
 @quiet_option
 def compare(runs: Sequence[Path], out: Path, modules: tuple[str, ...], quiet: bool) -> None:
     """Two or more runs side by side: how their weights and activations vary.

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from analysis import plots, variation_plots
 from analysis.files import write_bytes
+from analysis.names import shorten
 from quant.site import ATTENTION_TENSORS
 
 FORMATS: dict[str, dict] = {"png": {"dpi": 200}, "svg": {"metadata": {"Date": None}}}
@@ -24,7 +25,7 @@ DEPTH_VALUES = ("abs_mean", "std", "excess_kurtosis", "outlier_fraction", "chann
 def distribution_figure(stats: pd.DataFrame, name: str) -> Figure:
     """Quantile bands of weights, inputs and attention tensors, in network order; one panel each that was measured."""
     tensors = _classes(stats)
-    longest = stats["module"].map(plots.shorten).str.len().max()
+    longest = stats["module"].map(shorten).str.len().max()
     height = 2.0 + plots.LETTER_WIDTH * longest
     figure, axes = plt.subplots(len(tensors), 1, figsize=(plots.PAGE, height * len(tensors)), squeeze=False,
                                 layout="constrained")  # fmt: skip
@@ -55,12 +56,13 @@ def sensitivity_figure(rows: pd.DataFrame, name: str, *, value: str) -> Figure:
 
 
 @mpl.rc_context(plots.STYLE)
-def depth_figure(frame: pd.DataFrame, tensor: str) -> Figure:
+def depth_figure(frame: pd.DataFrame, tensor: str, models: Sequence[str] = ()) -> Figure:
     """Six measures against relative depth, one below the other, a column a run, lines by kind of layer.
 
-    `frame` is that of `variation_frames.depth_frame`.
+    `frame` is that of `variation_frames.depth_frame`. `models` names the runs, those of `frame` by default; one that
+    has no such tensor keeps its column, empty.
     """
-    models = frame["model"].drop_duplicates().tolist()
+    models = list(dict.fromkeys(models or frame["model"]))
     figure, axes = _columns(models, len(DEPTH_VALUES), 1.15, sharex=True)
     for value, row in zip(DEPTH_VALUES, axes, strict=True):
         for model, ax in zip(models, row, strict=True):
@@ -115,10 +117,10 @@ def ridges_figure(frame: pd.DataFrame, tensor: str) -> Figure:
 
 
 @mpl.rc_context(plots.STYLE)
-def channels_figure(frame: pd.DataFrame) -> Figure:
+def channels_figure(frame: pd.DataFrame, patterns: Sequence[str] = ()) -> Figure:
     """Ranges of all channels of one layer a run, its weight beside its input, a row a run.
 
-    `frame` is that of `variation_frames.channel_frame`.
+    `frame` is that of `variation_frames.channel_frame` with these `patterns`.
     """
     models = frame["model"].drop_duplicates().tolist()
     figure, axes = plt.subplots(len(models), 2, figsize=(plots.PAGE, 0.5 + 1.9 * len(models)), squeeze=False,
@@ -127,8 +129,10 @@ def channels_figure(frame: pd.DataFrame) -> Figure:
         for tensor, ax in zip(("weight", "input"), row, strict=True):
             variation_plots.plot_channels(frame, tensor=tensor, model=model, ax=ax)
         row[0].set_ylabel(f"{plots.plain(model)}\n{row[0].get_ylabel()}", linespacing=1.5)
-    figure.suptitle("Channels of one layer a run: light their range, dark mean ± std, dashed the median channel's "
-                    "reach", fontsize=8)  # fmt: skip
+    among = f", among those that match {' or '.join(map(plots.plain, patterns))}" if patterns else ""
+    rule = f"Channels of the one layer a run whose weight or input has the widest channel against the median{among}"
+    legend = "light minimum to maximum, dark mean ± std, points the widest three, dashed reach of the median channel"
+    figure.suptitle("\n".join([*textwrap.wrap(rule, 110), legend]), fontsize=8)
     return figure
 
 

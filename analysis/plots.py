@@ -1,7 +1,6 @@
 """Figures: a tidy frame in, Axes out; nothing is computed or saved here. Sizes in inches fit a paper's columns."""
 
 import math
-import re
 from typing import Any
 
 import matplotlib as mpl
@@ -10,10 +9,12 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, ListedColormap, SymLogNorm
+from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize, SymLogNorm
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
+from analysis.names import shorten, shorten_site
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.site import ATTENTION_TENSORS, WEIGHT_TENSORS
 
@@ -31,8 +32,8 @@ LABELS = {
     "logit_nmse": "logit error (share of power)",
     "sqnr_db": "SQNR of the tensor (dB)",
     "sqnr_output_db": "SQNR of the output (dB)",
-    "abs_mean": "absolute mean (tensor's unit)",
-    "std": "standard deviation (tensor's unit)",
+    "abs_mean": "absolute mean",
+    "std": "standard deviation",
     "excess_kurtosis": "excess kurtosis (0: Gaussian)",
     "outlier_fraction": "share beyond 6 std",
     "abs_max_over_std": "largest magnitude (std)",
@@ -42,25 +43,6 @@ LABELS = {
 }
 ROW_HEIGHT, LETTER_WIDTH = 0.105, 0.05  # inches: a line of 6 pt text with its gap; one letter of it
 BIT_SHADES = {1: 0.0, 2: 0.12, 3: 0.36, 4: 0.56, 5: 0.66, 6: 0.74, 7: 0.8, 8: 0.88, 16: 1.0}  # far apart below 5 bit
-_SHORT = ((r"\b(l)ayers\.(\d+)", r"\1\2"), (r"\b(b)locks\.(\d+)", r"\1\2"), (r"\b(s)tages\.(\d+)", r"\1\2"),
-          (r"\bpatch_embed\b", "patch"), (r"\bdownsample\b", "down"))  # fmt: skip
-
-
-def shorten(name: str) -> str:
-    """A module's name as every figure writes it: `layers.0.blocks.1.mlp.fc1` becomes `l0.b1.mlp.fc1`.
-
-    `layers.N`, `blocks.N` and `stages.N` become `lN`, `bN`, `sN`; `patch_embed` and `downsample` become `patch` and
-    `down`; all else stays. Different modules stay different unless a network uses both spellings itself.
-    """
-    for pattern, replacement in _SHORT:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def shorten_site(module: str, tensor: str) -> str:
-    """The label of a site: the part of a fused weight or the attention tensor follows the module's short name."""
-    part = tensor.removeprefix("weight.") if tensor != "weight" else ""
-    return shorten(module) if tensor in ("weight", "input") else f"{shorten(module)} {part}"
 
 
 def heatmap_size(rows: int) -> tuple[float, float]:
@@ -86,7 +68,10 @@ def plot_sensitivity_heatmap(
     cells = np.ma.masked_invalid(grid.to_numpy(dtype=np.float64))
     signed = value.startswith("delta_") or (cells.count() and cells.min() < 0)
     limit = _round_up(float(np.abs(cells).max()) if cells.count() else 0.0)
-    norm = SymLogNorm(limit / 1000, vmin=-limit if signed else 0, vmax=limit, base=10)
+    decibels = value.endswith("_db")  # a logarithm already
+    norm: Normalize = SymLogNorm(limit / 1000, vmin=-limit if signed else 0, vmax=limit, base=10)
+    if decibels:
+        norm, signed = Normalize(min(0.0, float(cells.min())) if cells.count() else 0.0, limit), False
     mesh = ax.pcolormesh(cells, norm=norm, cmap="RdBu_r" if signed else "viridis", edgecolors="white", linewidth=0.3)
     unsure = _within_noise(table, value, grid)
     if unsure.any():  # white over the colour: what is not told from 0 must not look like a finding
@@ -106,9 +91,9 @@ def plot_sensitivity_heatmap(
     bar = ax.figure.colorbar(
         mesh, cax=ax.inset_axes((0, 1 + 0.08 / height, 1, 0.09 / height)), orientation="horizontal"
     )
-    steps = (limit / 100, limit)
+    steps = (limit / 2, limit) if decibels else (limit / 100, limit)
     ticks = sorted([0.0, *steps, *(-step for step in steps if signed)])
-    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks], fontsize=6)
+    bar.set_ticks(ticks, labels=[tick_label(tick) for tick in ticks], fontsize=6)
     bar.ax.minorticks_off()
     bar.ax.xaxis.set_ticks_position("top")
     note = ", symmetric log scale" if signed else ""
@@ -144,29 +129,30 @@ def plot_distribution(stats: pd.DataFrame, *, tensor: str = "weight", ax: Axes |
     width = 0.8 if len(sites) < 60 else 1.0
     ax.bar(x, scaled["q9999"] - scaled["q0001"], width, scaled["q0001"], color=light, label="0.01 % to 99.99 %")
     ax.bar(x, scaled["q99"] - scaled["q01"], width, scaled["q01"], color=dark, label="1 % to 99 %")
-    ax.hlines(scaled["q50"], x - width / 2, x + width / 2, color="white", linewidth=1.0)
+    outline = [withStroke(linewidth=1.8, foreground="white")]  # or it would vanish on a bar's edge, or in the dark bar
+    ax.hlines(scaled["q50"], x - width / 2, x + width / 2, color="black", linewidth=0.8, path_effects=outline)
     size = 6 if len(sites) < 60 else 2.5
     ax.scatter(x, scaled["max"], s=size, color=point, linewidths=0, label="min, max")
     ax.scatter(x, scaled["min"], s=size, color=point, linewidths=0)
     ax.axhline(0, color="0.5", linewidth=0.4, zorder=0)
     reach = max((float(np.abs(scaled[name]).max()) for name in ("min", "max")), default=4.0) if len(sites) else 4.0
-    ax.use_sticky_edges = False  # bars would hold the lowest points on the axis
-    ax.margins(y=0.06)
     if reach > 10:
         ax.set_yscale("symlog", linthresh=4, linscale=1.2)
         low = float(scaled["min"].min())
-        ax.set_ylim(low - 0.5, ax.get_ylim()[1])
         marks = [mark for mark in (2, 4, 10, 30, 100, 300, 1000, 3000, 10_000) if mark <= max(reach, 4)]
         ticks = [-mark for mark in reversed(marks) if mark <= max(-low, 2)] + [0, *marks]
-        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_yticks(ticks, [tick_label(tick) for tick in ticks])
         ax.minorticks_off()
+    if len(sites):
+        leave_room(ax, float(scaled["min"].min()), float(scaled["max"].max()))
     _label_sites(ax, labels)
     logarithmic = ", log beyond 4" if reach > 10 else ""
     ax.set(ylabel=f"{tensor} - mean (in std{logarithmic})")
     ax.grid(axis="y", color="0.9", linewidth=0.4)
-    handles = [Patch(color=light), Patch(color=dark), Line2D([], [], color=point, marker="o", markersize=2.5, ls="")]
-    names = ["0.01 % to 99.99 %", "1 % to 99 %, median in white", "min, max"]
-    ax.legend(handles, names, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1)
+    handles = [Patch(color=light), Patch(color=dark), Line2D([], [], color="black", linewidth=0.8),
+               Line2D([], [], color=point, marker="o", markersize=2.5, ls="")]  # fmt: skip
+    names = ["0.01 % to 99.99 %", "1 % to 99 %", "median", "min, max"]
+    ax.legend(handles, names, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1)
     sns.despine(ax=ax)
     return ax
 
@@ -224,6 +210,19 @@ def new_axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
     return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
 
 
+def leave_room(ax: Axes, low: float, high: float, *, below: float = 0.06, above: float = 0.06) -> None:
+    """Limit y to [low, high] and these shares of its length on the paper, so that no point is cut.
+
+    Where both are the same, nothing changes. What matplotlib leaves by itself is not seen on a symmetric-log axis.
+    """
+    if not low < high:
+        return
+    scale = ax.yaxis.get_transform()
+    bottom, top = scale.transform([low, high])
+    ends = scale.inverted().transform([bottom - below * (top - bottom), top + above * (top - bottom)])
+    ax.set_ylim(float(ends[0]), float(ends[1]))
+
+
 def _of_class(frame: pd.DataFrame, name: str | None) -> pd.DataFrame:
     if name is None:
         return frame
@@ -238,6 +237,11 @@ def _label_sites(ax: Axes, labels: list[str], *, offset: float = 0.0) -> None:
     ax.set_xticks(at + offset, [labels[i] for i in at], rotation=90, fontsize=6)
     ax.set_xlim(offset - 0.6, len(labels) - 0.4 + offset) if offset == 0 else ax.set_xlim(0, max(len(labels), 1))
     ax.set_xlabel("module, in network order" + (f" (one in {every} is named)" if every > 1 else ""))
+
+
+def tick_label(value: float) -> str:
+    """A number as matplotlib writes it itself, with a minus sign and not a hyphen."""
+    return f"{value:g}".replace("-", "\N{MINUS SIGN}")
 
 
 def plain(name: str) -> str:

@@ -349,14 +349,14 @@ def _git(folder: Path, *arguments: str) -> str:
 def run_names(folders: Sequence[Path], *, reserved: Collection[str] = ()) -> list[str]:
     """By what several run folders are told apart: their own names, which the user chose, no two alike.
 
-    Folders above are added where a name is taken, or `reserved`. InputError for a folder that is given twice.
+    Folders above are added where a name is taken, or `reserved`. InputError for a folder given more than twice.
     """
     names: list[str] = []
     for folder in folders:
         parts = folder.resolve().parts
         candidates = ("/".join(parts[-n:]) for n in range(1, len(parts)))
         name = next((each for each in candidates if each not in (*names, *reserved)), None)
-        if name is None or folder.resolve() in [other.resolve() for other in folders[: len(names)]]:
-            raise InputError(f"the run folder {folder} was given twice. Give each once.")
+        if name is None or sum(other.resolve() == folder.resolve() for other in folders) > 2:
+            raise InputError(f"the run folder {folder} was given several times. Give each once.")
         names.append(name)
     return names

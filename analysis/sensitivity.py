@@ -142,6 +142,8 @@ def preferred_rows(table: pd.DataFrame) -> pd.DataFrame:
     that were not measured alike.
     """
     rows = table[(table["protocol"] == "single") & (table["group"] == "")]
+    if rows.empty:
+        return rows
     order = {
         "batchnorm": {"re_estimated": 0, "stored": 1, "none": 1},
         "estimator": {"mse": 0, "percentile": 1, "minmax": 2},

@@ -14,7 +14,7 @@ from analysis.files import RowLog
 from analysis.groups import EVERYTHING
 from analysis.open_run import open_run
 from analysis.opened import Opened
-from analysis.panels import figure_files, save_figure, sensitivity_figure
+from analysis.panels import figure_files, save_figure
 from analysis.rank_bands import images_to_separate
 from analysis.sensitivity import (
     IMAGE_COLUMNS,
@@ -22,11 +22,11 @@ from analysis.sensitivity import (
     SENSITIVITY_COLUMNS,
     SweepConfig,
     images_table,
-    preferred_rows,
     row_key,
     sensitivity_table,
     sweep_keys,
 )
+from analysis.sensitivity_panels import STEMS, sensitivity_figures
 from analysis.setup import Setup
 from analysis.sites import select_sites
 from analysis.sweep import CACHE_MIB, sweep
@@ -36,7 +36,10 @@ from quant.site import SiteInfo
 
 IMAGES = 256
 LOG = "sensitivity.partial.jsonl"
-FILES = ("sensitivity.parquet", "sensitivity_images.parquet", "cost.parquet", LOG, *figure_files("sensitivity"))
+FILES = (
+    "sensitivity.parquet", "sensitivity_images.parquet", "cost.parquet", LOG,
+    *(file for stem in STEMS for file in figure_files(stem)),
+)  # fmt: skip
 
 
 def run_sensitivity(setup: Setup, config: SweepConfig, *, tensors: Sequence[str], cache_mib: int = CACHE_MIB) -> None:
@@ -68,13 +71,13 @@ def run_sensitivity(setup: Setup, config: SweepConfig, *, tensors: Sequence[str]
         run.write_table("sensitivity", sensitivity_table(list(rows.values())))
         table = run.read_table("sensitivity")
         value = "delta_loss" if table["delta_loss"].notna().any() else "kl"
-        single = preferred_rows(table)
-        if len(single):
-            save_figure(sensitivity_figure(single, opened.name, value=value), run.path / "sensitivity")
+        for stem, figure in sensitivity_figures(table, opened.name):
+            save_figure(figure, run.path / stem)
         log.remove()
     measured = {row_key(key) for key in keys}
     say(_summary([row for key, row in rows.items() if key in measured], value), quiet=quiet)
-    say(f"{len(table)} rows in {run.path / 'sensitivity.parquet'}, figure sensitivity.png", quiet=quiet)
+    figures = ", ".join(f"{stem}.png" for stem in STEMS if (run.path / f"{stem}.png").exists())
+    say(f"{len(table)} rows in {run.path / 'sensitivity.parquet'}, figures {figures}", quiet=quiet)
 
 
 def _rows(

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtr
 
+from analysis.names import shorten
 from analysis.runs import Run
 from analysis.variation import layer_sites, usable
 from quant.errors import InputError
@@ -124,15 +125,16 @@ def distribution_frame(runs: Sequence[Measured], *, tensor: str = "weight") -> p
 def channel_frame(runs: Sequence[Measured], patterns: Sequence[str] = ()) -> pd.DataFrame:
     """One row per channel of the weight and of the input of one layer a run, the widest channel first.
 
-    The layer is that of the largest channel range ratio of its input (of its weight in a run of weights only), among
-    those whose name matches one of the shell `patterns`, or among all. Columns: model, module, tensor, index (of the
-    channel), rank (1 the widest, for weight and for input; the parts of a fused weight are ranked together), mean, std,
-    min, max (in the tensor's unit), median_abs_max (the largest magnitude of the median channel). Runs without a layer
-    that matches are left out; raises InputError for a pattern that matches none in any run.
+    The layer is that of the largest channel range ratio of its weight or its input, whichever is larger, among those
+    whose name, in full or as `names.shorten` makes it, matches one of the shell `patterns`, or among all. Columns:
+    model, module, tensor, index (of the channel), rank (1 the widest, for weight and for input; the parts of a fused
+    weight are ranked together), mean, std, min, max (in the tensor's unit), median_abs_max (the largest magnitude of
+    the median channel). Runs without a layer that matches are left out; raises InputError for a pattern that matches
+    none in any run.
     """
     for pattern in patterns:
         known = [_layers(run.stats)["module"].unique().tolist() for run in runs]
-        if not any(fnmatchcase(name, pattern) for names in known for name in names):
+        if not any(_matches(name, [pattern]) for names in known for name in names):
             examples = ", ".join(name for names in known for name in [*names[:2], *names[-1:]])
             raise InputError(f"--module {pattern!r} matches no layer; they are named such as {examples}.")
     frames = []
@@ -155,16 +157,21 @@ def channel_frame(runs: Sequence[Measured], patterns: Sequence[str] = ()) -> pd.
 
 
 def _layers(stats: pd.DataFrame) -> pd.DataFrame:
-    """The rows of inputs of convolutions and linears; of their weights in a run of weights only."""
-    inputs = layer_sites(stats, "input")
-    return layer_sites(stats, "weight") if inputs.empty else inputs
+    """The rows of weights and of inputs of convolutions and linears, in network order."""
+    sites = pd.concat([layer_sites(stats, "weight"), layer_sites(stats, "input")])
+    return sites.sort_values("order", kind="stable", ignore_index=True)
+
+
+def _matches(module: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the shell patterns is met by the full or by the short name of a module."""
+    return any(fnmatchcase(name, pattern) for name in (module, shorten(module)) for pattern in patterns)
 
 
 def _most_uneven(stats: pd.DataFrame, patterns: Sequence[str]) -> str | None:
     """The layer of the largest channel range ratio among those that match; None where there is none."""
     layers = _layers(stats)
     if patterns:
-        layers = layers[[any(fnmatchcase(name, pattern) for pattern in patterns) for name in layers["module"]]]
+        layers = layers[[_matches(name, patterns) for name in layers["module"]]]
     if layers.empty:
         return None
     ratios = layers["channel_range_ratio"].astype(float).fillna(0.0)  # NaN: a single channel, or most of them all zero

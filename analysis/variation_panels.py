@@ -27,13 +27,14 @@ def variation_figures(runs: Sequence[Measured], modules: Sequence[str] = ()) -> 
 
     `modules` are the patterns of `variation_frames.channel_frame`: InputError for one that matches no layer.
     """
+    models = [run.name for run in runs]
     channels = channel_frame(runs, modules)  # before anything is drawn: a pattern may be wrong
     for tensor, name in (("weight", "weights"), ("input", "inputs")):
         frame = depth_frame(runs, tensor=tensor)
         if not frame.empty:
             caption = f"{name} of convolutions and linears by depth"
             words = "absolute mean, standard deviation, kurtosis, outliers and channel ranges of each layer over depth"
-            yield VariationFigure(f"variation_{tensor}", caption, words, frame, depth_figure(frame, tensor))
+            yield VariationFigure(f"variation_{tensor}", caption, words, frame, depth_figure(frame, tensor, models))
     frame = head_frame(runs)
     if not frame.empty:
         words = "standard deviation of each head of query, key, value and attention in every layer, and their spread"
@@ -45,6 +46,6 @@ def variation_figures(runs: Sequence[Measured], modules: Sequence[str] = ()) -> 
             figure = ridges_figure(frame, tensor)
             yield VariationFigure(f"distributions_{tensor}", f"{name} by kind of layer", words, frame, figure)
     if not channels.empty:
-        words = "minimum, maximum, mean and standard deviation of every channel of one layer, the widest channel first"
+        words = "minimum, maximum, mean and standard deviation of the channels of one layer a run, the widest first"
         caption = f"channels of {' and '.join(channels['module'].drop_duplicates())}"
-        yield VariationFigure("channels", caption, words, channels, channels_figure(channels))
+        yield VariationFigure("channels", caption, words, channels, channels_figure(channels, modules))

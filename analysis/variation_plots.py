@@ -11,21 +11,23 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from analysis.plots import COLUMN, LABELS, PAGE, STYLE, new_axes, plain, shorten
+from analysis.names import shorten
+from analysis.plots import COLUMN, LABELS, PAGE, STYLE, leave_room, new_axes, plain
 from analysis.sites import KINDS
 from quant.site import ATTENTION_TENSORS
 
 Colour = str | tuple[float, float, float]
 Style = tuple[Colour, str, str, bool]
 _BLUE, _ORANGE, _GREEN, _RED, _PINK, _TAN, *_, _SKY = sns.color_palette("colorblind")
-# kind -> colour, marker, dash, filled: no two kinds that one network has share marker and dash, for print in grey.
+_WINE = "#882255"  # of Paul Tol's muted palette: told apart from these with impaired colour vision too
+# kind -> colour, marker, dash, filled: no two kinds share colour and marker, nor marker, dash and filling (in grey).
 # Kinds that stand alone in a network have no line.
 KIND_STYLES: dict[str, Style] = {
     "conv": (_BLUE, "o", "-", True),
     "conv.depthwise": (_ORANGE, "s", "--", True),
     "conv.pointwise": (_GREEN, "D", "-.", True),
-    "attn.qkv": (_BLUE, "o", "-", False),
-    "attn.query": (_BLUE, "^", "-", False),
+    "attn.qkv": (_TAN, "o", "-", False),
+    "attn.query": (_WINE, "^", "-", False),
     "attn.key": (_SKY, "v", "--", False),
     "attn.value": (_PINK, "D", ":", False),
     "attn.proj": (_GREEN, "s", "-.", False),
@@ -39,6 +41,7 @@ KIND_STYLES: dict[str, Style] = {
 TENSOR_STYLES = {tensor: KIND_STYLES[f"attn.{tensor}"] for tensor in ("query", "key", "value")}
 TENSOR_STYLES["attention"] = (_RED, "X", "-.", True)
 FLOOR, TOP = 1e-6, 10.0  # of the densities that a ridge shows, per standard deviation
+STEPS = 100  # of the figure of channels, at most
 RIDGE = 0.86  # height of a full ridge where the next one starts at 1
 
 
@@ -50,10 +53,12 @@ def plot_variation_by_depth(
 
     `frame` is that of `variation_frames.depth_frame`; `model` may be left out where it holds one. The scale suits all
     models of the frame: logarithmic where all values are positive; zeros among positive values lie on a linear stretch
-    at the bottom.
+    at the bottom. A model without such figures gets the words "not measured".
     """
     ax = new_axes(ax, (COLUMN, 2.4))
     rows = _of_model(frame, model).dropna(subset=[value])
+    if rows.empty:
+        ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", va="center", color="0.4")
     for kind, group in rows.groupby("kind", sort=False):
         _line(ax, group["relative_depth"], group[value], KIND_STYLES[str(kind)])
     _scale(ax, frame[value].dropna())
@@ -74,7 +79,7 @@ def plot_head_std(frame: pd.DataFrame, *, tensor: str, model: str | None = None,
     colour, marker, _, _ = TENSOR_STYLES[tensor]
     for _, group in _of_model(shown, model).groupby("layer", sort=True):
         ax.plot(group["layer"], group["std"], color=colour, marker=marker, markersize=2.5, markeredgewidth=0.4,
-                markerfacecolor="none", linewidth=0.6)  # fmt: skip
+                markerfacecolor="none", linewidth=0.6, clip_on=False)  # fmt: skip
     _scale(ax, shown["std"].dropna())
     ax.set(xlabel="attention layer", ylabel=f"{tensor}:\nstd of each head")
     ax.grid(axis="y", color="0.9", linewidth=0.4)
@@ -164,10 +169,11 @@ def plot_channels(
 ) -> Axes:
     """The range of every channel of one layer's `weight` or `input`, the widest first, readable at thousands.
 
-    Light: minimum to maximum; dark: mean plus and minus one standard deviation; dashed: plus and minus the largest
-    magnitude of the median channel. The scale is linear up to there and logarithmic beyond where the widest channel has
-    more than five times that, else linear throughout. The widest three are named. `frame` is that of
-    `variation_frames.channel_frame`.
+    Light: minimum to maximum; dark: mean plus and minus one standard deviation, no farther than the range; dashed: plus
+    and minus the largest magnitude of the median channel. Beyond `STEPS` channels neighbours share a step: light their
+    outermost range, dark the medians of its two ends. The scale is linear up to the dashes and logarithmic beyond where
+    the widest channel has more than five times that, else linear throughout. The widest three are named, with a point
+    at their largest magnitude. `frame` is that of `variation_frames.channel_frame`.
     """
     ax = new_axes(ax, (COLUMN, 1.8))
     rows = _of_model(frame[frame["tensor"].str.startswith(tensor)], model).sort_values("rank")
@@ -176,14 +182,21 @@ def plot_channels(
         ax.text(0.5, 0.5, f"{tensor} not measured", transform=ax.transAxes, ha="center", color="0.4")
         return ax
     first = rows.iloc[0]
-    edges = np.append(rows["rank"] - 0.5, rows["rank"].iloc[-1] + 0.5)
+    together = math.ceil(len(rows) / STEPS)  # bars of less than a few pixels would be stripes of chance
+    std_ends = {"from": (rows["mean"] - rows["std"]).clip(rows["min"], rows["max"]),
+                "to": (rows["mean"] + rows["std"]).clip(rows["min"], rows["max"])}  # fmt: skip
+    steps = rows.assign(**std_ends).groupby((rows["rank"] - 1) // together)
+    edges = np.append(steps["rank"].min() - 0.5, len(rows) + 0.5)
 
     def band(low: pd.Series, high: pd.Series, colour: Colour) -> None:
         ax.fill_between(edges, np.append(low, low.iloc[-1]), np.append(high, high.iloc[-1]), step="post", color=colour,
                         linewidth=0)  # fmt: skip
 
-    band(rows["min"], rows["max"], sns.color_palette("colorblind")[9])
-    band(rows["mean"] - rows["std"], rows["mean"] + rows["std"], sns.color_palette("colorblind")[0])
+    band(steps["min"].min(), steps["max"].max(), _SKY)
+    band(steps["from"].median(), steps["to"].median(), _BLUE)
+    widest_rows = rows.head(3)
+    ends = widest_rows["max"].where(widest_rows["max"] >= -widest_rows["min"], widest_rows["min"])
+    ax.plot(widest_rows["rank"], ends, "o", color="0.15", markersize=2, markeredgewidth=0, clip_on=False)
     ax.axhline(0, color="0.4", linewidth=0.4)
     typical, widest = float(first["median_abs_max"]), max(-float(first["min"]), float(first["max"]))
     low, high = float(rows["min"].min()), float(rows["max"].max())
@@ -196,13 +209,19 @@ def plot_channels(
         ax.set_yscale("symlog", linthresh=typical, linscale=1.0)
         ax.yaxis.set(major_locator=FixedLocator(_ticks_beyond(typical, low, high)), minor_locator=NullLocator())
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:.2g}"))
+    leave_room(ax, low, high)
     named = [f"{row['index']}" if row["tensor"] == tensor else f"{row['tensor'].partition('.')[2]} {row['index']}"
-             for _, row in rows.head(3).iterrows()]  # fmt: skip
+             for _, row in widest_rows.iterrows()]  # fmt: skip
     ratio = f", widest / median {widest / typical:.3g}" if typical > 0 else ""
     ax.set_title(f"{shorten(first['module'])}\n{tensor}{ratio}", loc="left", fontsize=7)
-    ax.set_xlabel(f"{len(rows)} channels, widest first: {', '.join(named)}", fontsize=7)
-    ax.set_xlim(0.5, len(rows) + 0.5)
-    ax.set_ylabel("tensor's unit" + (", log\nbeyond the dashes" if logarithmic else ""))
+    zeros = int(((rows["min"] == 0) & (rows["max"] == 0)).sum())
+    notes = (f"{len(rows)} channels, widest first: {', '.join(named)}",
+             f"{zeros} channel{'s' if zeros > 1 else ''} always 0" if zeros else "",
+             f"a step: range of {together} channels, median of mean ± std" if together > 1 else "")  # fmt: skip
+    ax.set_xlabel("\n".join(filter(None, notes)), fontsize=7)
+    ax.set_xlim(0.5 - 0.01 * len(rows), len(rows) * 1.01 + 0.5)
+    ax.set_xticks([mark for mark in MaxNLocator(integer=True).tick_values(1, len(rows)) if 1 <= mark <= len(rows)])
+    ax.set_ylabel("value" + (", log\nbeyond the dashes" if logarithmic else ""))
     sns.despine(ax=ax)
     return ax
 
@@ -229,7 +248,7 @@ def _of_model(frame: pd.DataFrame, model: str | None) -> pd.DataFrame:
 
 def _line(ax: Axes, x: Sequence[float], y: Sequence[float], style: Style) -> None:
     handle = _handle(style)
-    handle.set_data(x, y)
+    handle.set(data=(x, y), clip_on=False, zorder=3)  # a marker on the axis stays whole
     ax.add_line(handle)
     ax.update_datalim(np.column_stack([x, y]))
     ax.autoscale_view()
@@ -256,6 +275,7 @@ def _scale(ax: Axes, values: pd.Series) -> None:
             ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     elif (values == 0).any() and (values >= 0).all() and largest > 0:
         ax.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(smallest)))
+        leave_room(ax, 0, largest, below=0)  # a share is never below 0
     elif largest > 10:
         ax.set_yscale("symlog", linthresh=1)
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

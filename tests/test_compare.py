@@ -190,7 +190,7 @@ def test_ridges_draw_the_frame():
     assert on_the_paper(ridges_figure(frame, "input"))
 
 
-def test_channels_are_those_of_the_most_uneven_input():
+def test_channels_are_those_of_the_most_uneven_layer():
     """The module, the order and every figure against the raw tensors; a fused weight's parts are ranked together."""
     tensors = network()
     frame = channel_frame([measured("net", tensors)])
@@ -227,9 +227,30 @@ def test_a_pattern_chooses_the_module_of_each_run():
 
 
 def _ratio(tensors: Tensors, name: str) -> float:
-    values = next(values for module, _, tensor, values in tensors if (module, tensor) == (name, "input"))
-    reach = values.abs().amax(dim=1).double().numpy()
-    return float(reach.max() / np.median(reach))
+    """The larger of weight's and input's, from the raw values."""
+    reaches = [values.abs().amax(dim=1).double().numpy() for module, *_, values in tensors if module == name]
+    return max(float(reach.max() / np.median(reach)) for reach in reaches)
+
+
+@pytest.mark.parametrize("role", ["weight.query", "weight", "input"])
+def test_weight_and_input_choose_the_layer_alike(role):
+    """One wide channel draws the figure to its layer, be it of a weight, of a part of a fused one, or of an input."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        (f"blocks.{i}.attn.qkv", "attn.qkv", tensor, torch.randn(8, 100, generator=generator) * (1 + i))
+        for i in range(3) for tensor in (role, "input")
+    ]  # fmt: skip
+    tensors[2 if role != "input" else 3][3][5] *= 20
+    assert channel_frame([measured("net", tensors)])["module"].unique().tolist() == ["blocks.1.attn.qkv"]
+
+
+def test_a_pattern_may_be_of_the_short_name():
+    """The figures write `b0.mlp.fc2`: it chooses the layer as its full name does, and alone if both names are exact."""
+    runs = [measured("net", network())]
+    for pattern in ("b1.mlp.fc2", "blocks.1.mlp.fc2", "b1.*"):
+        assert channel_frame(runs, [pattern])["module"].unique().tolist() == ["blocks.1.mlp.fc2"]
+    with pytest.raises(InputError, match=r"--module 'b9\.\*' matches no layer"):
+        channel_frame(runs, ["b9.*"])
 
 
 def test_a_run_of_weights_only_shows_its_most_uneven_weight():
@@ -243,10 +264,10 @@ def test_a_run_of_weights_only_shows_its_most_uneven_weight():
     assert texts == ["input not measured"]
 
 
-@pytest.mark.parametrize("channels", [1, 16, 2048])
+@pytest.mark.parametrize("channels", [1, 16, 100])
 def test_channels_are_drawn_one_by_one(channels):
-    """The light band runs from minimum to maximum, the dark one a standard deviation about the mean, at any number."""
-    values = torch.randn(channels, 50, generator=torch.Generator().manual_seed(0))
+    """The light band runs from minimum to maximum, the dark one a standard deviation about the mean, if within them."""
+    values = torch.randn(channels, 50, generator=torch.Generator().manual_seed(0)).relu()
     values[0] *= 100
     run = measured("net", [("fc", "head", "weight", values), ("fc", "head", "input", values)])
     frame = channel_frame([run])
@@ -254,19 +275,71 @@ def test_channels_are_drawn_one_by_one(channels):
     rows = frame[frame["tensor"] == "input"]
     light, dark = (collection.get_paths()[0].vertices[:, 1] for collection in ax.collections)
     assert set(rows["min"]) | set(rows["max"]) == set(light)
-    assert set(rows["mean"] - rows["std"]) | set(rows["mean"] + rows["std"]) == set(dark)
+    assert (rows["mean"] - rows["std"]).min() < 0  # a ReLU's: its band would reach below every value
+    lower, upper = rows["mean"] - rows["std"], rows["mean"] + rows["std"]
+    assert set(np.maximum(lower, rows["min"])) | set(np.minimum(upper, rows["max"])) == set(dark)
     assert ax.get_xlabel().startswith(f"{channels} channels, widest first: 0")
+    assert "step" not in ax.get_xlabel()
     assert ax.get_yscale() == ("linear" if channels == 1 else "symlog")
     assert on_the_paper(channels_figure(frame))
 
 
-def test_channels_that_are_all_zero_are_drawn():
-    """More than half of the channels dead: no median to compare with, no logarithm of 0."""
+@pytest.mark.parametrize("channels", [101, 2048])
+def test_many_channels_share_steps(channels):
+    """At most 100 steps, each from the lowest minimum to the highest maximum of its channels; the label says so."""
+    values = torch.randn(channels, 50, generator=torch.Generator().manual_seed(0))
+    frame = channel_frame([measured("net", [("fc", "head", "input", values)])])
+    ax = plot_channels(frame)
+    size = int(np.ceil(channels / 100))
+    groups = [frame.iloc[start : start + size] for start in range(0, channels, size)]
+    light, dark = (collection.get_paths()[0].vertices[:, 1] for collection in ax.collections)
+    assert len(groups) <= 100
+    assert {rows["min"].min() for rows in groups} | {rows["max"].max() for rows in groups} == set(light)
+    ends = [(rows["mean"] + sign * rows["std"]).median() for rows in groups for sign in (-1, 1)]
+    assert set(np.round(ends, 9)) == set(np.round(dark, 9))
+    assert f"a step: range of {size} channels" in ax.get_xlabel()
+    assert on_the_paper(channels_figure(frame))
+
+
+def test_the_widest_channels_are_seen():
+    """One value of -99 in one of 2048 channels: a point at it, inside the frame, in a step of some pixels' width."""
+    values = torch.rand(2048, 50, generator=torch.Generator().manual_seed(0)) - 0.5
+    values[700, 0] = -99
+    frame = channel_frame([measured("net", [("fc", "head", "input", values)])])
+    figure = channels_figure(frame)
+    ax = figure.axes[1]
+    figure.canvas.draw()
+    points = next(line for line in ax.lines if line.get_marker() == "o").get_xydata()
+    assert points[0].tolist() == [1, -99]
+    reach = np.maximum(-frame["min"], frame["max"]).head(3)
+    assert np.abs(points[:, 1]).tolist() == reach.tolist()
+    (x, y), box = ax.transData.transform(points[0]), ax.get_window_extent()
+    assert x > box.x0
+    assert y > box.y0 + 1
+    vertices = ax.collections[0].get_paths()[0].vertices
+    lowest = ax.transData.transform(vertices[vertices[:, 1] == -99])[:, 0]
+    assert np.ptp(lowest) > 2  # pixels at 100 dots an inch
+
+
+def test_channels_that_are_all_zero_are_told():
+    """More than half of the channels dead: no median to compare with, no logarithm of 0; the label counts them."""
     values = torch.zeros(8, 50)
     values[0] = torch.rand(50)
     frame = channel_frame([measured("net", [("fc", "head", "input", values)])])
-    assert plot_channels(frame).get_yscale() == "linear"
+    ax = plot_channels(frame)
+    assert ax.get_yscale() == "linear"
+    assert "\n7 channels always 0" in ax.get_xlabel()
+    assert "always" not in plot_channels(frame.iloc[:1]).get_xlabel()
     assert on_the_paper(channels_figure(frame))
+
+
+def test_the_title_of_channels_tells_the_rule():
+    """Which layer it is, and of which patterns the user chose; long ones do not leave the paper, $ is no formula."""
+    frame = channel_frame([measured("net", network())])
+    assert "whose weight or input has the widest channel" in channels_figure(frame).get_suptitle()
+    figure = channels_figure(frame, ["*fc2", "a$b$", *("layer1.*.a_rather_long_name" for _ in range(6))])
+    assert "among those that match *fc2 or a\\$b\\$ or" in figure.get_suptitle().replace("\n", " ")
+    assert on_the_paper(figure)
 
 
 def test_heads_are_those_of_the_raw_tensors():
@@ -334,6 +407,34 @@ def test_depth_figure_fits_the_paper(models):
         assert len({ax.get_ylim() for ax in row}) == 1
 
 
+def test_a_run_without_the_tensor_keeps_its_column():
+    """Empty, with the words; the runs beside it keep their lines and their place."""
+    figure = depth_figure(deep("b", 2), "input", ["a", "b", "b"])
+    grid = np.array(figure.axes).reshape(6, 2)
+    for empty, full in grid:
+        assert [text.get_text() for text in empty.texts] == ["not measured"]
+        assert not empty.lines
+        assert full.lines
+        assert not full.texts
+    assert [ax.get_title() for ax in grid[0]] == ["a", "b"]
+    assert on_the_paper(figure)
+
+
+@pytest.mark.parametrize("shares", [[0.0, 1e-5, 3e-3], [0.0, 0.0, 0.0], [0.0, 0.2, 0.3]])
+def test_shares_are_not_below_zero(shares):
+    """The axis starts at 0 and ends above the largest of all runs; markers on the frame are drawn whole, over it."""
+    frame = deep("a", 1).assign(outlier_fraction=0.0)
+    other = deep("b", 1).iloc[:3].assign(outlier_fraction=shares)
+    figure = depth_figure(pd.concat([frame, other]), "weight", ["a", "b", "c"])
+    row = np.array(figure.axes).reshape(6, 3)[3]
+    for ax in row:
+        assert ax.get_ylim()[0] == 0
+        assert ax.get_ylim()[1] > max(shares)
+    for line in [*row[0].lines, *row[1].lines]:
+        assert not line.get_clip_on()
+        assert line.get_zorder() > row[0].spines["bottom"].get_zorder()
+
+
 def test_parts_of_a_fused_weight_have_lines_of_their_own():
     """Query, key and value differ in scale: one line through all three would say nothing."""
     frame = depth_frame([measured("net", network())])
@@ -342,8 +443,10 @@ def test_parts_of_a_fused_weight_have_lines_of_their_own():
 
 
 def test_kinds_are_told_apart_without_colour():
-    """Marker, dash and filling together are different for each kind of layer."""
+    """Marker, dash and filling together are different for each kind of layer; so are colour and marker."""
     assert len({style[1:] for style in KIND_STYLES.values()}) == len(KIND_STYLES)
+    assert len({style[:2] for style in KIND_STYLES.values()}) == len(KIND_STYLES)
+    assert len({KIND_STYLES[kind][0] for kind in ("conv", "attn.qkv", "attn.query", "attn.key", "attn.value")}) == 5
 
 
 def qvw(*arguments) -> int:

@@ -13,18 +13,18 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from matplotlib.collections import QuadMesh
+from matplotlib.collections import LineCollection, PathCollection, QuadMesh
 from matplotlib.figure import Figure
 from torch import nn
 
+from analysis.names import shorten, shorten_site
 from analysis.panels import figure_files, save_figure
 from analysis.plots import (
     heatmap_size,
+    leave_room,
     plot_bits,
     plot_distribution,
     plot_sensitivity_heatmap,
-    shorten,
-    shorten_site,
 )
 from analysis.running_stats import stats_of
 
@@ -134,6 +134,44 @@ def test_distribution_has_one_band_a_site(sites):
     assert overlapping_labels(ax.get_xticklabels()) == 0
     assert overlapping_labels(ax.get_yticklabels()) == 0
     assert ax.get_ylabel().startswith("weight - mean (in std")
+
+
+@pytest.mark.parametrize("sites", [4, 150])
+def test_distribution_shows_medians_and_whole_points(sites):
+    """A median on the edge of its bar stays dark with a white outline; no point touches the frame, however far out."""
+    frame = stats_frame(sites)
+    frame.loc[0, "q50"] = frame.loc[0, "q01"]
+    ax = plot_distribution(frame)
+    median = next(c for c in ax.collections if isinstance(c, LineCollection))
+    assert tuple(median.get_color()[0][:3]) == (0, 0, 0)
+    assert median.get_path_effects()
+    ax.figure.canvas.draw()
+    frame_box = ax.get_window_extent()
+    points = [c for c in ax.collections if isinstance(c, PathCollection)]
+    heights = np.concatenate([ax.transData.transform(c.get_offsets())[:, 1] for c in points])
+    assert heights.min() > frame_box.y0 + 3  # pixels: the radius of a point
+    assert heights.max() < frame_box.y1 - 3
+
+
+def test_numbers_of_ticks_have_a_minus_sign():
+    """No hyphen stands for a minus on the axes or on a colour bar."""
+    axes = [plot_distribution(stats_frame(4)), plot_sensitivity_heatmap(sensitivity_frame(4)).child_axes[0]]
+    for labels in (axes[0].get_yticklabels(), axes[1].get_xticklabels()):
+        texts = [label.get_text() for label in labels]
+        assert not any("-" in text for text in texts)
+        assert any("\N{MINUS SIGN}" in text for text in texts)
+
+
+@pytest.mark.parametrize("scale", [{}, {"value": "log"}, {"value": "symlog", "linthresh": 0.5}])
+def test_room_is_a_share_of_the_paper(scale):
+    """The margin has the same length on every scale, none where none was asked for."""
+    ax = Figure().subplots()
+    ax.set_yscale(**scale or {"value": "linear"})
+    leave_room(ax, 1, 100, below=0, above=0.1)
+    heights = (ax.get_ylim()[0], 1, 100, ax.get_ylim()[1])
+    bottom, low, high, top = ax.transData.transform([(0, height) for height in heights])[:, 1]
+    assert bottom == pytest.approx(low)
+    assert top - high == pytest.approx(0.1 * (high - low))
 
 
 def test_distribution_leaves_constant_sites_out():
