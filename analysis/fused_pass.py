@@ -18,7 +18,9 @@ _EXACT = 128  # of them whose sum is taken in float32
 _ROWS, _COLUMNS = 256, 16  # of a piece whose groups lie side by side: 16 float32 fill a cache line
 _SHORT = 16  # rows of fewer values than this are gathered with those of the other images
 _SHARED = 1 << 18  # values from which on the work is shared out over threads, and counted in several tables
-# Sums may be reordered, which lets them be vectorised; NaN and infinities keep their meaning.
+# Sums may be reordered, which lets them be vectorised; NaN and infinities keep their meaning. All is put into the two
+# functions that are compiled: functions of their own would be ordered in one way when they are compiled and in another
+# when they are loaded from numba's cache, and the last digits would differ from the first run to the next.
 _REORDERED = {"reassoc", "contract", "nsz", "arcp"}
 _float = np.float32
 
@@ -67,12 +69,18 @@ def _start(groups: int) -> np.ndarray:
     return sums
 
 
-@njit(nogil=True, cache=True)
-def _measure(x, sums, centre, tables):
+def _measure(x: np.ndarray, sums: np.ndarray, centre: np.float32, tables: np.ndarray) -> bool:
     """Add `x` to `sums` and to the counts; whether all sums were finite."""
     outer, groups, inner = x.shape
     if inner < _SHORT:
         return _measure_columns(x.reshape(outer, groups * inner), inner, sums, centre, tables)
+    return _measure_rows(x, sums, centre, tables)
+
+
+@njit(nogil=True, cache=True, fastmath=_REORDERED)
+def _measure_rows(x, sums, centre, tables):
+    """`_measure` where the values of a group lie side by side: every row in pieces."""
+    outer, groups, inner = x.shape
     distance = np.empty(_PIECE, dtype=np.float32)
     for i in range(outer):
         for group in range(groups):
@@ -84,9 +92,9 @@ def _measure(x, sums, centre, tables):
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, fastmath=_REORDERED)
 def _measure_columns(matrix, inner, sums, centre, tables):
-    """As `_measure` for (outer, groups * inner): columns are gathered, 16 together, to be summed as rows."""
+    """`_measure` of (outer, groups * inner): columns are gathered, 16 together, to be summed as rows."""
     outer, width = matrix.shape
     gathered = np.empty((_COLUMNS, _ROWS + 16), dtype=np.float32)  # 16 more: rows start in different cache sets
     distance = np.empty(_PIECE, dtype=np.float32)
@@ -110,7 +118,7 @@ def _measure_columns(matrix, inner, sums, centre, tables):
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def _add(piece, sums, group, buffer):
     """Merge the moments of `piece` into column `group` of `sums` (Pébay, Sandia SAND2008-6212); whether finite."""
     low, high, total, magnitudes = _extremes(piece)
@@ -158,7 +166,7 @@ def _add(piece, sums, group, buffer):
     return True
 
 
-@njit(nogil=True, cache=True, fastmath=_REORDERED)
+@njit(inline="always")
 def _extremes(piece):
     low, high, total, magnitudes = _float(np.inf), _float(-np.inf), np.float64(0), np.float64(0)
     for start in range(0, piece.shape[0], _EXACT):  # sums of many like values in float32 drift
@@ -173,7 +181,7 @@ def _extremes(piece):
     return low, high, total, magnitudes
 
 
-@njit(nogil=True, cache=True, fastmath=_REORDERED)
+@njit(inline="always")
 def _powers(piece, shift):
     s1, s2, s3, s4 = _float(0), _float(0), _float(0), _float(0)
     for i in range(piece.shape[0]):
@@ -186,7 +194,7 @@ def _powers(piece, shift):
     return float(s1), float(s2), float(s3), float(s4)
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def _count(piece, centre, distance, tables):
     """Add one to the bin of each value; four tables in turn, where there are four."""
     n = piece.shape[0]

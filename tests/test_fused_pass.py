@@ -1,7 +1,10 @@
 """The compiled pass gives the figures of the one that runs on any device, on any shape and any float32 values."""
 
 import math
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +98,25 @@ def test_the_number_of_threads_changes_nothing(shape):
         together, _ = fused_pass(x, 0.0, threads)
         for name, figure in alone.figures().items():
             np.testing.assert_allclose(together.figures()[name], figure, rtol=1e-9, atol=1e-9)
+
+
+def test_compiling_and_loading_give_the_same_bits(tmp_path):
+    """The first run compiles, the second loads what numba has kept: not a digit differs."""
+    script = (
+        "import numpy as np; from analysis.fused_pass import fused_pass; generator = np.random.default_rng(0)\n"
+        "for shape in ((1, 1, 1792), (700, 5, 1)):\n"
+        "    moments, _ = fused_pass(generator.standard_normal(shape).astype(np.float32), 0.0, 1)\n"
+        "    print([getattr(moments, name).tolist() for name in moments.__dataclass_fields__])"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    assert list(tmp_path.rglob("*.nbc"))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
