@@ -68,7 +68,7 @@ def block_frame(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _one_treatment(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with BatchNorm re-estimated where there are any, of all kinds of group the one measured last."""
+    """Rows with BatchNorm re-estimated where there are any, else all."""
     if (rows["batchnorm"] == "re_estimated").any():
         rows = rows[rows["batchnorm"] == "re_estimated"]
     return rows

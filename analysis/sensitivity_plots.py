@@ -3,7 +3,6 @@
 import math
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
 from analysis.names import shorten, shorten_site
-from analysis.plots import COLUMN, LABELS, PAGE, ROW_HEIGHT, STYLE
+from analysis.plots import COLUMN, LABELS, PAGE, ROW_HEIGHT, STYLE, new_axes
 
 BLOCK_COLUMNS = ("qkv", "query", "key", "value", "softmax", "proj", "fc1", "fc2", "norm", "conv")
 
@@ -23,7 +22,7 @@ def plot_costs(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     `rows` are single-site rows of sensitivity.parquet at one bit-width.
     """
     ordered = _costliest_first(rows)
-    ax = _axes(ax, len(rows))
+    ax = new_axes(ax, _size(len(rows)))
     labels = [
         f"{shorten_site(module, tensor)}{' (input)' if tensor == 'input' else ''}"
         for module, tensor in zip(ordered["module"], ordered["tensor"], strict=True)
@@ -48,7 +47,7 @@ def plot_rank_bands(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Sites whose bands overlap cannot be told apart.
     """
     ordered = _costliest_first(rows)
-    ax = _axes(ax, len(rows))
+    ax = new_axes(ax, _size(len(rows)))
     y = np.arange(len(ordered))
     ax.hlines(y, ordered["rank_low"] - 0.4, ordered["rank_high"] + 0.4, color="0.35", lw=2)
     ax.set(xlim=(0, len(y) + 1), ylim=(len(y) - 0.3, -0.7), xlabel="rank in 95 % of\nresampled images", yticks=[])
@@ -66,8 +65,7 @@ def plot_blocks(frame: pd.DataFrame, *, value: str = "kl", ax: Axes | None = Non
     grid = frame.pivot_table(index="block", columns="part", values=value, aggfunc="max", sort=False)
     parts = list(dict.fromkeys(frame["part"]))
     grid = grid.reindex(columns=parts)
-    if ax is None:
-        _, ax = plt.subplots(figsize=(0.9 + 0.42 * len(parts), 1.2 + 0.16 * max(len(grid), 4)), layout="constrained")
+    ax = new_axes(ax, (0.9 + 0.42 * len(parts), 1.2 + 0.16 * max(len(grid), 4)))
     values = grid.to_numpy(dtype=np.float64)
     positive = values[np.isfinite(values) & (values > 0)]
     top = positive.max() if len(positive) else 1.0
@@ -95,9 +93,7 @@ def plot_groups(rows: pd.DataFrame, *, everything: float = math.nan, ax: Axes | 
     """
     names = list(dict.fromkeys(rows["group"]))
     widths = sorted(rows["bit_width"].unique())
-    if ax is None:
-        height = 0.9 + (0.05 + 0.08 * len(widths)) * len(names)
-        _, ax = plt.subplots(figsize=(PAGE / 2, height), layout="constrained")
+    ax = new_axes(ax, (PAGE / 2, 0.9 + (0.05 + 0.08 * len(widths)) * len(names)))
     shades = sns.color_palette("viridis_r", len(widths) + 1)[1:]
     thickness = 0.8 / len(widths)
     for i, (bits, shade) in enumerate(zip(widths, shades, strict=True)):
@@ -121,6 +117,5 @@ def _costliest_first(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.sort_values("kl", ascending=False, kind="stable")
 
 
-def _axes(ax: Axes | None, sites: int) -> Axes:
-    size = (COLUMN, 0.9 + ROW_HEIGHT * max(sites, 6))
-    return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+def _size(sites: int) -> tuple[float, float]:
+    return COLUMN, 0.9 + ROW_HEIGHT * max(sites, 6)

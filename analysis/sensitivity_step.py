@@ -98,7 +98,7 @@ def _rows(
             ):  # fmt: skip
                 yield row | {"note": "; ".join(filter(None, (row["note"], note)))}
                 left.pop(0)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
             size = max(len(images) for images, _ in batches) // 2
             if not _is_out_of_memory(error) or size < 1:
                 raise

@@ -51,12 +51,12 @@ def sweep(
     wanted = {info.site: info for items in chosen for info, _ in items}
     samples = observe_activations(model, trace, wanted, [x for x, _ in batches], count=len(batches))
     forms = _Forms(model, trace, batches, _forms_of(keys, chosen), cache_bytes=cache_mib << 20, tell=tell)
-    made: dict[tuple[Site, int, str], Quantizer] = {}
+    made: dict[tuple[Site, int, str, str], Quantizer] = {}
     for key, items in zip(keys, chosen, strict=True):
         quantizers = {}
         for info, bits in items:
-            which = (info.site, bits, key["estimator"])
-            if which not in made or len(items) == 1:
+            which = (info.site, bits, key["estimator"], key["granularity"])
+            if which not in made:
                 granularity = None if key["granularity"] == "default" else key["granularity"]
                 sample = samples.get(info.site)
                 scheme = default_scheme(model, info, bits, sample=sample, granularity=granularity)
