@@ -1,0 +1,256 @@
+"""Fisher's information at every site from one backward pass, and what it foretells of a quantization error."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from quant.attention import closed_forward
+from quant.errors import InputError
+from quant.intercept import intercept
+from quant.quantizer import Quantizer
+from quant.site import Site, SiteInfo
+from quant.trace import Trace
+
+
+class ErrorScores(NamedTuple):
+    """What the quantization error delta of one site at one bit-width foretells; means over images, KL in nats.
+
+    With g the gradient of `fisher_probe`, of each image:
+
+        fisher           1/2 (sum g delta)^2           the KL to second order, sites of a tensor and images kept apart
+        fit              1/2 tr(F) mean(delta^2)       FIT (Zandonati et al. 2022, arXiv:2210.08502), F = E[g g^T]
+        output_gradient  sum (dL/dY)^2 (dY)^2          ModelOpt AutoQuantize; Y is the module's output
+        noise            sum delta^2 / sum x^2         of the tensor alone: the inverse of its SQNR
+        squared_error    mean(delta^2)                 of an element
+
+    `products` are sum g delta of each image (images,), float32: of several sites together, errors add before they are
+    squared, 1/2 (sum over sites of products)^2, which tells how they act on each other too.
+    """
+
+    fisher: float
+    fit: float
+    output_gradient: float
+    noise: float
+    squared_error: float
+    products: NDArray[np.float32]
+
+
+class _Sums:
+    """Sums over images of one site; by bit-width where the error takes part."""
+
+    def __init__(self, bit_widths: Iterable[int]) -> None:
+        self.gradient = self.signal = 0.0
+        self.images = self.elements = 0
+        self.products: dict[int, list[Tensor]] = {bits: [] for bits in bit_widths}
+        self.error = dict.fromkeys(self.products, 0.0)
+        self.output = dict.fromkeys(self.products, 0.0)
+
+
+def fisher_scores(
+    model: nn.Module,
+    trace: Trace,
+    sites: Mapping[Site, SiteInfo],
+    quantizers: Mapping[Site, Mapping[int, Quantizer]],
+    batches: Iterable[Tensor],
+) -> dict[tuple[Site, int], ErrorScores]:
+    """The scores of each site and bit-width of `quantizers`, over `batches` of (images, channels, height, width).
+
+    One forward and one backward pass, and of each layer one pass for each bit-width and one for the gradient of its
+    weight image by image: the square of a batch's gradient is not the sum of the squares. Sites without such a gradient
+    (modules called more than once in a pass, tables that do not depend on the image) are left out.
+    """
+    once = {site: by_bits for site, by_bits in quantizers.items() if trace.calls.get(site.module, 0) == 1}
+    pass_ = _GradientPass(model, sites, once)
+    generator = torch.Generator().manual_seed(0)
+    count = 0
+    with _frozen(model), intercept(model, trace, pass_.handlers(trace)):
+        for images in batches:
+            count += len(images)
+            pass_.images = len(images)
+            images = images.detach().clone().requires_grad_()  # so that every activation has a gradient
+            with torch.enable_grad():
+                logits = model(images)
+            logits.backward(fisher_probe(logits.detach(), generator))
+            pass_.forget()
+    return {
+        (site, bits): _scores(sums, bits)
+        for site, sums in pass_.sums.items()
+        if sums.images == count
+        for bits in sums.products
+    }
+
+
+def _scores(sums: _Sums, bits: int) -> ErrorScores:
+    products = torch.cat(sums.products[bits])
+    return ErrorScores(
+        fisher=_square(products) / (2 * sums.images),
+        fit=sums.gradient / (2 * sums.images) * sums.error[bits] / sums.elements,
+        output_gradient=sums.output[bits] / sums.images,
+        noise=sums.error[bits] / sums.signal if sums.signal else float("nan"),
+        squared_error=sums.error[bits] / sums.elements,
+        products=products.float().cpu().numpy(),
+    )
+
+
+def fisher_probe(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient u at the `logits` (images, classes) with E[u u^T] = diag(p) - p p^T, the Hessian of KL(p || q) at q = p.
+
+    u = sqrt(p) v - p (sqrt(p) v), v of random signs. Its gradient g at any tensor has E[g g^T] = F, Fisher's matrix
+    without labels (Martens, JMLR 2020, arXiv:1412.1193), and far less spread than drawing a label from p: where p is
+    nearly 1 a drawn label nearly always tells nothing.
+    """
+    p = logits.double().softmax(dim=1)
+    signs = torch.randint(2, p.shape, generator=generator).to(p) * 2 - 1
+    root = p.sqrt() * signs
+    return (root - p * root.sum(dim=1, keepdim=True)).to(logits)
+
+
+class _GradientPass:
+    """Sees every tensor on its way forward, and its gradient on the way back."""
+
+    def __init__(
+        self, model: nn.Module, sites: Mapping[Site, SiteInfo], quantizers: Mapping[Site, Mapping[int, Quantizer]]
+    ) -> None:
+        self.model, self.quantizers = model, quantizers
+        self.sums = {site: _Sums(by_bits) for site, by_bits in quantizers.items()}
+        self.images = 0
+        self._inputs: dict[str, tuple[Tensor, int]] = {}  # by module: its input on this batch, and that one's version
+        self._weights: dict[str, list[SiteInfo]] = {}
+        for site in quantizers:
+            if site.is_weight:
+                self._weights.setdefault(site.module, []).append(sites[site])
+
+    def handlers(self, trace: Trace) -> dict[Site, Any]:
+        """A handler of every tensor that is needed."""
+        handlers: dict[Site, Any] = {}
+        layers = dict.fromkeys(site.module for site in self.quantizers if not site.is_attention)
+        for module in layers:
+            handlers[Site(module, "input")] = lambda x, module=module: self._input(module, x)
+            handlers[Site(module, "output")] = lambda y, module=module: self._output(module, y)
+        for site in self.quantizers:
+            if site.is_attention:
+                handlers[site] = lambda x, site=site: self._watched(site, x)
+        return handlers
+
+    def forget(self) -> None:
+        """Let go of the tensors of a batch."""
+        self._inputs.clear()
+
+    def _input(self, module: str, x: Tensor) -> Tensor:
+        self._inputs[module] = x.detach(), x._version
+        site = Site(module, "input")
+        return self._watched(site, x) if site in self.quantizers else x
+
+    def _watched(self, site: Site, x: Tensor) -> Tensor:
+        """The same tensor for this use alone, so that its gradient is not that of other uses."""
+        if x.requires_grad and len(x) % self.images == 0:
+            x = x.view_as(x)
+            kept = x.detach(), x._version
+            x.register_hook(lambda gradient: self._activation(site, kept, gradient))
+        return x
+
+    def _activation(self, site: Site, kept: tuple[Tensor, int], gradient: Tensor) -> None:
+        x, sums = _unchanged(kept, site.module), self.sums[site]
+        rows = gradient.reshape(self.images, -1)
+        sums.images += self.images
+        sums.elements += x.numel()
+        sums.gradient += _square(rows)
+        sums.signal += _square(x)
+        for bits, quantizer in self.quantizers[site].items():
+            error = quantizer(x) - x
+            sums.error[bits] += _square(error)
+            weighed = rows * error.reshape(self.images, -1)
+            sums.products[bits].append(weighed.sum(dim=1, dtype=torch.float64))
+            if site.is_attention:  # no layer follows of which this is the input: the tensor is its own output
+                sums.output[bits] += _square(weighed)
+
+    def _output(self, module: str, y: Tensor) -> None:
+        if y.requires_grad and len(y) % self.images == 0 and len(self._inputs[module][0]) % self.images == 0:
+            kept = y.detach(), y._version
+            y.register_hook(lambda gradient: self._layer(module, kept, gradient))
+
+    def _layer(self, module: str, kept: tuple[Tensor, int], gradient: Tensor) -> None:
+        layer, x = self.model.get_submodule(module), _unchanged(self._inputs[module], module)
+        weight = layer.get_parameter("weight").detach()
+        y, version = kept
+        with torch.no_grad():
+            if y._version != version:  # an activation function in place
+                y = closed_forward(layer, x)
+            for bits, quantizer in self.quantizers.get(Site(module, "input"), {}).items():
+                change = closed_forward(layer, quantizer(x)) - y
+                self.sums[Site(module, "input")].output[bits] += _square(gradient * change)
+        if module not in self._weights:
+            return
+        errors = {}
+        for info in self._weights[module]:
+            sums, rows = self.sums[info.site], slice(*(info.rows or (None,)))
+            sums.images += self.images
+            sums.elements, sums.signal = weight[rows].numel(), _square(weight[rows])
+            for bits, quantizer in self.quantizers[info.site].items():
+                error = torch.zeros_like(weight)
+                error[rows] = quantizer(weight[rows]) - weight[rows]
+                errors[info.site, bits] = error
+                sums.error[bits] = _square(error)
+                with torch.no_grad(), _weight_of(layer, weight + error):
+                    sums.output[bits] += _square(gradient * (closed_forward(layer, x) - y))
+        products: dict[tuple[Site, int], list[Tensor]] = {key: [] for key in errors}
+        for image_gradient in _weight_gradients(layer, x.chunk(self.images), gradient.chunk(self.images)):
+            for info in self._weights[module]:
+                rows = slice(*(info.rows or (None,)))
+                self.sums[info.site].gradient += _square(image_gradient[rows])
+            for key, error in errors.items():
+                products[key].append((image_gradient * error).sum(dtype=torch.float64))
+        for (site, bits), of_images in products.items():
+            self.sums[site].products[bits].append(torch.stack(of_images))
+
+
+def _weight_gradients(layer: nn.Module, x: Sequence[Tensor], gradient: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The gradient of the layer's weight from each part of its input and the gradient of that part's output."""
+    weight = layer.get_parameter("weight").detach().requires_grad_()
+    with _weight_of(layer, weight):
+        for x_part, gradient_part in zip(x, gradient, strict=True):
+            with torch.enable_grad():
+                y = closed_forward(layer, x_part)
+            yield torch.autograd.grad(y, weight, gradient_part)[0]
+
+
+@contextmanager
+def _weight_of(layer: nn.Module, weight: Tensor) -> Iterator[None]:
+    own = layer._parameters["weight"]
+    layer._parameters["weight"] = weight  # type: ignore[assignment]  # a plain tensor serves as well
+    try:
+        yield
+    finally:
+        layer._parameters["weight"] = own
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient, which spares half of the backward pass."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+def _unchanged(kept: tuple[Tensor, int], module: str) -> Tensor:
+    x, version = kept
+    if x._version != version:
+        raise InputError(
+            f"the network writes into the input of {module} after that has used it, so that gradients at it are lost. "
+            "Leave the module out with --exclude, or do without --proxies."
+        )
+    return x
+
+
+def _square(x: Tensor) -> float:
+    return torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2

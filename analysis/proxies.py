@@ -1,0 +1,97 @@
+"""Proxies: scores that foretell the sensitivity of a site without a forward pass for each."""
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from torch import Tensor, nn
+
+from analysis.fisher import fisher_scores
+from analysis.hessian import hessian_traces
+from quant.calibrate import default_scheme, make_quantizer, observe_activations
+from quant.choices import Estimator, Granularity
+from quant.quantizer import Quantizer
+from quant.site import Site, SiteInfo
+from quant.trace import Trace
+
+PROXY_COLUMNS = ("module", "tensor", "bit_width", "proxy", "score")
+PROXY_IMAGE_COLUMNS = ("module", "tensor", "bit_width", "products")
+GRADIENT_PROXIES = ("fisher", "fit", "output_gradient", "hessian_trace")
+TENSOR_PROXIES = ("noise",)
+STATS_PROXIES = ("stats_range", "stats_kurtosis", "stats_outliers")
+PROXIES = (*GRADIENT_PROXIES, *TENSOR_PROXIES, *STATS_PROXIES)
+DEFINITIONS = {
+    "fisher": "the KL to second order: 1/2 of the mean square of (gradient . error)",
+    "fit": "FIT: 1/2 trace of Fisher's matrix x mean squared error",
+    "output_gradient": "sum of squares of (gradient x error) at the module's output",
+    "hessian_trace": "HAWQ-V2: 1/2 mean Hessian trace x squared error",
+    "noise": "squared error over signal of the tensor, 1/SQNR",
+    "stats_range": "noise of a grid from min to max, from abs_max_over_std",
+    "stats_kurtosis": "excess kurtosis",
+    "stats_outliers": "share of values beyond 6 standard deviations",
+}
+IMAGES_AT_ONCE = 16  # with gradients a pass keeps every activation
+
+
+def proxy_table(
+    model: nn.Module,
+    trace: Trace,
+    sites: Sequence[SiteInfo],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    bit_widths: Sequence[int],
+    *,
+    estimator: Estimator,
+    granularity: Granularity | None,
+    stats: pd.DataFrame | None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The frames of proxies.parquet and proxy_images.parquet, for each site and bit-width, over `batches`.
+
+    `batches` are (images, labels); a greater score foretells greater harm; the second frame has the `products` of
+    ErrorScores. The quantizers are those of the sweep on the same batches. `hessian_trace` needs labels, the proxies of
+    STATS_PROXIES the frame of stats.parquet; where that is missing they are too.
+    """
+    by_site = {info.site: info for info in sites}
+    samples = observe_activations(model, trace, by_site, [images for images, _ in batches], count=len(batches))
+    quantizers: dict[Site, dict[int, Quantizer]] = {}
+    for site, info in by_site.items():
+        sample = samples.get(site)
+        for bits in bit_widths:
+            scheme = default_scheme(model, info, bits, sample=sample, granularity=granularity)
+            made = make_quantizer(model, info, scheme, sample=sample, estimator=estimator)
+            quantizers.setdefault(site, {})[bits] = made
+    small = [pair for x, y in batches for pair in zip(x.split(IMAGES_AT_ONCE), y.split(IMAGES_AT_ONCE), strict=True)]
+    scores = fisher_scores(model, trace, by_site, quantizers, [images for images, _ in small])
+    labelled = all(bool((labels >= 0).all()) for _, labels in small)
+    once = {site: info for site, info in by_site.items() if trace.calls.get(site.module, 0) == 1}
+    traces = hessian_traces(model, trace, once, small) if labelled else {}
+    rows = []
+    for (site, bits), score in scores.items():
+        known = score._asdict()
+        if site in traces:
+            known["hessian_trace"] = traces[site].trace / 2 * score.squared_error
+        rows += [(*site, bits, proxy, value) for proxy, value in known.items() if proxy in PROXIES]
+    table = pd.DataFrame(rows, columns=list(PROXY_COLUMNS))
+    if stats is not None:
+        table = pd.concat([table, stats_scores(stats, by_site, bit_widths)], ignore_index=True)
+    products = [(*site, bits, score.products) for (site, bits), score in scores.items()]
+    return table, pd.DataFrame(products, columns=list(PROXY_IMAGE_COLUMNS))
+
+
+def stats_scores(stats: pd.DataFrame, sites: Mapping[Site, SiteInfo], bit_widths: Sequence[int]) -> pd.DataFrame:
+    """Scores from stats.parquet alone, in the columns of proxies.parquet.
+
+    A uniform grid of b bits over [-m, m] has the step 2 m / (2^b - 1), and its rounding error the variance step^2 / 12;
+    `stats_range` is that over the tensor's variance. The other two are the statistics themselves at any bit-width.
+    """
+    rows = []
+    for row in stats.itertuples():
+        site = Site(str(row.module), str(row.tensor))
+        if site not in sites:
+            continue
+        for bits in bit_widths:
+            step = 2 * row.abs_max_over_std / (2**bits - 1)
+            rows += [
+                (*site, bits, "stats_range", step**2 / 12),
+                (*site, bits, "stats_kurtosis", row.excess_kurtosis),
+                (*site, bits, "stats_outliers", row.outlier_fraction),
+            ]
+    return pd.DataFrame(rows, columns=list(PROXY_COLUMNS))
