@@ -98,6 +98,8 @@ def stats(**options: Any) -> None:
               help="single: nothing else is quantized; leave_one_out: everything else is.")  # fmt: skip
 @click.option("--groups", type=click.Choice(GROUPINGS),
               help="Sites together: by kind (all attention, all MLPs, ...), block, stage or module.")  # fmt: skip
+@click.option("--proxies", is_flag=True,
+              help="Also the scores that foretell the sweep in one backward pass, and how well they do.")  # fmt: skip
 @click.option("--cache-mib", type=click.IntRange(min=0), default=1024, show_default=True,
               help="Memory for activations that are reused; 0: every row is a full forward pass.")  # fmt: skip
 def sensitivity(
@@ -108,6 +110,7 @@ def sensitivity(
     bn: str,
     protocol: Protocol,
     groups: Grouping | None,
+    proxies: bool,
     cache_mib: int,
     **options: Any,
 ) -> None:
@@ -126,7 +129,7 @@ def sensitivity(
         bit_widths=tuple(sorted(set(bits))), estimator=estimator, granularity=granularity, batchnorm=bn,
         protocol=protocol, groups=groups,
     )  # fmt: skip
-    run_sensitivity(Setup.of(options), config, tensors=tensors, cache_mib=cache_mib)
+    run_sensitivity(Setup.of(options), config, tensors=tensors, proxies=proxies, cache_mib=cache_mib)
 
 
 @cli.command(short_help="Bits for every site within a budget.")

@@ -1,14 +1,16 @@
 """Several processes that work on one step: they gather values, and an error in one ends all with one message."""
 
+import os
 import signal
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, replace
 from typing import NoReturn, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from analysis.setup import Setup
 from quant.errors import InputError
 
 T = TypeVar("T")
@@ -52,7 +54,32 @@ class Processes:
             raise TogetherError(first)
 
 
-def leave_after_the_first(state: PartialState) -> NoReturn:
+def work_together(setup: Setup, work: Callable[[Setup, Processes], None]) -> None:
+    """Do a step in this process, or in all that `torchrun` has started, of which that of rank 0 alone speaks.
+
+    `work` gets the options with this process's own device. An InputError must be raised by all (`Processes.fail`).
+    """
+    # No public name of accelerate asks whether its state is made, or drops it; these two are the same in 1.0 and 1.15.
+    new = not PartialState._shared_state
+    state = PartialState(cpu=setup.device == "cpu")
+    processes = Processes(rank=state.process_index, world=state.num_processes)
+    if processes.world > 1:
+        setup = replace(setup, device=str(state.device))  # each process its own
+    elif new:
+        PartialState._reset_state()  # a later training in this process may use another device
+    if processes.rank == 0:
+        work(setup, processes)
+        return
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            work(replace(setup, quiet=True), processes)
+    except InputError:
+        _leave_after_the_first(state)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _leave_after_the_first(state: PartialState) -> NoReturn:
     """End with exit code 2 when rank 0 has ended: `torchrun` stops all at the first end, and rank 0 has to speak."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with suppress(RuntimeError):  # the connection is closed

@@ -1,12 +1,9 @@
 """`qvw stats`: the statistics of every tensor, into a run folder, by one process or several that share the images."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import pandas as pd
-from accelerate import PartialState
 from torch import Tensor
 
 from analysis.console import as_text, say
@@ -14,7 +11,7 @@ from analysis.data import ImageData, none_readable
 from analysis.open_run import open_run
 from analysis.opened import Opened, warn_of_skipped
 from analysis.panels import distribution_figure, figure_files, save_figure
-from analysis.processes import Processes, leave_after_the_first
+from analysis.processes import Processes, work_together
 from analysis.running_stats import RunningStats
 from analysis.setup import Setup
 from analysis.tensor_stats import (
@@ -39,24 +36,7 @@ def run_stats(setup: Setup) -> None:
 
     Several processes measure every `world`-th batch each; the one of rank 0 writes, prints, and tells what is wrong.
     """
-    # No public name of accelerate asks whether its state is made, or drops it; these two are the same in 1.0 and 1.15.
-    new = not PartialState._shared_state
-    state = PartialState(cpu=setup.device == "cpu")
-    processes = Processes(rank=state.process_index, world=state.num_processes)
-    if processes.world > 1:
-        setup = replace(setup, device=str(state.device))  # each process its own
-    elif new:
-        PartialState._reset_state()  # a later training in this process may use another device
-    if processes.rank == 0:
-        _run_stats(setup, processes)
-        return
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            _run_stats(replace(setup, quiet=True), processes)
-    except InputError:
-        leave_after_the_first(state)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    work_together(setup, _run_stats)
 
 
 def _run_stats(setup: Setup, processes: Processes) -> None:
