@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from analysis.fisher import fisher_scores
 from analysis.hessian import hessian_traces
-from quant.calibrate import default_scheme, make_quantizer, observe_activations
+from analysis.sweep import sample_activations
+from quant.calibrate import default_scheme, make_quantizer
 from quant.choices import Estimator, Granularity
 from quant.quantizer import Quantizer
 from quant.site import Site, SiteInfo
@@ -50,7 +51,7 @@ def proxy_table(
     STATS_PROXIES the frame of stats.parquet; where that is missing they are too.
     """
     by_site = {info.site: info for info in sites}
-    samples = observe_activations(model, trace, by_site, [images for images, _ in batches], count=len(batches))
+    samples = sample_activations(model, trace, by_site, [images for images, _ in batches])
     quantizers: dict[Site, dict[int, Quantizer]] = {}
     for site, info in by_site.items():
         sample = samples.get(site)

@@ -110,7 +110,7 @@ def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def sensitivity_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """The frame of sensitivity.parquet: sites in network order, bit-widths ascending, with their rank bands."""
-    ordered = sorted(rows, key=lambda row: (row["order"], row["protocol"], *row_key(row)))
+    ordered = _in_order(rows)
     table = pd.DataFrame(ordered, columns=list(SENSITIVITY_COLUMNS))
     values = [row.get("image_kl") for row in ordered]
     for places in comparable(table).values():
@@ -122,8 +122,12 @@ def sensitivity_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 def images_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """The frame of sensitivity_images.parquet: `ROW_KEY`, and of each image KL and growth of the loss, as lists."""
-    known = [row for row in rows if row.get("image_kl") is not None]
+    known = [row for row in _in_order(rows) if row.get("image_kl") is not None]
     return pd.DataFrame(known, columns=[*ROW_KEY, *IMAGE_COLUMNS])
+
+
+def _in_order(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return sorted(rows, key=lambda row: (row["order"], row["protocol"], *row_key(row)))
 
 
 def comparable(table: pd.DataFrame) -> dict[tuple[Any, ...], list[int]]:

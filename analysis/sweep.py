@@ -12,7 +12,7 @@ from analysis.noise import CleanOutputs, MeasuredQuantizer, Noise, output_noise
 from analysis.replay import Cut, Replay, find_cuts
 from analysis.sensitivity import quantized_sites
 from quant.batchnorm import batchnorm_kept, batchnorms, reestimate_batchnorm_
-from quant.calibrate import default_scheme, make_quantizer, observe_activations
+from quant.calibrate import ActivationSample, default_scheme, make_quantizer, observe_activations
 from quant.intercept import intercept
 from quant.prepare import quantized
 from quant.quantizer import Quantizer
@@ -49,7 +49,7 @@ def sweep(
     """
     chosen = [quantized_sites(key, sites, blocks=blocks) for key in keys]
     wanted = {info.site: info for items in chosen for info, _ in items}
-    samples = observe_activations(model, trace, wanted, [x for x, _ in batches], count=len(batches))
+    samples = sample_activations(model, trace, wanted, [images for images, _ in batches])
     forms = _Forms(model, trace, batches, _forms_of(keys, chosen), cache_bytes=cache_mib << 20, tell=tell)
     made: dict[tuple[Site, int, str, str], Quantizer] = {}
     for key, items in zip(keys, chosen, strict=True):
@@ -75,6 +75,22 @@ def sweep(
             "rank_low": math.nan,
             "rank_high": math.nan,
         }
+
+
+def sample_activations(
+    model: nn.Module, trace: Trace, sites: Mapping[Site, SiteInfo], batches: Sequence[Tensor]
+) -> dict[Site, ActivationSample]:
+    """A sample of each activation site over `batches` of images, the same whatever other sites are asked for.
+
+    Attention by its formula gives other last bits than the fused kernel, and so all that comes after it: the sites
+    inside attention are sampled in a pass of their own.
+    """
+    inside = {site: info for site, info in sites.items() if site.is_attention}
+    outside = {site: info for site, info in sites.items() if not site.is_attention}
+    samples = observe_activations(model, trace, outside, batches, count=len(batches))
+    untouched = {Site(module, "attention"): _leave for module in trace.attention} if inside else {}
+    with intercept(model, trace, untouched):
+        return samples | observe_activations(model, trace, inside, batches, count=len(batches))
 
 
 def _order(key: Mapping[str, Any], sites: Sequence[SiteInfo], items: Sequence[tuple[SiteInfo, int]]) -> int:
