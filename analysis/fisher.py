@@ -22,14 +22,15 @@ class ErrorScores(NamedTuple):
 
     With g the gradient of `fisher_probe`, of each image:
 
-        fisher           1/2 (sum g delta)^2           the KL to second order, sites of a tensor and images kept apart
+        fisher           1/2 (sum g delta)^2           the KL to second order, where the mean is over probes too
         fit              1/2 tr(F) mean(delta^2)       FIT (Zandonati et al. 2022, arXiv:2210.08502), F = E[g g^T]
         output_gradient  sum (dL/dY)^2 (dY)^2          ModelOpt AutoQuantize; Y is the module's output
         noise            sum delta^2 / sum x^2         of the tensor alone: the inverse of its SQNR
         squared_error    mean(delta^2)                 of an element
 
     `products` are sum g delta of each image (images,), float32: of several sites together, errors add before they are
-    squared, 1/2 (sum over sites of products)^2, which tells how they act on each other too.
+    squared, 1/2 (sum over sites of products)^2, which tells how they act on each other too. That holds for weights; the
+    rounding errors of an activation are others as soon as a site before it is quantized.
     """
 
     fisher: float
@@ -62,18 +63,20 @@ def fisher_scores(
 
     One forward and one backward pass, and of each layer one pass for each bit-width and one for the gradient of its
     weight image by image: the square of a batch's gradient is not the sum of the squares. Sites without such a gradient
-    (modules called more than once in a pass, tables that do not depend on the image) are left out.
+    (modules called more than once in a pass, tables that do not depend on the image, tensors whose leading axis is not
+    that of the images) are left out.
     """
     once = {site: by_bits for site, by_bits in quantizers.items() if trace.calls.get(site.module, 0) == 1}
-    pass_ = _GradientPass(model, sites, once)
+    pass_ = _GradientPass(model, trace, sites, once)
     generator = torch.Generator().manual_seed(0)
     count = 0
-    with _frozen(model), intercept(model, trace, pass_.handlers(trace)):
+    handlers = pass_.handlers()
+    with _frozen(model):
         for images in batches:
             count += len(images)
             pass_.images = len(images)
             images = images.detach().clone().requires_grad_()  # so that every activation has a gradient
-            with torch.enable_grad():
+            with torch.enable_grad(), intercept(model, trace, handlers):
                 logits = model(images)
             logits.backward(fisher_probe(logits.detach(), generator))
             pass_.forget()
@@ -114,9 +117,13 @@ class _GradientPass:
     """Sees every tensor on its way forward, and its gradient on the way back."""
 
     def __init__(
-        self, model: nn.Module, sites: Mapping[Site, SiteInfo], quantizers: Mapping[Site, Mapping[int, Quantizer]]
+        self,
+        model: nn.Module,
+        trace: Trace,
+        sites: Mapping[Site, SiteInfo],
+        quantizers: Mapping[Site, Mapping[int, Quantizer]],
     ) -> None:
-        self.model, self.quantizers = model, quantizers
+        self.model, self.trace, self.quantizers = model, trace, quantizers
         self.sums = {site: _Sums(by_bits) for site, by_bits in quantizers.items()}
         self.images = 0
         self._inputs: dict[str, tuple[Tensor, int]] = {}  # by module: its input on this batch, and that one's version
@@ -125,7 +132,7 @@ class _GradientPass:
             if site.is_weight:
                 self._weights.setdefault(site.module, []).append(sites[site])
 
-    def handlers(self, trace: Trace) -> dict[Site, Any]:
+    def handlers(self) -> dict[Site, Any]:
         """A handler of every tensor that is needed."""
         handlers: dict[Site, Any] = {}
         layers = dict.fromkeys(site.module for site in self.quantizers if not site.is_attention)
@@ -148,11 +155,16 @@ class _GradientPass:
 
     def _watched(self, site: Site, x: Tensor) -> Tensor:
         """The same tensor for this use alone, so that its gradient is not that of other uses."""
-        if x.requires_grad and len(x) % self.images == 0:
+        if x.requires_grad and self._by_image(site, x):
             x = x.view_as(x)
             kept = x.detach(), x._version
             x.register_hook(lambda gradient: self._activation(site, kept, gradient))
         return x
+
+    def _by_image(self, site: Site, x: Tensor) -> bool:
+        """Whether the leading axis is images, or images x windows: as many times longer as there are more images."""
+        traced = self.trace.shapes[site]
+        return len(x) % self.images == 0 and len(x) * self.trace.images == traced[0] * self.images
 
     def _activation(self, site: Site, kept: tuple[Tensor, int], gradient: Tensor) -> None:
         x, sums = _unchanged(kept, site.module), self.sums[site]
@@ -170,7 +182,8 @@ class _GradientPass:
                 sums.output[bits] += _square(weighed)
 
     def _output(self, module: str, y: Tensor) -> None:
-        if y.requires_grad and len(y) % self.images == 0 and len(self._inputs[module][0]) % self.images == 0:
+        x, _ = self._inputs[module]
+        if y.requires_grad and self._by_image(Site(module, "output"), y) and self._by_image(Site(module, "input"), x):
             kept = y.detach(), y._version
             y.register_hook(lambda gradient: self._layer(module, kept, gradient))
 
@@ -179,7 +192,8 @@ class _GradientPass:
         weight = layer.get_parameter("weight").detach()
         y, version = kept
         with torch.no_grad():
-            if y._version != version:  # an activation function in place
+            # Changed since, by an activation function in place; or used without being called, with a bias of its own.
+            if y._version != version or module in self.trace.functional:
                 y = closed_forward(layer, x)
             for bits, quantizer in self.quantizers.get(Site(module, "input"), {}).items():
                 change = closed_forward(layer, quantizer(x)) - y

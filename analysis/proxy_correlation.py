@@ -56,7 +56,7 @@ def noise_ceiling(values: NDArray[np.float64]) -> float:
 
     The correlation r of the means over random halves of the images, 2 r / (1 + r) for all of them (Spearman-Brown), and
     of that the square root: noise lowers a correlation once where only one side is measured (Spearman, 1904). NaN for
-    fewer than two images, 0 where the halves do not agree at all.
+    fewer than two images and for sites that are all alike, 0 where the halves do not agree at all.
     """
     images = values.shape[1]
     if images < 2:
@@ -66,7 +66,7 @@ def noise_ceiling(values: NDArray[np.float64]) -> float:
     first = np.stack([values[:, order[: images // 2]].mean(1) for order in orders])
     second = np.stack([values[:, order[images // 2 :]].mean(1) for order in orders])
     r = float(_mean(_spearman(first, second)))
-    return float(np.sqrt(max(0.0, 2 * r / (1 + r))))
+    return 0.0 if r <= 0 else float(np.sqrt(2 * r / (1 + r)))
 
 
 def _spearman(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from analysis.panels import figure_files, save_figure
 from analysis.proxies import DEFINITIONS, PROXIES, proxy_table
 from analysis.proxy_correlation import proxy_correlations
 from analysis.proxy_plots import proxies_figure
-from analysis.sensitivity import SweepConfig, preferred_rows
+from analysis.sensitivity import SweepConfig, stored_rows
 from quant.site import SiteInfo
 
 PROXY_FILES = (
@@ -32,8 +32,7 @@ def run_proxies(
     """
     run, start = opened.run, time.monotonic()
     measured = run.read_table("sensitivity")
-    measured = measured[(measured["batchnorm"] != "re_estimated") | (measured["batchnorm"] == "re_estimated").all()]
-    measured = preferred_rows(measured[measured["estimator"] == config.estimator])
+    measured = stored_rows(measured[measured["estimator"] == config.estimator])
     bit_widths = sorted({*config.bit_widths, *measured["bit_width"]})
     stats = run.read_table("stats") if (run.path / "stats.parquet").exists() else None
     table, products = proxy_table(

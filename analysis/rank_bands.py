@@ -26,8 +26,11 @@ def rank_bands(values: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[
 def images_to_separate(values: NDArray[np.float64], first: int = 10) -> float:
     """How many images would tell each of the `first` costliest sites from the next one, at 95 %; inf where never.
 
-    From the paired differences of neighbours in rank: n = (1.96 std / mean)^2, the largest over the neighbours.
+    From the paired differences of neighbours in rank: n = (1.96 std / mean)^2, the largest over the neighbours. NaN for
+    fewer than two sites or images.
     """
+    if values.shape[1] < 2:
+        return float("nan")
     order = np.argsort(-values.mean(1), kind="stable")[: first + 1]
     differences = values[order[:-1]] - values[order[1:]]
     mean, std = differences.mean(1), differences.std(1, ddof=1)

@@ -9,6 +9,7 @@ from typing import TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from analysis import report_figures as figures
+from analysis import report_sensitivity
 from analysis import report_tables as tables
 from analysis.report_cells import Table
 from analysis.report_content import RunContent, read_runs
@@ -56,6 +57,11 @@ SENSITIVITY: Definitions = (
                                     "the difference. Negative changes are kept."),
     ("SQNR", "Power of a tensor over the power of its quantization error, in decibel: of the quantized tensor itself, "
              "and of its module's output."),
+    ("rank in resampled images", "Where a site's rank lies in 95 % of bootstrap samples of the images; sites whose bands "
+                                 "overlap cannot be told apart."),
+    ("left out", "Everything is quantized but one group, which stays in floating point: a low bar says that it hurts."),
+    ("proxy", "A score without a pass for each site. fisher: the KL to second order, from one backward pass; fit, "
+              "output_gradient and hessian_trace: published scores; noise: 1/SQNR; stats_...: statistics of the tensor."),
 )  # fmt: skip
 PLAN: Definitions = (
     ("budget", "What the plan may cost at most; a dash leaves a cost free."),
@@ -184,12 +190,12 @@ def _variation(content: RunContent) -> Part:
 
 
 def _sensitivity(content: RunContent) -> Part:
-    if content.sensitivity is None:
+    if content.sweep is None:
         return _lacking(content, "No sensitivity was measured", _command(content, "sensitivity"))
     return Part(
         title=content.name,
-        pictures=_some(figures.sensitivity(content)),
-        tables=_some(tables.most_sensitive(content)),
+        pictures=tuple(figures.sensitivity(content)),
+        tables=_some(report_sensitivity.most_sensitive(content)) + _some(report_sensitivity.proxy_ranks(content)),
     )
 
 

@@ -9,6 +9,8 @@ import pandas as pd
 
 from analysis.columns import HISTORY_COLUMNS, OSCILLATION_COLUMNS, VERIFY_COLUMNS
 from analysis.comparison import COLUMNS
+from analysis.proxies import PROXY_COLUMNS
+from analysis.proxy_correlation import CORRELATION_COLUMNS
 from analysis.runs import Run, RunRecord, run_names
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
 from analysis.tensor_stats import STATS_COLUMNS
@@ -38,7 +40,9 @@ class RunContent:
     folder: Path
     record: RunRecord
     stats: pd.DataFrame | None
-    sensitivity: pd.DataFrame | None  # one row per (module, tensor, bit_width)
+    sweep: pd.DataFrame | None  # all rows of sensitivity.parquet: every protocol, group and treatment
+    sensitivity: pd.DataFrame | None  # of single sites, one row per (module, tensor, bit_width)
+    proxies: tuple[pd.DataFrame, pd.DataFrame] | None  # the scores, and how each ranks the sites
     verify: pd.DataFrame | None
     plan: BitPlan | None
     trainings: tuple[Training, ...]
@@ -61,20 +65,22 @@ def read_run(folder: Path, name: str) -> RunContent:
             f"{folder} is no run folder: there is no such folder. Make one with `qvw stats --run {folder}`."
         )
     run = Run(folder)
-    sensitivity = _table(run, "sensitivity", SENSITIVITY_COLUMNS)
-    if sensitivity is not None:
-        sensitivity = preferred_rows(sensitivity)
+    sweep = _table(run, "sensitivity", SENSITIVITY_COLUMNS)
+    single = None if sweep is None else preferred_rows(sweep)
+    proxies, correlation = _table(run, "proxies", PROXY_COLUMNS), _table(run, "proxy_correlation", CORRELATION_COLUMNS)
     content = RunContent(
         name=name,
         folder=folder,
         record=run.record,
         stats=_table(run, "stats", STATS_COLUMNS),
-        sensitivity=None if sensitivity is None or sensitivity.empty else sensitivity,
+        sweep=sweep,
+        sensitivity=None if single is None or single.empty else single,
+        proxies=None if proxies is None or correlation is None or sweep is None else (proxies, correlation),
         verify=_table(run, "verify", VERIFY_COLUMNS),
         plan=_plan(folder),
         trainings=_trainings(folder),
     )
-    found = (content.stats, content.sensitivity, content.verify, content.plan, content.trainings or None)
+    found = (content.stats, content.sweep, content.verify, content.plan, content.trainings or None)
     if all(part is None for part in found):
         raise InputError(f"{folder} holds nothing to report. Measure a model first: `qvw stats MODEL --run {folder}`.")
     return content

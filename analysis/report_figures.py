@@ -10,9 +10,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis.panels import bits_figure, distribution_figure, sensitivity_figure
+from analysis.panels import bits_figure, distribution_figure
+from analysis.proxy_plots import proxies_figure
 from analysis.report_content import RunContent, history_frame, oscillation_frame, terms
 from analysis.runs import Run
+from analysis.sensitivity import stored_rows
+from analysis.sensitivity_panels import sensitivity_figures
 from analysis.training_plots import terms_figure, training_figure
 from analysis.variation_frames import Measured
 from analysis.variation_panels import variation_figures
@@ -45,16 +48,31 @@ def variation(contents: Sequence[RunContent]) -> list[Picture]:
     return [picture(each.figure, each.caption, each.words) for each in variation_figures(runs)]
 
 
-def sensitivity(content: RunContent) -> Picture | None:
-    """Heatmaps of site by bit-width: loss increase, or KL where there were no labels."""
-    rows = content.sensitivity
-    if rows is None:
-        return None
-    value = "delta_loss" if rows["delta_loss"].notna().any() else "kl"
-    what = "loss increase" if value == "delta_loss" else "KL of the logits"
-    words = f"heatmap of the {what} of every site, a column a bit-width"
-    figure = sensitivity_figure(rows, content.name, value=value)
-    return picture(figure, f"{content.name}: {what} of each site", words)
+_SWEEP = {
+    "sensitivity": ("each site", "heatmap of {value} of every site, a column a bit-width"),
+    "sensitivity_sqnr": ("SQNR of each tensor", "heatmap of the signal-to-noise ratio, a column a bit-width"),
+    "sensitivity_ranks": ("ranks", "KL of each site with its error, and the band of ranks in resampled images"),
+    "sensitivity_blocks": ("by block", "heatmap of the KL, depth down, kinds of tensor across"),
+    "sensitivity_groups": ("groups", "bars of the KL of each group that is quantized alone"),
+    "sensitivity_left_out": ("left out", "bars of the KL where everything but one group is quantized"),
+}
+
+
+def sensitivity(content: RunContent) -> list[Picture]:
+    """All that the sweep can show, and the proxies beside it where they were computed."""
+    if content.sweep is None:
+        return []
+    value = "the loss increase" if content.sweep["delta_loss"].notna().any() else "the KL of the logits"
+    pictures = []
+    for stem, figure in sensitivity_figures(content.sweep, content.name):
+        caption, words = _SWEEP[stem]
+        pictures.append(picture(figure, f"{content.name}: sensitivity, {caption}", words.format(value=value)))
+    if content.proxies is not None:
+        proxies, correlation = content.proxies
+        figure = proxies_figure(proxies, stored_rows(content.sweep), correlation, content.name)
+        words = "scores that foretell the sweep against the measured KL of each site, a panel a proxy"
+        pictures.append(picture(figure, f"{content.name}: proxies", words))
+    return pictures
 
 
 def plan(content: RunContent) -> Picture | None:

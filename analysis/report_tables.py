@@ -22,7 +22,6 @@ KINDS = {  # of verify.parquet, in the order of the summary
     "reverse": "reversed plan, without training",
     "random": "random bits, without training",
 }
-MOST_SENSITIVE = 10
 
 
 def summary(content: RunContent) -> Table | None:
@@ -107,33 +106,6 @@ def differences_table(contents: Sequence[RunContent]) -> Table | None:
         )  # fmt: skip
     columns = ("tensor", "runs", "difference of cv", "95 % interval", "Brown-Forsythe p", "reading")
     return Table(caption="Do the modules of one network vary more?", columns=columns, rows=tuple(rows))
-
-
-def most_sensitive(content: RunContent) -> Table | None:
-    """The ten sites whose quantization to the lowest bit-width that was measured changes the answers most (KL)."""
-    if content.sensitivity is None:
-        return None
-    lowest = content.sensitivity["bit_width"].min()
-    rows = content.sensitivity[content.sensitivity["bit_width"] == lowest]
-    top = rows.nlargest(MOST_SENSITIVE, "kl" if rows["kl"].notna().any() else "delta_loss")
-    columns = (
-        "module", "tensor", "KL (nats)", "loss increase (nats)", "top-1 change (points)", "SQNR of the tensor (dB)",
-        "SQNR of the output (dB)",
-    )  # fmt: skip
-    cells = [
-        (
-            text(row["module"]),
-            text(row["tensor"]),
-            measured(row["kl"], row["kl_se"], digits=4),
-            measured(row["delta_loss"], row["delta_loss_se"], digits=4),
-            number(100 * row["delta_top1"], "{:+.2f}"),
-            number(row["sqnr_db"], "{:.1f}"),
-            number(row["sqnr_output_db"], "{:.1f}"),
-        )
-        for row in top.to_dict("records")
-    ]
-    many = f"{len(top)} most sensitive of {len(rows)} sites"
-    return Table(caption=f"{content.name}: the {many} at {lowest} bits", columns=columns, rows=tuple(cells))
 
 
 def certificate(content: RunContent) -> Table | None:

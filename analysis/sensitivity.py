@@ -155,3 +155,9 @@ def preferred_rows(table: pd.DataFrame) -> pd.DataFrame:
     }
     rank = sum(rows[name].map(places) * 10**i for i, (name, places) in enumerate(reversed(order.items())))
     return rows[rank == rank.groupby([rows["module"], rows["tensor"]]).transform("min")]
+
+
+def stored_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """`preferred_rows` with BatchNorm as stored where it was measured so: what proxies are compared with."""
+    stored = table[table["batchnorm"] != "re_estimated"]
+    return preferred_rows(table if stored.empty else stored)

@@ -39,6 +39,8 @@ def sensitivity_summary(table: pd.DataFrame, rows: Sequence[dict]) -> str:
 def _doubts(rows: Sequence[dict], table: pd.DataFrame) -> list[str]:
     """What a reader must know before the ranks are used."""
     doubts = []
+    if (table["images"] < 2).any():
+        doubts.append("One image has no standard error, and its ranks have no band: measure more.")
     if (table["kl"] == 0).all():
         doubts.append("Every change is 0: are residual branches zero-initialised (timm: zero_init_last)?")
     elif (table["delta_loss"].abs() < 2 * table["delta_loss_se"]).all():

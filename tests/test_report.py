@@ -16,7 +16,8 @@ from analysis.report import report_html
 from analysis.report_cells import DASH
 from analysis.report_content import history_frame, oscillating_shares, oscillation_frame, read_run, read_runs, terms
 from analysis.report_step import run_report
-from analysis.report_tables import certificate, gradient_norms, most_sensitive, side_by_side, summary, trained
+from analysis.report_sensitivity import most_sensitive, proxy_ranks
+from analysis.report_tables import certificate, gradient_norms, side_by_side, summary, trained
 from analysis.training_plots import plot_history, plot_oscillation, plot_terms, terms_figure, training_figure
 from quant.errors import InputError
 
@@ -58,7 +59,7 @@ def finished(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs with a space")
     run = ["--run", root / "resnet"]
     qvw("stats", "resnet18", "--model-kwargs", RESNET, "--data", "digits", *LOADER, *run, "--images", 32)
-    qvw("sensitivity", *run, *LOADER, "--images", 32, "--bits", "2,8", "--bn", "stored")
+    qvw("sensitivity", *run, *LOADER, "--images", 32, "--bits", "2,8", "--bn", "stored", "--proxies")
     qvw("plan", *run, "--weight-bits", 4, "--activation-bits", 5)
     for what in (["--float"], ["--plan", root / "resnet" / "plan.json"], ["--uniform", "w4a4"]):
         qvw("eval", *run, "--images", 64, *LOADER, "--calibration-images", 32, *what)
@@ -125,8 +126,8 @@ def test_the_page_holds_all_that_it_needs(page):
     assert not [a for _, a in reader.elements if "src" in a and not a["src"].startswith("data:image/png;base64,")]
     assert {a["href"] for a in reader.all("a")} == {f"#{a['id']}" for a in reader.all("h2")}
     assert [a["href"] for a in reader.all("link")] == ["data:,"]
-    # 2 over depth, 2 by kind, channels; 2 distributions; sensitivity; plan; 2 of the trainings
-    assert len(reader.all("img")) == 11
+    # 2 over depth, 2 by kind, channels; 2 distributions; sensitivity, SQNR, ranks, proxies; plan; 2 of the trainings
+    assert len(reader.all("img")) == 14
     for section in SECTIONS:
         assert f">{section}</h2>" in text
 
@@ -215,7 +216,7 @@ def test_what_was_not_measured_is_a_dash(run):
         assert row[1].key is None
     assert texts(trained(content))[0][5:10] == [DASH] * 5
     page = report_html([run])
-    assert "KL of the logits of each site" in page
+    assert "heatmap of the KL of the logits of every site" in page
     assert ">nan" not in page
 
 
@@ -226,6 +227,16 @@ def test_the_ten_most_sensitive_sites_come_first(run):
     expected = rows[rows["bit_width"] == 2].sort_values("kl", ascending=False)["kl"].head(10)
     assert [row[2].key for row in table.rows] == expected.tolist()
     assert "at 2 bits" in table.caption
+
+
+def test_proxies_stand_beside_the_ceiling(run):
+    """Spearman's correlation as the table of the run has it, a column a bit-width, the ceiling last."""
+    table = proxy_ranks(read_run(run, "mine"))
+    found = pd.read_parquet(run / "proxy_correlation.parquet")
+    found = found[(found["tensors"] == "all") & (found["bit_width"] == 8)].set_index("proxy")
+    assert table.columns == ("proxy", "2 bit", "8 bit")
+    assert {row[0].text: row[2].key for row in table.rows[:-1]} == found["spearman"].to_dict()
+    assert table.rows[-1][2].key == found["ceiling"].max()
 
 
 def test_the_certificate_is_that_of_the_plan(run):
