@@ -57,11 +57,11 @@ SENSITIVITY: Definitions = (
                                     "the difference. Negative changes are kept."),
     ("SQNR", "Power of a tensor over the power of its quantization error, in decibel: of the quantized tensor itself, "
              "and of its module's output."),
-    ("rank in resampled images", "Where a site's rank lies in 95 % of bootstrap samples of the images; sites whose bands "
-                                 "overlap cannot be told apart."),
+    ("rank in resampled images", "Where a site's rank lies in 95 % of bootstrap samples of the images; sites whose "
+                                 "bands overlap cannot be told apart."),
     ("left out", "Everything is quantized but one group, which stays in floating point: a low bar says that it hurts."),
     ("proxy", "A score without a pass for each site. fisher: the KL to second order, from one backward pass; fit, "
-              "output_gradient and hessian_trace: published scores; noise: 1/SQNR; stats_...: statistics of the tensor."),
+              "output_gradient, hessian_trace: published scores; noise: 1/SQNR; stats_...: statistics of the tensor."),
 )  # fmt: skip
 PLAN: Definitions = (
     ("budget", "What the plan may cost at most; a dash leaves a cost free."),

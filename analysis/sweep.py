@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from analysis.cuts import Cut
 from analysis.evaluation import compare_logits, logits_of
 from analysis.noise import CleanOutputs, MeasuredQuantizer, Noise, output_noise
-from analysis.replay import Cut, Replay, find_cuts
+from analysis.replay import Replay, find_cuts
 from analysis.sensitivity import quantized_sites
 from quant.batchnorm import batchnorm_kept, batchnorms, reestimate_batchnorm_
 from quant.calibrate import ActivationSample, default_scheme, make_quantizer, observe_activations

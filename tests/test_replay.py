@@ -6,8 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.replay import Replay, entered, execution, find_cuts, input_of
+from analysis.cuts import entered, execution, input_of
+from analysis.replay import Replay, find_cuts
 
 ROOM = 1 << 30
 
@@ -75,6 +77,128 @@ def test_every_changed_layer_gives_the_bits_of_the_whole_network(name):
             weight.copy_(original)
     assert len(entered_at) > 3
     assert not replay.refused
+
+
+INNER = {
+    "resnet": ("layer2.0.conv2", "layer2.0", ()),
+    "vit": ("blocks.1.mlp", "blocks.1", ("blocks.1.drop_path1",)),
+    "swin": ("layers.1.blocks.1.mlp.fc2", "layers.1.blocks.1", ("layers.1.blocks.1.drop_path1",)),
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_residual_blocks_are_entered_in_the_middle(name):
+    """The block's input is given back for the shortcut, and the first branch's output for the second residual sum."""
+    module, base, kept = INNER[name]
+    cut = next(cut for cut in find_cuts(MODELS[name](), images(2)) if cut.module == module)
+    assert (cut.base, cut.kept) == (base, kept)
+
+
+class Branches(nn.Module):
+    """A chain of a linear and three blocks of two layers, with shortcuts of every `kind`."""
+
+    class Block(nn.Module):
+        """Two layers and shortcuts."""
+
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.kind, self.norm1, self.norm2, self.act = kind, nn.LayerNorm(8), nn.LayerNorm(8), nn.ReLU(inplace=True)
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.seen = torch.zeros(())
+
+        def forward(self, x: Tensor) -> Tensor:
+            """(batch, 8) in, (batch, 8) out."""
+            y = self.one(self.norm1(x))
+            if self.kind == "overwritten":
+                return x + self.two(self.act(y)) + y
+            if self.kind == "called twice":
+                return x + self.two(self.one(y)) + y
+            if self.kind == "remembered":
+                self.seen = y.mean(dim=1, keepdim=True)
+                return x + self.two(self.norm2(y)) + self.seen
+            middle = 0.5 * x + y if self.kind == "scaled" else x + y
+            out = middle + self.two(self.norm2(middle))
+            return out + x * middle if self.kind == "third use" else out
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.blocks = nn.Sequential(*(self.Block(kind) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, 8) in, (batch, 8) out."""
+        return self.blocks(self.stem(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("plain", True),
+        ("scaled", True),
+        ("third use", True),
+        ("remembered", True),
+        ("overwritten", False),
+        ("called twice", False),
+    ],
+)
+def test_a_block_is_entered_in_the_middle_only_with_the_same_bits(kind, found):
+    """Sums, scales and further uses are computed again from what is held; what a skipped layer wrote over is not."""
+    torch.manual_seed(0)
+    model, batches = Branches(kind).eval(), [torch.randn(4, 8), torch.randn(3, 8), torch.randn(4, 8)]
+    cuts = find_cuts(model, batches[0][:1])
+    assert ("blocks.1.two" in {cut.module for cut in cuts}) == found
+    replay = Replay(model, batches, cuts, cache_bytes=ROOM)
+    for block in range(3):
+        for layer in ("one", "two"):
+            replay.move_to(f"blocks.{block}.{layer}")
+            weight = model.blocks[block].get_submodule(layer).weight
+            with torch.no_grad():
+                original = weight.clone()
+                weight.mul_(1.1)
+                whole = [model(batch) for batch in batches]
+                assert all(torch.equal(replay(batch), logits) for batch, logits in zip(batches, whole, strict=True))
+                weight.copy_(original)
+    assert not replay.refused
+
+
+def test_an_inner_cut_is_taken_only_where_all_batches_have_room():
+    """What an inner cut needs besides must not push a batch out of the cache: the whole block is taken then."""
+    model, batches = MODELS["vit"](), [images(2), images(3)]
+    cuts = find_cuts(model, images(1))
+    tokens = 5 * 17 * 192 * 4
+    for room, module in ((3, "blocks.1.mlp"), (2, "blocks.1.attn.proj"), (1, "blocks.1"), (0.5, "blocks.1")):
+        replay = Replay(model, batches, cuts, cache_bytes=int(room * tokens))
+        replay.move_to("blocks.1.mlp.fc1")
+        assert replay.cut is not None
+        assert replay.cut.module == module
+
+
+def test_a_state_that_reaches_past_a_cut_is_seen_on_a_single_batch():
+    """What a module remembers of the batch is that of another run as soon as the module is not run."""
+    torch.manual_seed(0)
+    model, batch = Odd("kept").eval(), torch.randn(4, 8)
+    replay = Replay(model, [batch], find_cuts(model, batch), cache_bytes=ROOM)
+    replay.move_to("block")
+    assert replay.cut is None
+    assert replay.refused == ["block"]
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "swin"])
+def test_cuts_cost_a_few_passes(name):
+    """Finding them: 20 passes of one image at most. Trying them and going through all layers: 2.2 passes over all."""
+    model, batches = MODELS[name](), [images(8) + shift for shift in range(4)]
+
+    def flops(call):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            result = call()
+        return counter.get_total_flops(), result
+
+    one, _ = flops(lambda: model(images(1)))
+    finding, cuts = flops(lambda: find_cuts(model, images(1)))
+    assert finding < 20 * one
+    replay = Replay(model, batches, cuts, cache_bytes=ROOM)
+    moving, _ = flops(lambda: [replay.move_to(cut.module) for cut in cuts])
+    assert moving < 2.2 * 32 * one
 
 
 class Skips(nn.Module):
@@ -165,7 +289,7 @@ def test_work_is_saved():
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
     with torch.no_grad():
         replay(batch)
-    assert ran == ["blocks.2.attn.qkv", "blocks.2.attn.proj", "blocks.2.mlp.fc1", "blocks.2.mlp.fc2", "head"]
+    assert ran == ["blocks.2.mlp.fc1", "blocks.2.mlp.fc2", "head"]
 
 
 def test_placeholders_show_a_dependence_that_was_overlooked():

@@ -15,8 +15,8 @@ from analysis.cli import main
 from analysis.report import report_html
 from analysis.report_cells import DASH
 from analysis.report_content import history_frame, oscillating_shares, oscillation_frame, read_run, read_runs, terms
-from analysis.report_step import run_report
 from analysis.report_sensitivity import most_sensitive, proxy_ranks
+from analysis.report_step import run_report
 from analysis.report_tables import certificate, gradient_norms, side_by_side, summary, trained
 from analysis.training_plots import plot_history, plot_oscillation, plot_terms, terms_figure, training_figure
 from quant.errors import InputError
