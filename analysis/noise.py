@@ -19,11 +19,11 @@ class Noise:
         self.signal = self.noise = 0.0
         self.seen = False
 
-    def add(self, clean: Tensor, noisy: Tensor) -> None:
-        """Add one tensor and its noisy form, of the same shape."""
+    def add(self, clean: Tensor, noisy: Tensor, signal: float | None = None) -> None:
+        """Add one tensor and its noisy form, of the same shape; `signal` is the clean one's power where it is known."""
         self.seen = True
-        self.signal += torch.linalg.vector_norm(clean, dtype=torch.float64).item() ** 2
-        self.noise += torch.linalg.vector_norm(clean - noisy, dtype=torch.float64).item() ** 2
+        self.signal += power(clean) if signal is None else signal
+        self.noise += power(clean - noisy)
 
     @property
     def sqnr_db(self) -> float:
@@ -31,6 +31,11 @@ class Noise:
         if self.signal == 0:
             return math.nan
         return math.inf if self.noise == 0 else 10 * math.log10(self.signal / self.noise)
+
+
+def power(x: Tensor) -> float:
+    """The sum of the squares, in float64."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2
 
 
 class MeasuredQuantizer:
@@ -51,19 +56,19 @@ class CleanOutputs:
 
     def __init__(self, module: str, room: int) -> None:
         self.module, self.room = module, room
-        self._kept: list[Tensor] = []
+        self._kept: list[tuple[Tensor, float]] = []  # each with its power
         self._full = False
 
-    def get(self, place: int) -> Tensor | None:
-        """The output for the batch in this place; None where it was not kept."""
+    def get(self, place: int) -> tuple[Tensor, float] | None:
+        """The output for the batch in this place, and its power; None where it was not kept."""
         return self._kept[place] if place < len(self._kept) else None
 
-    def keep(self, place: int, output: Tensor) -> None:
-        """Keep the output of the next batch, unless there is no more room."""
+    def keep(self, place: int, output: Tensor, signal: float) -> None:
+        """Keep the output of the next batch, and its power, unless there is no more room."""
         self.room -= output.numel() * output.element_size()
         self._full |= self.room < 0
         if place == len(self._kept) and not self._full:
-            self._kept.append(output)
+            self._kept.append((output, signal))
 
 
 @contextmanager
@@ -85,12 +90,13 @@ def output_noise(model: nn.Module, name: str, weight: nn.Parameter | None, outpu
         args, kwargs = clean.pop()
         if not isinstance(output, Tensor):
             return
-        expected = outputs.get(place)
-        if expected is None:
+        kept = outputs.get(place)
+        if kept is None:
             expected = _on_clean_input(module, weight, args, kwargs)
-            outputs.keep(place, expected)
+            kept = expected, power(expected)
+            outputs.keep(place, *kept)
         place += 1
-        noise.add(expected, output)
+        noise.add(kept[0], output, kept[1])
 
     before = module.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
     after = module.register_forward_hook(compare)
