@@ -8,6 +8,7 @@ in), edges (the `module:tensor` it is multiplied with), channels, heads (0 if no
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from quant.bit_plan import PlannedSite, PlanTotals, check_known_sites
@@ -16,6 +17,8 @@ from quant.site import Site
 
 FLOAT_BITS = 32  # of a tensor that the plan does not name
 FLOAT_BYTES = 4  # of a scale, an offset, and a parameter outside the plan
+PICOSECONDS = 10**9  # in a millisecond; latencies are added in whole picoseconds
+LATENCY_COLUMNS = ("module", "tensor", "bit_width", "milliseconds")
 
 
 def cost_rows(cost: pd.DataFrame) -> dict[Site, Any]:
@@ -62,6 +65,48 @@ def site_bytes(planned: PlannedSite, row: Any) -> int:
     return codes + FLOAT_BYTES * int(scales) * (2 if planned.offset else 1)
 
 
+def activation_bytes(planned: PlannedSite, row: Any) -> int:
+    """Bytes of a planned activation of one image, packed; 0 for a weight."""
+    return 0 if planned.site.is_weight else (elements(planned.site, row) * planned.bit_width + 7) // 8
+
+
+def latency_table(latency: pd.DataFrame) -> dict[tuple[Site, int], int]:
+    """Whole picoseconds by site and bit-width, from a frame with LATENCY_COLUMNS, rounded to the nearest.
+
+    InputError: a column is missing, a time is not a number >= 0, or a site has two times at one bit-width.
+    """
+    missing = [name for name in LATENCY_COLUMNS if name not in latency.columns]
+    if missing:
+        raise InputError(
+            f"The latency table has no column {missing[0]}. It needs {', '.join(LATENCY_COLUMNS)} (one row per site "
+            "and bit-width)."
+        )
+    table: dict[tuple[Site, int], int] = {}
+    for module, tensor, bit_width, given in latency[list(LATENCY_COLUMNS)].itertuples(index=False):
+        milliseconds = pd.to_numeric(given, errors="coerce")
+        if not (np.isfinite(milliseconds) and 0 <= milliseconds < 1e9):
+            raise InputError(
+                f"The latency of {module}:{tensor} at {bit_width} bits is {given!r}; expected milliseconds, 0 or more. "
+                "Mend the row."
+            )
+        key = Site(module, tensor), bit_width
+        if key in table:
+            raise InputError(f"{module}:{tensor} has two latencies at {bit_width} bits. Keep one row of them.")
+        table[key] = round(float(milliseconds) * PICOSECONDS)
+    return table
+
+
+def site_latency(planned: PlannedSite, latency: Mapping[tuple[Site, int], int]) -> int:
+    """Picoseconds of a planned site by the table; InputError if it has no row."""
+    try:
+        return latency[planned.site, planned.bit_width]
+    except KeyError as error:
+        raise InputError(
+            f"The latency table has no row for {planned.site} at {planned.bit_width} bits. Add it, "
+            "or do not offer the bit-width."
+        ) from error
+
+
 def bitops(bits: Mapping[Site, int], cost: pd.DataFrame) -> int:
     """Sum over matrix products of MACs times the bits of both operands, per image; 32 bits outside `bits`."""
     return sum(
@@ -70,17 +115,22 @@ def bitops(bits: Mapping[Site, int], cost: pd.DataFrame) -> int:
     )
 
 
-def totals(plan_sites: Iterable[PlannedSite], cost: pd.DataFrame, parameters: int) -> PlanTotals:
+def totals(
+    plan_sites: Iterable[PlannedSite], cost: pd.DataFrame, parameters: int, latency: pd.DataFrame | None = None
+) -> PlanTotals:
     """The cost of quantizing `plan_sites` and nothing else, pinned sites included.
 
     Mean bits are over the elements of the planned sites; bytes count ceil(numel * bits / 8) per weight, 4 per scale
-    or offset, and 4 per parameter outside the plan, of `parameters` in the whole model. InputError for a site
-    that `cost` lacks, or a granularity that it cannot have.
+    or offset, and 4 per parameter outside the plan, of `parameters` in the whole model; activation bytes count
+    ceil(elements * bits / 8) per planned activation of one image. The latency is the sum over the planned sites, by a
+    frame with LATENCY_COLUMNS, in whole picoseconds. InputError for a site that `cost` or `latency` lacks, or a
+    granularity that it cannot have.
     """
     plan_sites, rows = tuple(plan_sites), cost_rows(cost)
     check_known_sites((planned.site for planned in plan_sites), rows)
     weights = [(p, elements(p.site, rows[p.site])) for p in plan_sites if p.site.is_weight]
     activations = [(p, elements(p.site, rows[p.site])) for p in plan_sites if not p.site.is_weight]
+    times = None if latency is None else latency_table(latency)
     outside = parameters - sum(numel for _, numel in weights)
     if outside < 0:
         raise ValueError(f"`parameters`={parameters} is {-outside} less than the planned weights hold.")
@@ -88,7 +138,9 @@ def totals(plan_sites: Iterable[PlannedSite], cost: pd.DataFrame, parameters: in
         weight_bits=_mean_bits(weights),
         activation_bits=_mean_bits(activations),
         size_bytes=sum(site_bytes(p, rows[p.site]) for p in plan_sites) + FLOAT_BYTES * outside,
+        activation_bytes=sum(activation_bytes(p, rows[p.site]) for p in plan_sites),
         bitops=bitops({p.site: p.bit_width for p in plan_sites}, cost),
+        latency_ms=None if times is None else sum(site_latency(p, times) for p in plan_sites) / PICOSECONDS,
     )
 
 

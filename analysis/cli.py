@@ -22,6 +22,7 @@ from analysis.options import (
     run_option,
     seed_option,
 )
+from analysis.plan_cli import plan, plan_diff
 from quant.choices import ESTIMATORS, GRANULARITIES, GROUPINGS, PROTOCOLS, Estimator, Granularity, Grouping, Protocol
 from quant.errors import InputError
 
@@ -132,29 +133,8 @@ def sensitivity(
     run_sensitivity(Setup.of(options), config, tensors=tensors, proxies=proxies, cache_mib=cache_mib)
 
 
-@cli.command(short_help="Bits for every site within a budget.")
-@run_option
-@click.option("--weight-bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of all weights.")
-@click.option("--activation-bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of all activations.")
-@click.option("--size-mib", type=click.FloatRange(min=0, min_open=True), help="Size of the quantized model.")
-@click.option("--gbitops", type=click.FloatRange(min=0, min_open=True), help="10^9 bit operations of one image.")
-@click.option("--candidates", type=ListOf(int), help="Bit-widths to choose from; by default all that were measured.")
-@click.option("--objective", default="kl", show_default=True,
-              help="What is to grow least: kl (least noisy), loss, logit_nmse, top1.")  # fmt: skip
-@click.option("--pin", multiple=True, metavar="PATTERN=BITS", help="Fix the bits of modules that match; repeatable.")
-@click.option("--tie", multiple=True, metavar="PATTERN", help="Sites that match share their bits; repeatable.")
-@click.option("--layout", type=click.Choice(["paper", "strict"]), default="paper", show_default=True,
-              help="paper: first layer and classifier at 8 bit; strict: no exception.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The plan file; by default RUN/plan.json.")
-@quiet_option
-def plan(run: Path, **options: Any) -> None:
-    """The bit plan that hurts least within the budgets, by an exact integer program, with its certificate.
-
-    Needs `qvw sensitivity` in the same run folder. Writes plan.json and plan.png.
-    """
-    from analysis.plan_step import PlanRequest, run_plan
-
-    run_plan(run, PlanRequest.of(options))
+cli.add_command(plan)
+cli.add_command(plan_diff)
 
 
 @cli.command(name="eval", short_help="Accuracy of float, plan, uniform bits, trained model.")

@@ -79,7 +79,7 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
                 estimator=request.estimator,
             )  # fmt: skip
             sites = made.plan.sites
-            running = _quantized(opened, made, request.batchnorm)
+            running = running_quantized(opened, made, request.batchnorm)
         with running:
             logits, labels = logits_of(opened.model, opened.stream(data, "evaluation"))
         kind = _kind(request, opened.run.path)
@@ -97,7 +97,7 @@ def _kind(request: EvalRequest, run: Path) -> str:
 
 
 @contextmanager
-def _quantized(opened: Opened, made: Calibrated, batchnorm: str) -> Iterator[None]:
+def running_quantized(opened: Opened, made: Calibrated, batchnorm: str) -> Iterator[None]:
     """A context in which the model runs with these quantizers."""
     anew = batchnorm == "re-estimate" and bool(batchnorms(opened.model))
     with (
@@ -130,13 +130,14 @@ def verify_row(
     }
 
 
-def keep_row(opened: Opened, row: Mapping[str, Any]) -> None:
-    """Add a row to verify.parquet; a row of the same plan and cost takes the place of the older one."""
+def keep_row(opened: Opened, row: Mapping[str, Any], *, tell: bool = True) -> None:
+    """Add a row to verify.parquet; a row of the same plan and cost takes the place of the older one, with a warning."""
     path, rows = opened.run.path / "verify.parquet", _rows(opened)
     same = ("plan", "weight_bits", "activation_bits", "size_bytes", "bitops")
     places = [i for i, old in enumerate(rows) if all(old[name] == row[name] for name in same)]
     if places:
-        warn(f"the row takes the place of an earlier one of the same plan in {path}.")
+        if tell:
+            warn(f"the row takes the place of an earlier one of the same plan in {path}.")
         rows[places[0]] = dict(row)
     else:
         rows.append(dict(row))

@@ -112,8 +112,11 @@ class RowLog:
                         file.truncate(end)
                     raise
 
-    def read(self) -> list[dict[str, Any]]:
-        """All whole rows, floats to the last bit; a last line that was cut short is removed from the file."""
+    def read(self, *, damaged: bool = False) -> list[Any]:
+        """All whole rows, floats to the last bit; a last line that was cut short is removed from the file.
+
+        Another line that is no JSON is an InputError, or with `damaged` the row None.
+        """
         if not self.path.exists():
             return []
         try:
@@ -128,6 +131,9 @@ class RowLog:
             try:
                 rows.append(json.loads(line))
             except (ValueError, RecursionError) as error:  # ValueError: also of bytes that are no UTF-8
+                if damaged:
+                    rows.append(None)
+                    continue
                 raise InputError(
                     f"{self.path} is damaged at line {number}. Start the step anew with `--overwrite`."
                 ) from error

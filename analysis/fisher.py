@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quant.attention import closed_forward
 from quant.errors import InputError
 from quant.intercept import intercept
+from quant.prepare import weight_of
 from quant.quantizer import Quantizer
 from quant.site import Site, SiteInfo
 from quant.trace import Trace
@@ -61,8 +62,9 @@ def fisher_scores(
 ) -> dict[tuple[Site, int], ErrorScores]:
     """The scores of each site and bit-width of `quantizers`, over `batches` of (images, channels, height, width).
 
-    One forward and one backward pass, and of each layer one pass for each bit-width and one for the gradient of its
-    weight image by image: the square of a batch's gradient is not the sum of the squares. Sites without such a gradient
+    One forward and one backward pass, and of each layer one pass for each of its sites and bit-widths, and one forward
+    and backward for the gradient of its weight image by image: the square of a batch's gradient is not the sum of the
+    squares. Sites without such a gradient
     (modules called more than once in a pass, tables that do not depend on the image, tensors whose leading axis is not
     that of the images) are left out.
     """
@@ -78,6 +80,11 @@ def fisher_scores(
             images = images.detach().clone().requires_grad_()  # so that every activation has a gradient
             with torch.enable_grad(), intercept(model, trace, handlers):
                 logits = model(images)
+            if not logits.requires_grad:
+                raise InputError(
+                    "the logits do not depend on the images in a way that can be differentiated (a `no_grad`, `detach` "
+                    "or whole numbers on the way?): no proxy can be computed. Do without --proxies."
+                )
             logits.backward(fisher_probe(logits.detach(), generator))
             pass_.forget()
     return {
@@ -128,9 +135,16 @@ class _GradientPass:
         self.images = 0
         self._inputs: dict[str, tuple[Tensor, int]] = {}  # by module: its input on this batch, and that one's version
         self._weights: dict[str, list[SiteInfo]] = {}
-        for site in quantizers:
-            if site.is_weight:
-                self._weights.setdefault(site.module, []).append(sites[site])
+        self._errors: dict[tuple[Site, int], Tensor] = {}  # of weights: the same on every batch
+        for site, by_bits in quantizers.items():
+            if not site.is_weight:
+                continue
+            self._weights.setdefault(site.module, []).append(sites[site])
+            weight, sums = weight_of(model, sites[site]), self.sums[site]
+            sums.elements, sums.signal = weight.numel(), _square(weight)
+            for bits, quantizer in by_bits.items():
+                self._errors[site, bits] = quantizer(weight) - weight
+                sums.error[bits] = _square(self._errors[site, bits])
 
     def handlers(self) -> dict[Site, Any]:
         """A handler of every tensor that is needed."""
@@ -184,43 +198,46 @@ class _GradientPass:
     def _output(self, module: str, y: Tensor) -> None:
         x, _ = self._inputs[module]
         if y.requires_grad and self._by_image(Site(module, "output"), y) and self._by_image(Site(module, "input"), x):
-            kept = y.detach(), y._version
-            y.register_hook(lambda gradient: self._layer(module, kept, gradient))
+            y.register_hook(lambda gradient: self._layer(module, gradient))
 
-    def _layer(self, module: str, kept: tuple[Tensor, int], gradient: Tensor) -> None:
+    def _layer(self, module: str, gradient: Tensor) -> None:
+        """Scores of the layer's weight, and the output gradient's of its input; layers are linear in both."""
         layer, x = self.model.get_submodule(module), _unchanged(self._inputs[module], module)
         weight = layer.get_parameter("weight").detach()
-        y, version = kept
         with torch.no_grad():
-            # Changed since, by an activation function in place; or used without being called, with a bias of its own.
-            if y._version != version or module in self.trace.functional:
-                y = closed_forward(layer, x)
             for bits, quantizer in self.quantizers.get(Site(module, "input"), {}).items():
-                change = closed_forward(layer, quantizer(x)) - y
+                change = _product(layer, weight, quantizer(x) - x)
                 self.sums[Site(module, "input")].output[bits] += _square(gradient * change)
-        if module not in self._weights:
-            return
-        errors = {}
-        for info in self._weights[module]:
-            sums, rows = self.sums[info.site], slice(*(info.rows or (None,)))
-            sums.images += self.images
-            sums.elements, sums.signal = weight[rows].numel(), _square(weight[rows])
-            for bits, quantizer in self.quantizers[info.site].items():
-                error = torch.zeros_like(weight)
-                error[rows] = quantizer(weight[rows]) - weight[rows]
-                errors[info.site, bits] = error
-                sums.error[bits] = _square(error)
-                with torch.no_grad(), _weight_of(layer, weight + error):
-                    sums.output[bits] += _square(gradient * (closed_forward(layer, x) - y))
-        products: dict[tuple[Site, int], list[Tensor]] = {key: [] for key in errors}
-        for image_gradient in _weight_gradients(layer, x.chunk(self.images), gradient.chunk(self.images)):
-            for info in self._weights[module]:
-                rows = slice(*(info.rows or (None,)))
-                self.sums[info.site].gradient += _square(image_gradient[rows])
-            for key, error in errors.items():
-                products[key].append((image_gradient * error).sum(dtype=torch.float64))
-        for (site, bits), of_images in products.items():
-            self.sums[site].products[bits].append(torch.stack(of_images))
+            for info in self._weights.get(module, ()):
+                sums, rows = self.sums[info.site], _rows(info)
+                sums.images += self.images
+                for bits in self.quantizers[info.site]:
+                    error = torch.zeros_like(weight)
+                    error[rows] = self._errors[info.site, bits]
+                    weighed = gradient * _product(layer, error, x)
+                    sums.output[bits] += _square(weighed)
+                    sums.products[bits].append(weighed.reshape(self.images, -1).sum(dim=1, dtype=torch.float64))
+        if module in self._weights:
+            for image_gradient in _weight_gradients(layer, x.chunk(self.images), gradient.chunk(self.images)):
+                for info in self._weights[module]:
+                    self.sums[info.site].gradient += _square(image_gradient[_rows(info)])
+
+
+def _rows(info: SiteInfo) -> slice:
+    return slice(*(info.rows or (None,)))
+
+
+def _product(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """What the layer gives for `x` with another weight and no bias."""
+    bias = layer._parameters.get("bias")
+    try:
+        if bias is not None:
+            layer._parameters["bias"] = None
+        with _weight_of(layer, weight):
+            return closed_forward(layer, x)
+    finally:
+        if bias is not None:
+            layer._parameters["bias"] = bias
 
 
 def _weight_gradients(layer: nn.Module, x: Sequence[Tensor], gradient: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -23,7 +23,7 @@ def groups_of(sites: Sequence[SiteInfo], by: Grouping, *, blocks: Collection[str
 
     Kinds are those of the sites, and where there are any: `mhsa` (all of attention), `ffn` (both layers of the MLP),
     `query`, `key`, `value` (rows of the weight and tensor). `blocks` are the names of the network's blocks; what lies
-    in none is a group of the network's first level. A stage holds consecutive blocks of one parent.
+    in none is a group of the network's first level. A stage holds the blocks of one parent.
     """
     groups: dict[str, list[SiteInfo]] = {}
     if by == "kind":

@@ -138,10 +138,25 @@ def channels_figure(frame: pd.DataFrame, patterns: Sequence[str] = ()) -> Figure
 
 @mpl.rc_context(plots.STYLE)
 def bits_figure(frame: pd.DataFrame, name: str) -> Figure:
-    """Bits of every planned site in network order; `frame` is that of `plan_step.bits_frame`."""
-    ax = plots.plot_bits(frame)
-    figure = ax.get_figure(root=True)
-    assert figure is not None
+    """Bits of every planned site in network order, as many rows as name every module; `frame` as of `plot_bits`."""
+    frame = frame.sort_values("order", kind="stable")
+    place = pd.factorize(frame["module"])[0]
+    rows = math.ceil((place.max() + 1) / plots.MODULES_A_ROW)
+    a_row = math.ceil((place.max() + 1) / rows)
+    parts = [part for _, part in frame.groupby(place // a_row)]
+    figure, axes = plt.subplots(
+        len(parts),
+        1,
+        figsize=(plots.PAGE, sum(map(plots.bits_height, parts))),
+        squeeze=False,
+        layout="constrained",
+        height_ratios=[part["tensor"].nunique() for part in parts],  # lines of one height
+    )
+    for i, (part, ax) in enumerate(zip(parts, axes[:, 0], strict=True)):
+        plots.plot_bits(part, legend=sorted(set(frame["bit_width"])) if i == 0 else (), ax=ax)
+        ax.set_xlim(0, a_row)  # cells of one width, also in a last row that is not full
+        if i < len(parts) - 1:
+            ax.set_xlabel("")
     figure.suptitle(f"{plots.plain(name)}: bits by site", fontsize=9)
     return figure
 

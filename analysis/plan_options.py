@@ -89,6 +89,51 @@ def apply_pins(
     return options[keep]
 
 
+def restrict(
+    options: pd.DataFrame, bounds: Iterable[tuple[str, int, int]], of_kind: Iterable[tuple[str, Collection[int]]]
+) -> pd.DataFrame:
+    """`options` (with a column kind) within bounds per site and candidates per kind; pins are applied before.
+
+    A bound is (pattern, lowest, highest), the pattern as of a pin; candidates are (pattern over kinds, bit-widths). A
+    site with one option keeps it. InputError: no match, or nothing left of a site.
+    """
+    sites = [Site(*key) for key in zip(options["module"], options["tensor"], strict=True)]
+    single = options.groupby(["module", "tensor"])["bit_width"].transform("size").to_numpy() == 1
+    keep = np.ones(len(options), dtype=bool)
+    bits, kinds = options["bit_width"].to_numpy(), options["kind"].tolist()
+    for pattern, lowest, highest in bounds:
+        matches = np.array([fnmatchcase(s.module, pattern) or fnmatchcase(str(s), pattern) for s in sites])
+        if not matches.any():
+            raise _no_match("bound", pattern, [name for site in sites for name in (site.module, str(site))])
+        keep &= ~matches | single | ((bits >= lowest) & (bits <= highest))
+    for pattern, widths in of_kind:
+        matches = np.array([fnmatchcase(kind, pattern) for kind in kinds])
+        if not matches.any():
+            raise _no_match("kind", pattern, kinds)
+        keep &= ~matches | single | np.isin(bits, list(widths))
+    left = {site for site, kept in zip(sites, keep, strict=True) if kept}
+    empty = next((site for site in sites if site not in left), None)
+    if empty is not None:
+        offered = sorted(int(b) for b, site in zip(bits, sites, strict=True) if site == empty)
+        raise InputError(
+            f"no bit-width of {empty} is left by the bounds and candidates; it was measured at {offered}. Widen them, "
+            "or measure more with `qvw sensitivity --bits`."
+        )
+    return options[keep]
+
+
+def attention_ties(sites: Collection[Site]) -> list[tuple[Site, ...]]:
+    """Query, key and value of each module share their bits: rows of a fused weight, and the tensors themselves.
+
+    Separate layers whose names end in q, k, v (also `query_proj`, `k_proj`, ...) are tied by patterns.
+    """
+    ties: dict[tuple[str, bool], list[Site]] = {}
+    for site in sites:
+        if site.tensor.removeprefix("weight.") in ("query", "key", "value"):
+            ties.setdefault((site.module, site.is_weight), []).append(site)
+    return [tuple(tie) for tie in ties.values() if len(tie) > 1]
+
+
 def layout_pins(cost: pd.DataFrame, layout: str) -> dict[Site, int]:
     """The bit-widths that the layout fixes: 8 for the first and last layer under `paper`, none under `strict`."""
     if layout not in ("paper", "strict"):

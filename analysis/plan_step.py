@@ -4,7 +4,7 @@ import hashlib
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,30 @@ from typing import Any
 import pandas as pd
 from pydantic import TypeAdapter
 
-from analysis.console import say
+from analysis import accounting
+from analysis.accounting import LATENCY_COLUMNS
+from analysis.baselines import uniform
+from analysis.calibration import parse_uniform
+from analysis.console import as_text, progress, say
 from analysis.cost import COST_COLUMNS
 from analysis.files import write_bytes
+from analysis.objectives import MEASURED, read_csv, scored
 from analysis.panels import bits_figure, figure_files, save_figure
-from analysis.plan_options import apply_pins, isotonic, layout_pins, tied_sites
+from analysis.pareto import knee, pareto_front, uniform_points
+from analysis.pareto_plots import pareto_figure
+from analysis.plan_csv import plan_frame
+from analysis.plan_options import apply_pins, attention_ties, isotonic, layout_pins, restrict, tied_sites
 from analysis.planner import PlanSolution, plan_bits
 from analysis.runs import Run
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
+from analysis.setup import Setup
+from analysis.verify_step import other_plans, run_verify
 from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
 from quant.choices import Layout
 from quant.errors import InputError
 from quant.site import Site
 
-OBJECTIVES = {"kl": ("kl", 1), "loss": ("delta_loss", 1), "logit_nmse": ("logit_nmse", 1), "top1": ("delta_top1", -1)}
-"""Column of sensitivity.parquet, and the sign that makes it something to minimise."""
+CURVES, POINTS = 4, 17  # of the Pareto front: kinds of budget, and budgets of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +46,25 @@ class PlanRequest:
     activation_bits: float | None = None
     size_mib: float | None = None
     gbitops: float | None = None
+    activation_mib: float | None = None
+    latency_ms: float | None = None
+    latency: Path | None = None
     candidates: tuple[int, ...] | None = None
+    like: str | None = None  # w3a4: the budgets that these uniform bits take
+    candidates_of: tuple[str, ...] = ()
     objective: str = "kl"
+    scores: Path | None = None
+    robust: bool = False
     pin: tuple[str, ...] = ()
+    bounds: tuple[str, ...] = ()
     tie: tuple[str, ...] = ()
     layout: Layout = "paper"
+    pareto: bool = False
+    verify: bool = False
+    images: int | None = None  # of the verification
+    batch_size: int = 64
+    num_workers: int = 2
+    device: str = "cpu"
     out: Path | None = None
     quiet: bool = False
 
@@ -50,35 +73,51 @@ class PlanRequest:
         """The options of a command line, checked."""
         return TypeAdapter(cls).validate_python(dict(options))
 
-    @property
-    def budget(self) -> PlanBudget:
+    def budget(self, options: pd.DataFrame, cost: pd.DataFrame, parameters: int) -> PlanBudget:
         """The budgets in the units of the plan file; at least one must be set."""
-        for option, value, largest in (("--size-mib", self.size_mib, 2**40), ("--gbitops", self.gbitops, 1e12)):
+        for option, value, largest in (
+            ("--size-mib", self.size_mib, 2**40), ("--gbitops", self.gbitops, 1e12),
+            ("--activation-mib", self.activation_mib, 2**40),
+        ):  # fmt: skip
             if value is not None and not 0 < value <= largest:
                 raise InputError(f"{option} {value:g} is no budget; give a number above 0, {largest:g} at most.")
+        weight_bits, activation_bits = self.weight_bits, self.activation_bits
+        if self.like is not None:
+            if weight_bits is not None or activation_bits is not None:
+                raise InputError("--like sets the mean bits; leave out --weight-bits and --activation-bits.")
+            same = accounting.totals(uniform(options, cost, *parse_uniform(self.like)), cost, parameters)
+            weight_bits, activation_bits = same.weight_bits, same.activation_bits
         budget = PlanBudget(
-            weight_bits=self.weight_bits,
-            activation_bits=self.activation_bits,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
             size_bytes=None if self.size_mib is None else max(1, int(self.size_mib * 2**20)),
             bitops=None if self.gbitops is None else max(1, int(self.gbitops * 1e9)),
+            activation_bytes=None if self.activation_mib is None else max(1, int(self.activation_mib * 2**20)),
+            latency_ms=self.latency_ms,
         )
         if not budget.as_dict():
-            raise InputError("no budget was given; set --weight-bits, --activation-bits, --size-mib or --gbitops.")
+            raise InputError(
+                "no budget was given; set --weight-bits, --activation-bits, --like, --size-mib, --activation-mib, "
+                "--gbitops or --latency-ms."
+            )
+        if (self.latency_ms is None) != (self.latency is None):
+            raise InputError("--latency-ms and --latency FILE.csv need each other: the budget, and what sites cost.")
         return budget
 
 
 def run_plan(path: Path, request: PlanRequest) -> None:
     """Plan bits for the sites of a run's sensitivity.parquet and write the plan file with its figure."""
-    run, budget = Run(path), request.budget
+    run = Run(path)
     table, cost = run.read_table("sensitivity", SENSITIVITY_COLUMNS), run.read_table("cost", COST_COLUMNS)
     model = run.record.model
     if model is None:
         raise InputError(f"{path}/run.json names no model; make the run with `qvw sensitivity`.")
     rows = preferred_rows(table)
-    options = plan_options(rows, cost, request)
-    ties = tied_sites(request.tie, [Site(m, t) for m, t in options[["module", "tensor"]].drop_duplicates().to_numpy()])
-    solution = plan_bits(options, cost, budget=budget, parameters=model.parameters, ties=ties)
-    column, _ = OBJECTIVES[request.objective]
+    options = plan_options(run, rows, cost, request)
+    budget = request.budget(options, cost, model.parameters)
+    ties = _ties(request.tie, options)
+    latency = None if request.latency is None else read_csv(request.latency, LATENCY_COLUMNS)
+    solution = plan_bits(options, cost, budget=budget, parameters=model.parameters, ties=ties, latency=latency)
     plan = BitPlan(
         model=PlanModel(name=model.typed, kwargs=dict(model.kwargs), weights_sha256=model.weights_sha256),
         layout=request.layout,
@@ -91,7 +130,7 @@ def run_plan(path: Path, request: PlanRequest) -> None:
             status=solution.status,
             gap=solution.gap,
             lower_bound=solution.lower_bound,
-            objective=column,
+            objective=_column(request),
         ),
     )
     out = path / "plan.json" if request.out is None else request.out
@@ -102,29 +141,80 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     planned = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(request).items()}
     with run.start_step(
         "plan", command=shlex.join(["qvw", *sys.argv[1:]]), options=planned, inputs=inputs, seed=0, device="cpu",
-        files=("plan.json", *figure_files("plan")), renew=True,
+        files=("plan.json", "plan.csv", "pareto.parquet", *figure_files("plan"), *figure_files("pareto")), renew=True,
     ):  # fmt: skip
         write_bytes(out, plan.to_json().encode())
+        write_bytes(out.with_suffix(".csv"), plan_frame(plan, cost).to_csv(index=False).encode())
         frame = pd.DataFrame([{"module": s.module, "tensor": s.tensor, "bit_width": s.bit_width} for s in plan.sites])
         save_figure(bits_figure(bits_frame(frame, cost), model.name), out.with_suffix(""))
-    say(_summary(plan, solution, request), quiet=request.quiet)
+        front = _front(run, plan, options, cost, ties, latency, request.quiet) if request.pareto else ""
+    say(_summary(plan, solution, request, options) + front, quiet=request.quiet)
     say(f"plan of {len(plan.sites)} sites in {out}", quiet=request.quiet)
+    if request.verify:  # afterwards, for the plan is to be there whatever becomes of the images
+        setup = Setup(
+            run=path, images=request.images, batch_size=request.batch_size, num_workers=request.num_workers,
+            device=request.device, overwrite=True, quiet=request.quiet,
+        )  # fmt: skip
+        others = other_plans(plan, options, cost, parameters=model.parameters, ties=ties, latency=latency)
+        say(run_verify(setup, plan, others, rows), quiet=request.quiet)
 
 
-def plan_options(rows: pd.DataFrame, cost: pd.DataFrame, request: PlanRequest) -> pd.DataFrame:
+def plan_options(run: Run, rows: pd.DataFrame, cost: pd.DataFrame, request: PlanRequest) -> pd.DataFrame:
     """The options of the integer program: a score for each site and bit-width that the request allows.
 
     Scores are made non-increasing in bits by isotonic regression: measured changes are noisy, and bits that seem to
     hurt must not look like a reason to give fewer.
     """
-    if request.objective not in OBJECTIVES:
-        raise InputError(f"--objective {request.objective!r} is unknown; choose from {', '.join(OBJECTIVES)}.")
-    column, sign = OBJECTIVES[request.objective]
-    if rows[column].isna().all():
-        raise InputError(f"{column} was not measured (images without labels?); use --objective kl.")
-    options = isotonic(rows.assign(score=sign * rows[column]))
+    options = isotonic(scored(run, rows, request.objective, robust=request.robust, scores=request.scores))
     pins = [_parse_pin(text) for text in request.pin]
-    return apply_pins(options, pins, layout_pins(cost, request.layout), candidates=request.candidates)
+    options = apply_pins(options, pins, layout_pins(cost, request.layout), candidates=request.candidates)
+    return restrict(options, map(_parse_bound, request.bounds), map(_parse_kind, request.candidates_of))
+
+
+def _front(
+    run: Run,
+    plan: BitPlan,
+    options: pd.DataFrame,
+    cost: pd.DataFrame,
+    ties: Sequence[Sequence[Site]],
+    latency: pd.DataFrame | None,
+    quiet: bool,
+) -> str:
+    """Write the Pareto front and its figure; returns the knee of each curve in words."""
+    assert run.record.model is not None
+    parameters, name = run.record.model.parameters, run.record.model.name
+    with progress(CURVES * POINTS, "pareto", "plan", quiet=quiet) as bar:
+        front = pareto_front(
+            options, cost, parameters=parameters, budget=plan.budget, ties=ties, latency=latency, points=POINTS,
+            solved=bar.update,
+        )  # fmt: skip
+    crosses = uniform_points(options, cost, parameters=parameters, budget=plan.budget, ties=ties, latency=latency)
+    run.write_table("pareto", front)
+    figure = pareto_figure(front, name, uniform=crosses, objective=plan.solver.objective or "")
+    save_figure(figure, run.path / "pareto")
+    columns = ["budget_kind", "budget", "predicted_delta_loss", "shadow_price"]
+    knees = knee(front)[columns].rename(columns={"predicted_delta_loss": f"predicted {plan.solver.objective}"})
+    return f"\nKnee of each curve of pareto.png (what a unit more of the budget would save):\n{as_text(knees)}"
+
+
+def _ties(patterns: Sequence[str], options: pd.DataFrame) -> list[tuple[Site, ...]]:
+    """The groups of sites that share their bits; the word `qkv` stands for those of attention."""
+    sites = [Site(m, t) for m, t in options[["module", "tensor"]].drop_duplicates().to_numpy()]
+    ties = tied_sites([pattern for pattern in patterns if pattern != "qkv"], sites)
+    if "qkv" in patterns:
+        found = attention_ties(sites)
+        if not found:
+            raise InputError("--tie qkv: no query, key and value were measured; see --tensors of `qvw sensitivity`.")
+        ties += found
+    return ties
+
+
+def _column(request: PlanRequest) -> str:
+    """What the plan file says was minimised."""
+    if request.scores is not None:
+        return f"scores of {request.scores.name}"
+    name = MEASURED[request.objective][0] if request.objective in MEASURED else request.objective
+    return f"{name}, upper 95 % bound" if request.robust else name
 
 
 def bits_frame(plan_sites: pd.DataFrame, stats: pd.DataFrame) -> pd.DataFrame:
@@ -144,20 +234,41 @@ def _parse_pin(text: str) -> tuple[str, int]:
     return pattern, int(bits)
 
 
+def _parse_bound(text: str) -> tuple[str, int, int]:
+    pattern, _, bits = text.rpartition("=")
+    found = re.fullmatch(r"([0-9]{1,2})-([0-9]{1,2})", bits)
+    if not pattern or found is None or int(found[1]) > int(found[2]):
+        raise InputError(f"--bounds {text!r} is not understood; write PATTERN=LOW-HIGH, such as 'blocks.0.*=4-8'.")
+    return pattern, int(found[1]), int(found[2])
+
+
+def _parse_kind(text: str) -> tuple[str, list[int]]:
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or not re.fullmatch(r"[0-9]{1,2}(,[0-9]{1,2})*", bits):
+        raise InputError(f"--candidates-of {text!r} is not understood; write KIND=BITS,BITS, such as 'mlp.fc2=4,8'.")
+    return pattern, [int(width) for width in bits.split(",")]
+
+
 def _predicted_loss(solution: PlanSolution, rows: pd.DataFrame) -> float | None:
     """Sum of the measured loss changes of the chosen bits; None where one of them was not measured."""
     measured = rows.set_index(["module", "tensor", "bit_width"])["delta_loss"]
-    total = sum(float(measured[s.module, s.tensor, s.bit_width]) for s in solution.sites)
-    return total if total == total else None
+    chosen = measured.reindex([(s.module, s.tensor, s.bit_width) for s in solution.sites])
+    return None if chosen.isna().any() else float(chosen.sum())
 
 
-def _summary(plan: BitPlan, solution: PlanSolution, request: PlanRequest) -> str:
+def _over(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
+
+
+def _summary(plan: BitPlan, solution: PlanSolution, request: PlanRequest, options: pd.DataFrame) -> str:
     totals = plan.totals
     figures = {
         "mean weight bits": (totals.weight_bits, plan.budget.weight_bits),
         "mean activation bits": (totals.activation_bits, plan.budget.activation_bits),
         "size (MiB)": (totals.size_bytes / 2**20, request.size_mib),
+        "activations (MiB)": (_over(totals.activation_bytes, 2**20), request.activation_mib),
         "GBitOps": (totals.bitops / 1e9, request.gbitops),
+        "latency (ms)": (totals.latency_ms, request.latency_ms),
     }
     lines = [
         f"  {name:22}{value:10.4f}" + ("" if limit is None else f"   budget {limit:g}")
@@ -165,7 +276,11 @@ def _summary(plan: BitPlan, solution: PlanSolution, request: PlanRequest) -> str
         if value is not None
     ]
     certificate = f"{solution.status}, gap {solution.gap:.2g}"
-    title = f"sum of predicted changes of {request.objective}: {solution.objective:.4g} ({certificate})"
+    what = plan.solver.objective
+    title = f"sum of predicted changes of {what}: {solution.objective:.4g} ({certificate})"
     if plan.predicted_delta_loss is not None and request.objective != "loss":
         title += f"; measured loss changes of these bits add up to {plan.predicted_delta_loss:.4g}"
+    moved = int((options["score"] != options["score_measured"]).sum())
+    if moved:
+        lines.append(f"  {moved} of {len(options)} scores were measured to rise with the bits, and were evened out.")
     return "\n".join([title, *lines])

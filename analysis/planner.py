@@ -5,13 +5,17 @@ measured metric; may be negative), granularity, signed, offset. `cost` is the fr
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+import time
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import pandas as pd
 
 from analysis import accounting
-from analysis.integer_program import binding_budgets, solve, tied_units
+from analysis.choice_program import NoPlanError, Program
+from analysis.integer_program import solve
+from analysis.plan_budgets import binding_limits, tied_units
+from analysis.plan_conflicts import conflict
 from analysis.plan_options import check_scores
 from quant.bit_plan import PlanBudget, PlannedSite, PlanTotals, check_known_sites
 from quant.errors import InputError
@@ -23,8 +27,8 @@ class PlanSolution:
     """The chosen sites in network order, what they cost, and how good the choice is.
 
     `objective` is the sum of the chosen scores. No plan within the budget has less than `lower_bound`; `gap` is
-    their difference over |objective|. `status` is `optimal` (HiGHS closed the gap that it was asked for), `time_limit`,
-    or `feasible` (the budget had to be narrowed against rounding; the bound is that of the whole budget).
+    their difference over |objective|. `status` is `optimal` (the gap that was asked for is closed), `time_limit`, or
+    `feasible` (the budget had to be narrowed against rounding; the bound is that of the whole budget).
     """
 
     sites: tuple[PlannedSite, ...]
@@ -47,6 +51,7 @@ def plan_bits(
     budget: PlanBudget,
     parameters: int,
     ties: Iterable[Collection[Site]] = (),
+    latency: pd.DataFrame | None = None,
     relative_gap: float = 1e-6,
     time_limit: float = 60.0,
 ) -> PlanSolution:
@@ -63,28 +68,30 @@ def plan_bits(
     """
     planned, scores = _read_options(options, cost)
     units = tied_units(planned, scores, ties)
-    budgets = binding_budgets(units, planned, cost, budget, parameters)
+    times = None if latency is None else accounting.latency_table(latency)
+    deadline = time.monotonic() + time_limit
+    limits = binding_limits(units, planned, cost, budget, parameters, times)
+    program = Program([unit.score for unit in units], [limit.costs for limit in limits])
+    try:
+        solved = solve(program, relative_gap=relative_gap, time_limit=time_limit)
+    except NoPlanError:
+        raise conflict(limits, time_limit=max(deadline - time.monotonic(), 1.0)) from None
 
-    def chosen(choice: Sequence[int]) -> tuple[PlannedSite, ...]:
-        bits = {site: unit.bits[k] for unit, k in zip(units, choice, strict=True) for site in unit.sites}
-        return tuple(planned[site][bit_width] for site, bit_width in bits.items())
-
-    def fits(choice: Sequence[int]) -> bool:
-        spent = accounting.totals(chosen(choice), cost, parameters)
-        return all(getattr(spent, name) <= limit for name, limit in budget.as_dict().items())
-
-    choice, lower_bound, status = solve(units, budgets, fits, relative_gap, time_limit)
-    order = {site: i for i, site in enumerate(planned)}
-    sites = tuple(sorted(chosen(choice), key=lambda site: order[site.site]))
+    bits = {site: unit.bits[k] for unit, k in zip(units, solved.choice, strict=True) for site in unit.sites}
+    sites = tuple(by_bits[bits[site]] for site, by_bits in planned.items())
+    totals = accounting.totals(sites, cost, parameters, latency)
+    exceeded = [name for name, limit in budget.as_dict().items() if getattr(totals, name) > limit]
+    if exceeded:  # the solver counts in whole numbers, the totals are counted anew
+        raise RuntimeError(f"The plan exceeds its budget of {exceeded[0]}: {getattr(totals, exceeded[0])}.")
     objective = math.fsum(scores[p.site, p.bit_width] for p in sites)
-    lower_bound = min(lower_bound, objective)
+    lower_bound = min(solved.lower_bound, objective)
     return PlanSolution(
         sites=sites,
-        totals=accounting.totals(sites, cost, parameters),
+        totals=totals,
         objective=objective,
         lower_bound=lower_bound,
         gap=0.0 if objective == lower_bound else (objective - lower_bound) / max(abs(objective), 1e-300),
-        status=status,
+        status=solved.status,
     )
 
 

@@ -1,6 +1,7 @@
 """Figures: a tidy frame in, Axes out; nothing is computed or saved here. Sizes in inches fit a paper's columns."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import matplotlib as mpl
@@ -41,6 +42,7 @@ LABELS = {
     "channel_std_cv": "variation of channel std",
     "head_std_cv": "variation of head std",
 }
+MODULES_A_ROW = 54  # of a page: so many names stand beside each other
 ROW_HEIGHT, LETTER_WIDTH = 0.105, 0.05  # inches: a line of 6 pt text with its gap; one letter of it
 BIT_SHADES = {1: 0.0, 2: 0.12, 3: 0.36, 4: 0.56, 5: 0.66, 6: 0.74, 7: 0.8, 8: 0.88, 16: 1.0}  # far apart below 5 bit
 
@@ -158,11 +160,11 @@ def plot_distribution(stats: pd.DataFrame, *, tensor: str = "weight", ax: Axes |
 
 
 @mpl.rc_context(STYLE)
-def plot_bits(plan_frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+def plot_bits(plan_frame: pd.DataFrame, *, legend: Collection[int] | None = None, ax: Axes | None = None) -> Axes:
     """Bits of each site of a plan: modules in network order across, tensors down, colour and digit are the bit-width.
 
     `plan_frame` is that of `plan_step.bits_frame`: module, tensor, bit_width, kind, order. Sites that are not in the
-    plan are left white.
+    plan are left white. `legend` names the bit-widths to explain, by default those that are there.
     """
     if plan_frame.empty:
         raise ValueError("The plan names no site: there is nothing to draw.")
@@ -170,10 +172,10 @@ def plot_bits(plan_frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     modules = sites["module"].unique().tolist()
     tensors = [t for t in (*WEIGHT_TENSORS, "input", *ATTENTION_TENSORS) if (sites["tensor"] == t).any()]
     labels = [shorten(module) for module in modules]
-    ax = new_axes(ax, (PAGE, 0.8 + 0.18 * len(tensors) + LETTER_WIDTH * max(map(len, labels), default=1)))
+    ax = new_axes(ax, (PAGE, bits_height(plan_frame)))
     grid = sites.pivot(index="tensor", columns="module", values="bit_width").reindex(index=tensors, columns=modules)
     used = [bits for bits in ALLOWED_BIT_WIDTHS if (sites["bit_width"] == bits).any()]
-    palette = [mpl.colormaps["viridis_r"](BIT_SHADES[bits])[:3] for bits in used]  # the same in every figure
+    palette = [_shade(bits) for bits in used]
     position = grid.map(lambda bits: used.index(int(bits)) if bits == bits else np.nan).to_numpy(dtype=np.float64)
     norm = BoundaryNorm(np.arange(len(used) + 1) - 0.5, len(used))
     ax.pcolormesh(
@@ -183,18 +185,32 @@ def plot_bits(plan_frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     if len(modules) <= 60:
         for row, column in np.argwhere(np.isfinite(position)):
             index = int(position[row, column])
-            dark = sum(palette[index]) < 1.5
+            # The green of 3 bit looks dark and is not: as bright as the eye sees it, black stands out better there.
+            brightness = float(np.dot(np.power(palette[index], 2.2), (0.2126, 0.7152, 0.0722)))
             ax.text(column + 0.5, row + 0.5, f"{used[index]}", ha="center", va="center", fontsize=6,
-                    color="white" if dark else "black")  # fmt: skip
+                    color="black" if brightness > 0.25 else "white")  # fmt: skip
     ax.set_yticks(np.arange(len(tensors)) + 0.5, tensors)
     ax.invert_yaxis()
     _label_sites(ax, labels, offset=0.5)
     ax.tick_params(length=0)
-    handles = [Patch(color=colour) for colour, _ in zip(palette, used, strict=False)]
-    ax.legend(handles, [f"{bits} bit" for bits in used], ncols=len(used), loc="lower left",
-              bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1)  # fmt: skip
+    named = sorted(used if legend is None else legend)
+    if named:
+        ax.legend([Patch(color=_shade(bits)) for bits in named], [f"{bits} bit" for bits in named], ncols=len(named),
+                  loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, handlelength=1)  # fmt: skip
     sns.despine(ax=ax, left=True, bottom=True)
     return ax
+
+
+def bits_height(plan_frame: pd.DataFrame) -> float:
+    """Height in inches of `plot_bits`: a line for each tensor, and room for the longest name."""
+    longest = plan_frame["module"].map(shorten).str.len().max()
+    return 0.8 + 0.18 * plan_frame["tensor"].nunique() + LETTER_WIDTH * longest
+
+
+def _shade(bits: int) -> tuple[float, float, float]:
+    """The colour of a bit-width, the same in every figure."""
+    red, green, blue, _ = mpl.colormaps["viridis_r"](BIT_SHADES[bits])
+    return red, green, blue
 
 
 def _round_up(value: float) -> float:

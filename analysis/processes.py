@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 from accelerate import PartialState
@@ -61,7 +62,8 @@ def work_together(setup: Setup, work: Callable[[Setup, Processes], None]) -> Non
     """
     # No public name of accelerate asks whether its state is made, or drops it; these two are the same in 1.0 and 1.15.
     new = not PartialState._shared_state
-    state = PartialState(cpu=setup.device == "cpu")
+    # A process that has done its share waits for the others, longer than the ten to thirty minutes of the backends.
+    state = PartialState(cpu=setup.device == "cpu", timeout=timedelta(days=7))
     processes = Processes(rank=state.process_index, world=state.num_processes)
     if processes.world > 1:
         setup = replace(setup, device=str(state.device))  # each process its own

@@ -1,21 +1,22 @@
 """Proxies: scores that foretell the sensitivity of a site without a forward pass for each."""
 
+import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
 from analysis.fisher import fisher_scores
 from analysis.hessian import hessian_traces
-from analysis.sweep import sample_activations
-from quant.calibrate import default_scheme, make_quantizer
+from analysis.sweep import sample_activations, site_quantizer
 from quant.choices import Estimator, Granularity
 from quant.quantizer import Quantizer
 from quant.site import Site, SiteInfo
 from quant.trace import Trace
 
-PROXY_COLUMNS = ("module", "tensor", "bit_width", "proxy", "score")
-PROXY_IMAGE_COLUMNS = ("module", "tensor", "bit_width", "products")
+PROXY_COLUMNS = ("module", "tensor", "bit_width", "proxy", "score", "granularity", "estimator", "note")
+PROXY_IMAGE_COLUMNS = ("module", "tensor", "bit_width", "granularity", "estimator", "products")
 GRADIENT_PROXIES = ("fisher", "fit", "output_gradient", "hessian_trace")
 TENSOR_PROXIES = ("noise",)
 STATS_PROXIES = ("stats_range", "stats_kurtosis", "stats_outliers")
@@ -30,6 +31,7 @@ DEFINITIONS = {
     "stats_kurtosis": "excess kurtosis",
     "stats_outliers": "share of values beyond 6 standard deviations",
 }
+_NO_GRADIENT = "no finite gradient image by image: called more than once, not dependent on the image, or overflow"
 IMAGES_AT_ONCE = 16  # with gradients a pass keeps every activation
 
 
@@ -56,29 +58,39 @@ def proxy_table(
     for site, info in by_site.items():
         sample = samples.get(site)
         for bits in bit_widths:
-            scheme = default_scheme(model, info, bits, sample=sample, granularity=granularity)
-            made = make_quantizer(model, info, scheme, sample=sample, estimator=estimator)
+            made = site_quantizer(model, info, bits, sample, estimator, granularity)
             quantizers.setdefault(site, {})[bits] = made
     small = [pair for x, y in batches for pair in zip(x.split(IMAGES_AT_ONCE), y.split(IMAGES_AT_ONCE), strict=True)]
     scores = fisher_scores(model, trace, by_site, quantizers, [images for images, _ in small])
     labelled = all(bool((labels >= 0).all()) for _, labels in small)
     once = {site: info for site, info in by_site.items() if trace.calls.get(site.module, 0) == 1}
     traces = hessian_traces(model, trace, once, small) if labelled else {}
-    rows = []
-    for (site, bits), score in scores.items():
+    rows: list[tuple[object, ...]] = []
+    for site, bits in ((site, bits) for site in by_site for bits in bit_widths):
+        score = scores.get((site, bits))
+        if score is None:
+            rows += [(*site, bits, proxy, math.nan) for proxy in (*GRADIENT_PROXIES, *TENSOR_PROXIES)]
+            continue
         known = score._asdict()
         if site in traces:
             known["hessian_trace"] = traces[site].trace / 2 * score.squared_error
+        known = {proxy: value if np.all(np.isfinite(value)) else math.nan for proxy, value in known.items()}
         rows += [(*site, bits, proxy, value) for proxy, value in known.items() if proxy in PROXIES]
-    table = pd.DataFrame(rows, columns=list(PROXY_COLUMNS))
+    table = pd.DataFrame(rows, columns=list(PROXY_COLUMNS[:5]))
     if stats is not None:
         table = pd.concat([table, stats_scores(stats, by_site, bit_widths)], ignore_index=True)
-    products = [(*site, bits, score.products) for (site, bits), score in scores.items()]
+    used = {site: by_bits[bit_widths[0]].scheme.granularity for site, by_bits in quantizers.items()}
+    table = table.assign(
+        granularity=[used[Site(*key)] for key in zip(table["module"], table["tensor"], strict=True)],
+        estimator=estimator,
+        note=np.where(table["score"].isna(), _NO_GRADIENT, ""),
+    )
+    products = [(*site, bits, used[site], estimator, score.products) for (site, bits), score in scores.items()]
     return table, pd.DataFrame(products, columns=list(PROXY_IMAGE_COLUMNS))
 
 
 def stats_scores(stats: pd.DataFrame, sites: Mapping[Site, SiteInfo], bit_widths: Sequence[int]) -> pd.DataFrame:
-    """Scores from stats.parquet alone, in the columns of proxies.parquet.
+    """Scores from stats.parquet alone, in the first five columns of proxies.parquet.
 
     A uniform grid of b bits over [-m, m] has the step 2 m / (2^b - 1), and its rounding error the variance step^2 / 12;
     `stats_range` is that over the tensor's variance. The other two are the statistics themselves at any bit-width.
@@ -95,4 +107,4 @@ def stats_scores(stats: pd.DataFrame, sites: Mapping[Site, SiteInfo], bit_widths
                 (*site, bits, "stats_kurtosis", row.excess_kurtosis),
                 (*site, bits, "stats_outliers", row.outlier_fraction),
             ]
-    return pd.DataFrame(rows, columns=list(PROXY_COLUMNS))
+    return pd.DataFrame(rows, columns=list(PROXY_COLUMNS[:5]))

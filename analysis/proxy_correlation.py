@@ -6,11 +6,12 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau, rankdata
 
 from analysis.proxies import PROXIES
-from analysis.sensitivity import IMAGE_COLUMNS
+from analysis.sensitivity import IMAGE_COLUMNS, stored_rows
 
 CORRELATION_COLUMNS = (
     "tensors", "bit_width", "proxy", "sites", "spearman", "spearman_low", "spearman_high", "kendall", "ceiling",
 )  # fmt: skip
+SITE_KEY = ["module", "tensor", "bit_width", "granularity", "estimator"]
 LEAST_SITES = 5
 HALVINGS = 200
 RESAMPLES = 1000
@@ -25,14 +26,13 @@ def proxy_correlations(proxies: pd.DataFrame, measured: pd.DataFrame, images: pd
     Sites that a proxy cannot score are left out, and `sites` says how many remain; fewer than five give no row.
     `ceiling` is the Spearman correlation that a proxy of the true values would reach (`noise_ceiling`).
     """
-    key = ["module", "tensor", "bit_width"]
     values = images.merge(measured, on=[name for name in images.columns if name not in IMAGE_COLUMNS])
     rows = []
     for bits, at_bits in values.groupby("bit_width", sort=True):
         for name, holds in _CLASSES.items():
             chosen = at_bits[at_bits["tensor"].map(holds)]
             for proxy in PROXIES:
-                scored = chosen.merge(proxies[proxies["proxy"] == proxy], on=key).dropna(subset="score")
+                scored = chosen.merge(proxies[proxies["proxy"] == proxy], on=SITE_KEY).dropna(subset="score")
                 if len(scored) < LEAST_SITES:
                     continue
                 score, kl = scored["score"].to_numpy(dtype=np.float64), scored["kl"].to_numpy(dtype=np.float64)
@@ -49,6 +49,15 @@ _CLASSES = {
     "input": lambda tensor: tensor == "input",
     "attention": lambda tensor: tensor in ("query", "key", "value", "attention"),
 }
+
+
+def measured_beside(proxies: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of sensitivity.parquet that the proxies are compared with: single sites, by the same quantizers.
+
+    With BatchNorm as stored where it was measured so: proxies know of no other.
+    """
+    known = table.merge(proxies[SITE_KEY].drop_duplicates(), on=SITE_KEY)
+    return stored_rows(known)
 
 
 def noise_ceiling(values: NDArray[np.float64]) -> float:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from analysis.plots import LABELS, PAGE, STYLE, TENSOR_CLASSES, new_axes, plain, tick_label
 from analysis.proxies import PROXIES
+from analysis.proxy_correlation import SITE_KEY
 
 NAMES = {
     "fisher": "Fisher along the error (nats)",
@@ -37,7 +38,7 @@ def plot_proxy(frame: pd.DataFrame, *, proxy: str, ax: Axes | None = None) -> Ax
     linear about 0. For `fisher`, which foretells the KL itself, the line of equality.
     """
     ax = new_axes(ax, (PAGE / 4, PAGE / 4))
-    frame = frame[frame["kl"] > 0]
+    frame = frame[(frame["kl"] > 0) & frame["score"].notna()]
     for name, tensors in TENSOR_CLASSES.items():
         rows = frame[frame["tensor"].isin(tensors)]
         ax.scatter(rows["score"], rows["kl"], s=7, marker=MARKERS[name], color=COLOURS[name], linewidths=0, alpha=0.8,
@@ -73,7 +74,7 @@ def _scale(ax: Axes, scores: NDArray[np.float64]) -> None:
 def proxies_figure(proxies: pd.DataFrame, measured: pd.DataFrame, correlation: pd.DataFrame, name: str) -> Figure:
     """A panel for each proxy at the lowest measured bit-width, with its rank correlation."""
     bits = int(measured["bit_width"].min()) if len(measured) else int(proxies["bit_width"].min())
-    joined = proxies.merge(measured[["module", "tensor", "bit_width", "kl"]], on=["module", "tensor", "bit_width"])
+    joined = proxies.merge(measured[[*SITE_KEY, "kl"]], on=SITE_KEY)
     joined = joined[joined["bit_width"] == bits]
     shown = [proxy for proxy in PROXIES if (joined["proxy"] == proxy).any()]
     columns = 4

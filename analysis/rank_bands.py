@@ -7,7 +7,7 @@ RESAMPLES, CONFIDENCE = 2000, 0.95
 
 
 def rank_bands(values: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Lowest and highest rank of each site in 95 % of bootstrap samples of the images; rank 1 costs most.
+    """Lowest and highest rank of each site in 95 % of bootstrap samples of the images; rank 1 has the greatest mean.
 
     `values` is (sites, images), such as the KL divergence of each image. The images are resampled for all sites
     together (seed 0), which keeps what they have in common (Efron, 1979).

@@ -23,8 +23,9 @@ class Replay:
     `batches` are images; `cuts` those of `find_cuts`; `cache_bytes` limits what is kept. Batches beyond it run in full.
     Every result has the same bits as that of the whole network on the same batch. Before the first use each cut is
     tried with the clean network, on the first batch of each shape and on the first two images of every other one, and
-    those that fail (`refused` names them) are not used.
-    Under `torch.no_grad`, not `inference_mode`, whose tensors do not tell when they are changed in place.
+    those that fail (`refused` names them) are not used. `move_to` may not run under `inference_mode`, whose tensors do
+    not tell when they are changed in place; a call may. Beside what is kept, one batch's state at two cuts is held
+    while the cuts are checked, and the next cut's while the last one's is still there.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Tensor], cuts: Sequence[Cut], *, cache_bytes: int) -> None:

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from analysis.panels import bits_figure, distribution_figure
+from analysis.proxy_correlation import measured_beside
 from analysis.proxy_plots import proxies_figure
 from analysis.report_content import RunContent, history_frame, oscillation_frame, terms
 from analysis.runs import Run
-from analysis.sensitivity import stored_rows
 from analysis.sensitivity_panels import sensitivity_figures
 from analysis.training_plots import terms_figure, training_figure
 from analysis.variation_frames import Measured
@@ -69,7 +69,7 @@ def sensitivity(content: RunContent) -> list[Picture]:
         pictures.append(picture(figure, f"{content.name}: sensitivity, {caption}", words.format(value=value)))
     if content.proxies is not None:
         proxies, correlation = content.proxies
-        figure = proxies_figure(proxies, stored_rows(content.sweep), correlation, content.name)
+        figure = proxies_figure(proxies, measured_beside(proxies, content.sweep), correlation, content.name)
         words = "scores that foretell the sweep against the measured KL of each site, a panel a proxy"
         pictures.append(picture(figure, f"{content.name}: proxies", words))
     return pictures

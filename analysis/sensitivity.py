@@ -48,7 +48,8 @@ def sweep_keys(
     """The rows that a sweep will have, each named by `ROW_KEY`: in network order, bit-widths ascending.
 
     A row of a group has no module; `tensor` says which tensors of the group are meant. With `leave_one_out` comes a
-    row of everything quantized, the group `all`. `blocks` are the names of the network's blocks.
+    row of everything quantized, the group `all`; a row that would quantize nothing is left out. `blocks` are the names
+    of the network's blocks.
     """
     if not batchnorms(model):
         modes = ["none"]
@@ -69,12 +70,13 @@ def sweep_keys(
              "granularity": granularity_of(info, model, config.granularity)}
             for info in sites
         ]  # fmt: skip
-    return [
+    keys = [
         {**item, "bit_width": bit_width, "estimator": config.estimator, "batchnorm": mode}
         for item in items
         for bit_width in sorted(config.bit_widths)
         for mode in modes
     ]
+    return [key for key in keys if quantized_sites(key, sites, blocks=blocks)]
 
 
 def tensors_of(sites: Sequence[SiteInfo]) -> str:
@@ -115,7 +117,9 @@ def sensitivity_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     values = [row.get("image_kl") for row in ordered]
     for places in comparable(table).values():
         if len(places) > 1 and all(values[i] is not None for i in places):
-            low, high = rank_bands(np.array([values[i] for i in places], dtype=np.float64))
+            costs = np.array([values[i] for i in places], dtype=np.float64)
+            left_out = table["protocol"].iloc[places[0]] == "leave_one_out"  # what helps most has the least cost
+            low, high = rank_bands(-costs if left_out else costs)
             table.loc[places, "rank_low"], table.loc[places, "rank_high"] = low, high
     return table
 
@@ -131,11 +135,19 @@ def _in_order(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def comparable(table: pd.DataFrame) -> dict[tuple[Any, ...], list[int]]:
-    """Places of the rows whose figures can be ranked together: one bit-width, protocol, treatment and kind of group."""
+    """Places of the rows whose figures can be ranked together: one bit-width, protocol, treatment and kind of group.
+
+    A site that was measured at several granularities is ranked once, at that of `preferred_rows`.
+    """
+    grouped = table["group"] != ""
     kind_of_group = table["group"].str.partition(":")[0]
-    keys = [table["bit_width"], table["protocol"], table["estimator"], table["batchnorm"], kind_of_group]
-    grouped = table.groupby(keys, sort=False).indices
-    return {key: places.tolist() for key, places in grouped.items()}
+    together = (table["tensor"] + " " + table["granularity"]).where(grouped, "")
+    keys = [table["bit_width"], table["protocol"], table["estimator"], table["batchnorm"], kind_of_group, together]
+    order = table["granularity"].map(_PREFERENCE["granularity"]).where(~grouped, 0)
+    site = [*keys, table["module"], table["tensor"].where(~grouped, ""), table["group"]]
+    ranked = order == order.groupby(site).transform("min")
+    found = table.groupby(keys, sort=False).indices
+    return {key: [place for place in places.tolist() if ranked.iloc[place]] for key, places in found.items()}
 
 
 def preferred_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -148,13 +160,36 @@ def preferred_rows(table: pd.DataFrame) -> pd.DataFrame:
     rows = table[(table["protocol"] == "single") & (table["group"] == "")]
     if rows.empty:
         return rows
-    order = {
-        "batchnorm": {"re_estimated": 0, "stored": 1, "none": 1},
-        "estimator": {"mse": 0, "percentile": 1, "minmax": 2},
-        "granularity": {"per_head": 0, "per_channel": 1, "per_tensor": 2},
-    }
-    rank = sum(rows[name].map(places) * 10**i for i, (name, places) in enumerate(reversed(order.items())))
+    rank = _preference(rows)
     return rows[rank == rank.groupby([rows["module"], rows["tensor"]]).transform("min")]
+
+
+def group_rows(table: pd.DataFrame, protocol: Protocol) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of groups in one treatment for each way of grouping, and those of everything quantized in the same.
+
+    Of several, the one with the most classes of tensors, then as `preferred_rows`.
+    """
+    groups = table[table["group"] != ""]
+    rows = groups[(groups["protocol"] == protocol) & (groups["group"] != EVERYTHING)]
+    if rows.empty:
+        return rows, rows
+    rank = _preference(rows) - 1000 * rows["tensor"].str.count(r"\+")
+    rows = rows[rank == rank.groupby(rows["group"].str.partition(":")[0]).transform("min")]
+    treatment = ["tensor", "granularity", "estimator", "batchnorm"]
+    return rows, groups[groups["group"] == EVERYTHING].merge(rows[treatment].drop_duplicates(), on=treatment)
+
+
+_PREFERENCE = {
+    "batchnorm": {"re_estimated": 0, "stored": 1, "none": 1},
+    "estimator": {"mse": 0, "percentile": 1, "minmax": 2},
+    "granularity": {"default": 0, "per_head": 0, "per_channel": 1, "per_tensor": 2},
+}
+
+
+def _preference(rows: pd.DataFrame) -> pd.Series:
+    """A number for the treatment of each row; the least is preferred."""
+    places = [rows[name].map(order) * 10**i for i, (name, order) in enumerate(reversed(_PREFERENCE.items()))]
+    return places[0] + places[1] + places[2]
 
 
 def stored_rows(table: pd.DataFrame) -> pd.DataFrame:

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import plots
-from analysis.groups import EVERYTHING
 from analysis.panels import sensitivity_figure
-from analysis.sensitivity import preferred_rows
+from analysis.sensitivity import group_rows, preferred_rows
 from analysis.sensitivity_plots import BLOCK_COLUMNS, plot_blocks, plot_costs, plot_groups, plot_rank_bands
+from quant.choices import Protocol
 
 STEMS = (
     "sensitivity", "sensitivity_sqnr", "sensitivity_ranks", "sensitivity_blocks", "sensitivity_groups",
@@ -37,15 +37,14 @@ def sensitivity_figures(table: pd.DataFrame, name: str) -> Iterator[tuple[str, F
         frame = block_frame(lowest)
         if frame["block"].nunique() > 1 and frame["part"].isin(("qkv", "fc1", "query")).any():
             yield "sensitivity_blocks", _titled(plot_blocks(frame), f"{name}: one site at {bits} bit")
-    groups = table[table["group"] != ""]
-    for protocol, stem, what in (
+    protocols: tuple[tuple[Protocol, str, str], ...] = (
         ("single", "sensitivity_groups", "one group quantized, all else in floating point"),
         ("leave_one_out", "sensitivity_left_out", "everything quantized but one group"),
-    ):
-        rows = groups[(groups["protocol"] == protocol) & (groups["group"] != EVERYTHING)]
+    )
+    for protocol, stem, what in protocols:
+        rows, everything = group_rows(table, protocol)
         if len(rows):
-            rows = _one_treatment(rows)
-            yield stem, _groups_figure(rows, _one_treatment(groups[groups["group"] == EVERYTHING]), f"{name}: {what}")
+            yield stem, _groups_figure(rows, everything, f"{name}: {what}")
 
 
 def block_frame(rows: pd.DataFrame) -> pd.DataFrame:
@@ -65,13 +64,6 @@ def block_frame(rows: pd.DataFrame) -> pd.DataFrame:
     order = {f"{part}{suffix}": i for i, (part, suffix) in
              enumerate((p, s) for p in BLOCK_COLUMNS for s in ("", " in"))}  # fmt: skip
     return frame.assign(place=frame["part"].map(order)).sort_values("place", kind="stable").drop(columns="place")
-
-
-def _one_treatment(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with BatchNorm re-estimated where there are any, else all."""
-    if (rows["batchnorm"] == "re_estimated").any():
-        rows = rows[rows["batchnorm"] == "re_estimated"]
-    return rows
 
 
 @mpl.rc_context(plots.STYLE)

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,12 +86,12 @@ def _run_sensitivity(
         step = opened.step("sensitivity", work.data, (*FILES, *sorted(path.name for path in logs)), options)
     with ExitStack() as during:
         processes.together(lambda: during.enter_context(step))
-        finished = processes.together(lambda: _finished(opened) if main else [])
+        finished = processes.together(lambda: _finished(opened, work.data) if main else [])
         rows = {row_key(row): row for row in processes.gather(finished)[0]}
         todo = _share([key for key in work.keys if row_key(key) not in rows], processes)
         batches: list[tuple[Tensor, Tensor]] = []
         if proxies or any(processes.gather(bool(todo))):
-            batches = processes.together(lambda: list(opened.stream(work.data, "images")))
+            batches = processes.together(lambda: _images(work))
         for measured in processes.gather(_measured(work, batches, todo, processes, cache_mib)):
             rows |= {row_key(row): row for row in measured}
         if main:
@@ -115,7 +116,22 @@ def _open(setup: Setup, config: SweepConfig, tensors: Sequence[str]) -> _Work:
         raise InputError(f"no site of {opened.name} holds {', '.join(tensors)}; see --tensors, --include, --exclude.")
     blocks = {info.site.module for info in opened.sites if info.kind == "block"}
     keys = sweep_keys(opened.model, sites, config, blocks=blocks)
+    if not keys:
+        raise InputError(
+            "every group holds all the sites: nothing would be quantized. Choose other --groups or --tensors."
+        )
     return _Work(opened=opened, data=data, sites=sites, blocks=blocks, keys=keys)
+
+
+def _images(work: _Work) -> list[tuple[Tensor, Tensor]]:
+    """All images on the device, where they stay for the whole sweep."""
+    try:
+        return list(work.opened.stream(work.data, "images"))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise InputError(f"{work.data.images} images do not fit into the memory of {work.opened.setup.device}; "
+                         "give fewer by --images.") from error  # fmt: skip
 
 
 def _share(keys: Sequence[dict], processes: Processes) -> list[dict]:
@@ -187,7 +203,7 @@ def _logs(opened: Opened) -> list[Path]:
     return sorted(opened.run.path.glob(f"{LOG}*.jsonl"))
 
 
-def _finished(opened: Opened) -> list[dict]:
+def _finished(opened: Opened, data: ImageData) -> list[dict]:
     """Rows of the table and of a sweep that was stopped; a row in both is the same measurement."""
     table = opened.run.path / "sensitivity.parquet"
     written = opened.run.read_table("sensitivity", SENSITIVITY_COLUMNS).to_dict("records") if table.exists() else []
@@ -197,11 +213,26 @@ def _finished(opened: Opened) -> list[dict]:
         written = [row | by_key.get(row_key(row), {}) for row in written]
     rows = [*written]
     for path in _logs(opened):
-        logged = RowLog(path).read()
-        if not all(isinstance(row, dict) and set(SENSITIVITY_COLUMNS) <= set(row) for row in logged):
-            raise InputError(f"{path} is damaged. Start the step anew with --overwrite.")
-        rows += logged
+        logged = RowLog(path).read(damaged=True)
+        whole = [row for row in logged if _is_row(row, data.images)]
+        if len(whole) < len(logged):
+            warn(f"{len(logged) - len(whole)} rows of {path} are damaged and are measured again.")
+        rows += whole
     return rows
+
+
+def _is_row(row: Any, images: int) -> bool:
+    """Whether a row of a log is what a sweep of so many images writes."""
+    if not isinstance(row, dict) or not set(SENSITIVITY_COLUMNS) <= set(row):
+        return False
+    numbers = [row[name] for name in ("bit_width", "order", "images", "kl", "kl_se", "loss", "delta_loss")]
+    values = [row.get(name) for name in IMAGE_COLUMNS]
+    lists = all(isinstance(value, list) and len(value) == row["images"] for value in values)
+    return (
+        lists
+        and row["images"] <= images
+        and all(isinstance(x, int | float) for x in [*numbers, *(x for value in values for x in value or [])])
+    )
 
 
 def _write(work: _Work, rows: Sequence[dict]) -> None:

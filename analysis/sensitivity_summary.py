@@ -48,9 +48,11 @@ def _doubts(rows: Sequence[dict], table: pd.DataFrame) -> list[str]:
     shown = {tuple(key) for key in table[list(ROW_KEY)].itertuples(index=False)}
     values = [row["image_kl"] for row in rows if row_key(row) in shown and row.get("image_kl") is not None]
     if len(values) > 2 and (table["kl"] != 0).any():
-        needed = images_to_separate(np.array(values, dtype=np.float64))
-        have = len(values[0])
+        costs = np.array(values, dtype=np.float64)
+        left_out = (table["protocol"] == "leave_one_out").all()  # there the least are the first
+        needed, have = images_to_separate(-costs if left_out else costs), len(values[0])
         if needed > have:
             amount = f"about {needed:,.0f} images" if needed < 1e6 else "more than a million images"
-            doubts.append(f"The first ten cannot be told apart with {have} images; {amount} would.")
+            first = f"first {min(10, len(values))}"
+            doubts.append(f"The {first} cannot all be told apart with {have} images; {amount} would.")
     return doubts

@@ -14,6 +14,7 @@ from analysis.replay import Replay, find_cuts
 from analysis.sensitivity import quantized_sites
 from quant.batchnorm import batchnorm_kept, batchnorms, reestimate_batchnorm_
 from quant.calibrate import ActivationSample, default_scheme, make_quantizer, observe_activations
+from quant.choices import Estimator, Granularity
 from quant.intercept import intercept
 from quant.prepare import quantized
 from quant.quantizer import Quantizer
@@ -60,8 +61,7 @@ def sweep(
             if which not in made:
                 granularity = None if key["granularity"] == "default" else key["granularity"]
                 sample = samples.get(info.site)
-                scheme = default_scheme(model, info, bits, sample=sample, granularity=granularity)
-                made[which] = make_quantizer(model, info, scheme, sample=sample, estimator=key["estimator"])
+                made[which] = site_quantizer(model, info, bits, sample, key["estimator"], granularity)
             quantizers[info] = made[which]
         info, alone = items[0][0], len(items) == 1 and not key["group"]
         quantizer = next(iter(quantizers.values()))
@@ -76,6 +76,19 @@ def sweep(
             "rank_low": math.nan,
             "rank_high": math.nan,
         }
+
+
+def site_quantizer(
+    model: nn.Module,
+    info: SiteInfo,
+    bit_width: int,
+    sample: ActivationSample | None,
+    estimator: Estimator,
+    granularity: Granularity | None,
+) -> Quantizer:
+    """The quantizer by which a site is measured; `sample` is that of `sample_activations`, None for a weight."""
+    scheme = default_scheme(model, info, bit_width, sample=sample, granularity=granularity)
+    return make_quantizer(model, info, scheme, sample=sample, estimator=estimator)
 
 
 def sample_activations(
@@ -152,10 +165,12 @@ class _Forms:
         key = explicit, batchnorm
         if key not in self._replays:
             if self._cuts is None:
-                self._cuts = find_cuts(self.model, self.images[0][:1])
-                if not self._cuts:
+                self._cuts = find_cuts(self.model, self.images[0][:1]) if self.room else []
+                if not self._cuts and self.room:
                     self.tell("This network cannot be entered midway: every row is a full forward pass.")
-            self._replays[key] = Replay(self.model, self.images, self._cuts, cache_bytes=self.room)
+            # Statistics are taken from batches of two images at least (`reestimate_batchnorm_`).
+            images = [x for x in self.images if len(x) > 1] if batchnorm == "batch" else self.images
+            self._replays[key] = Replay(self.model, images, self._cuts, cache_bytes=self.room)
         with batchnorm_kept(self.model):
             if batchnorm == "batch":
                 for layer in batchnorms(self.model):
@@ -214,7 +229,10 @@ def _measure(
     explicit = any(site.is_attention for site in infos)
     reference = forms.logits(explicit, re_estimated)
     first = next(iter(quantizers))
-    measured = {info.site: MeasuredQuantizer(quantizer) for info, quantizer in quantizers.items()}
+    measured: dict[Site, Any] = {info.site: quantizer for info, quantizer in quantizers.items()}
+    tensor = MeasuredQuantizer(quantizers[first])
+    if alone:
+        measured[first.site] = tensor
     original = model.get_submodule(first.site.module)._parameters.get("weight")
     module_noise = Noise()
     with ExitStack() as stack:
@@ -228,15 +246,15 @@ def _measure(
             skipped = () if estimating.cut is None else estimating.cut.skipped
             reestimate_batchnorm_(model, forms.images, estimating)
             forms.load_statistics(explicit, skipped)  # these did not run: theirs are those of the clean network
-            for site, quantizer in measured.items():
-                if not site.is_weight:  # what the passes for BatchNorm added is not of these logits
-                    quantizer.tensor_noise = Noise()
+            if not first.site.is_weight:  # what the passes for BatchNorm added is not of these logits
+                tensor.tensor_noise = Noise()
         if alone:
             outputs = forms.outputs(first.site.module, explicit, re_estimated)
             module_noise = stack.enter_context(output_noise(model, first.site.module, original, outputs))
         logits, labels = logits_of(run, forms.batches)
     figures, images = compare_logits(logits, reference, labels)
     called_once = trace.calls.get(first.site.module, 0) == 1
+    inside = re_estimated and bool(batchnorms(model.get_submodule(first.site.module)))
     notes = [first.note] if alone and first.note else []
     if (labels < 0).any():
         notes.append("no labels: loss and top-1 not measured")
@@ -247,12 +265,14 @@ def _measure(
         notes.append(f"{len(infos)} sites: no SQNR")
     elif not called_once:  # a later call gets an input that the earlier one has already changed
         notes.append("sqnr_output_db not measured: the module is called more than once")
+    elif inside:
+        notes.append("sqnr_output_db not measured: its BatchNorm layers are not those of the clean network")
     elif not module_noise.seen:
         notes.append("sqnr_output_db: the module's forward is not called")
     return {
         **figures,
-        "sqnr_db": measured[first.site].tensor_noise.sqnr_db if alone else math.nan,
-        "sqnr_output_db": module_noise.sqnr_db if alone and called_once else math.nan,
+        "sqnr_db": tensor.tensor_noise.sqnr_db if alone else math.nan,
+        "sqnr_output_db": module_noise.sqnr_db if alone and called_once and not inside else math.nan,
         "note": "; ".join(notes),
         "image_kl": images.kl.float().tolist(),
         "image_delta_loss": images.delta_loss.float().tolist(),

@@ -81,7 +81,9 @@ class PlanBudget:
     weight_bits: Annotated[float, Field(gt=0)] | None = None
     activation_bits: Annotated[float, Field(gt=0)] | None = None
     size_bytes: Annotated[int, Field(gt=0)] | None = None
+    activation_bytes: Annotated[int, Field(gt=0)] | None = None
     bitops: Annotated[int, Field(gt=0)] | None = None
+    latency_ms: Annotated[float, Field(gt=0)] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a budget that no plan can have."""
@@ -96,9 +98,11 @@ class PlanBudget:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanTotals:
-    """What a plan costs: mean bits per weight and per activation element, bytes, BitOps per image.
+    """What a plan costs: mean bits per weight and per activation element, bytes of the model, BitOps per image.
 
-    Counted by analysis/accounting.py. A mean is None where the plan names no tensor of that sort.
+    Counted by analysis/accounting.py. A mean is None where the plan names no tensor of that sort. `activation_bytes`
+    are those of all planned activations of one image (None in files from before they were counted), `latency_ms` is
+    None without a table of latencies.
     """
 
     __pydantic_config__ = _CONFIG
@@ -107,6 +111,8 @@ class PlanTotals:
     activation_bits: float | None
     size_bytes: Annotated[int, Field(ge=0)]
     bitops: Annotated[int, Field(ge=0)]
+    activation_bytes: Annotated[int, Field(ge=0)] | None = None
+    latency_ms: Annotated[float, Field(ge=0)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

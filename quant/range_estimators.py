@@ -32,7 +32,7 @@ class Estimate(NamedTuple):
 def estimate_range(x: Tensor, scheme: QuantScheme, estimator: Estimator, weights: Tensor | None = None) -> Estimate:
     """The scale and offset of each group of `x`: (groups, values).
 
-    `minmax` covers every value, `percentile` all but 0.05 % at each end (below 1,000 values a group: all), `mse`
+    `minmax` covers every value, `percentile` all but 0.05 % at each end (below 2,000 values a group: all), `mse`
     minimises the squared error. One signed bit is binary and has a closed form, mean |x| (Rastegari et al., ECCV 2016,
     arXiv:1603.05279), whatever the estimator. `weights`: (values,), how many values each one stands for. A degenerate
     group takes the median scale of the sound ones (all-zero tensors: 1).

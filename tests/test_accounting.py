@@ -111,7 +111,22 @@ def test_totals_of_attention_by_hand():
     assert totals.weight_bits == 266 / 47
     assert totals.activation_bits == 440 / 120
     assert totals.size_bytes == 27 + 3 + 4 + 40 + 212
+    assert totals.activation_bytes == 20 + 20 + 15
     assert totals.bitops == 230_400 + 400 + 600 + 8_960 + 20_480 + 5_760
+
+
+def test_latency_is_added_in_picoseconds():
+    """Ten times 0.1 ms is 1 ms, although ten times the float 0.1 is less; an odd activation takes a whole last byte."""
+    cost = pd.DataFrame([row(f"fc{i}:input", 3, 1, f"fc{i}:weight") for i in range(10)]
+                        + [row(f"fc{i}:weight", 3, 1, f"fc{i}:input") for i in range(10)])  # fmt: skip
+    plan = [planned(f"fc{i}:input", 3) for i in range(10)]
+    latency = pd.DataFrame(
+        [{"module": f"fc{i}", "tensor": "input", "bit_width": 3, "milliseconds": 0.1} for i in range(10)]
+    )
+    totals = accounting.totals(plan, cost, 30, latency)
+    assert totals.latency_ms == 1.0 != sum([0.1] * 10)
+    assert totals.activation_bytes == 10 * 2
+    assert accounting.totals(plan, cost, 30).latency_ms is None
 
 
 def test_nothing_planned_costs_what_the_float_model_costs():

@@ -76,7 +76,9 @@ plans = st.builds(
         weight_bits=st.none() | positive,
         activation_bits=st.none() | positive,
         size_bytes=st.none() | counts,
+        activation_bytes=st.none() | counts,
         bitops=st.none() | counts,
+        latency_ms=st.none() | positive,
     ),
     sites=st.lists(sites, max_size=4, unique_by=lambda one: one.site).map(tuple),
     totals=st.builds(
@@ -85,6 +87,8 @@ plans = st.builds(
         activation_bits=st.none() | positive,
         size_bytes=counts,
         bitops=counts,
+        activation_bytes=st.none() | counts,
+        latency_ms=st.none() | positive,
     ),
     predicted_delta_loss=st.none() | finite,
     solver=st.builds(
@@ -104,6 +108,13 @@ def test_a_plan_survives_its_file(plan):
     assert BitPlan.from_json(text) == plan
     assert BitPlan.from_json(text).to_json() == text
     jsonschema.validate(json.loads(text), json_schema())
+
+
+def test_a_plan_from_before_latencies_is_read():
+    """A file whose totals lack activation bytes and latency is a plan all the same, without them."""
+    content = json.loads(PLAN.to_json())
+    del content["totals"]["activation_bytes"], content["totals"]["latency_ms"]
+    assert BitPlan.from_json(json.dumps(content)) == PLAN
 
 
 def test_the_file_has_the_documented_keys_in_order():

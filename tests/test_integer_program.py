@@ -1,14 +1,21 @@
-"""The planner's integer program: budgets kept beyond the solver's tolerance, ties, and a clean standard output."""
+"""The planner's integer program: the optimum of enumeration, exact budgets, ties, and a clean standard output."""
 
 import ctypes
 
+import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
+from analysis.choice_program import Budget, NoPlanError, Program
+from analysis.integer_program import solve
 from analysis.plan_options import apply_pins
 from analysis.planner import plan_bits
+from analysis.reductions import reduce_program
 from quant.bit_plan import PlanBudget
 from quant.errors import InputError
 from quant.site import Site
+from tests.choice_programs import programs, within
 from tests.plan_frames import NETWORKS, chain, cost_frame, option_frame
 
 C_LIBRARY = ctypes.CDLL(None)
@@ -34,19 +41,60 @@ def test_the_budget_holds_where_the_solver_cannot_see(small):
     )
     assert solution.totals.weight_bits <= limit
     assert solution.lower_bound <= -101
-    if small == 3:
-        assert solution.objective == -101
-    else:
-        assert solution.status == "feasible"
+    assert (solution.objective, solution.status) == (-101, "optimal")
 
 
-def test_budgets_that_exclude_each_other_are_refused():
-    """An option that is cheap in one budget and dear in another can leave no plan: an InputError says so."""
-    options = option_frame({("a:weight", 2): 0.0, ("a:weight", 3): 0.0})
-    options["offset"] = [True, False]
-    cost = cost_frame(NETWORKS[0], dict.fromkeys(("a:weight", "a:input", "b:weight", "b:input"), 8), [1, 1])
-    with pytest.raises(InputError, match="No plan is within all budgets at once"):
-        plan_bits(options, cost, budget=PlanBudget(weight_bits=2.5, size_bytes=50), parameters=16)
+@settings(max_examples=300)
+@given(program=programs(products=True))
+def test_no_choice_is_better(program):
+    """Enumeration finds no better choice, with and without products, or no plan at all where there is none."""
+    best = min(map(program.total, within(program)), default=None)
+    if best is None:
+        with pytest.raises(NoPlanError):
+            solve(program, relative_gap=0.0, time_limit=10)
+        return
+    solved = solve(program, relative_gap=0.0, time_limit=10)
+    assert program.fits(solved.choice)
+    assert program.total(solved.choice) == pytest.approx(best, abs=1e-7)
+    assert best - 1e-6 < solved.lower_bound <= best + 1e-9
+    assert solved.status == "optimal"
+
+
+@settings(max_examples=100)
+@given(program=programs(products=True), gap=st.sampled_from((1e-3, 0.1, 0.5)))
+def test_a_looser_gap_is_kept_too(program, gap):
+    """Asked for a gap, the choice is within the budgets, the bound below the optimum, and `optimal` means closed."""
+    every = within(program)
+    assume(every)
+    solved = solve(program, relative_gap=gap, time_limit=10)
+    assert program.fits(solved.choice)
+    assert solved.lower_bound <= min(map(program.total, every)) + 1e-9
+    total = program.total(solved.choice)
+    assert total - solved.lower_bound <= gap * abs(total) + 1e-6
+
+
+def test_a_product_too_large_to_join_is_solved_all_the_same():
+    """Ten units in a chain of products, 5^10 combinations: the optimum is that of dynamic programming along the chain.
+
+    Multipliers turn the budget into a price, so the plan for the price is best at what it spends.
+    """
+    random = np.random.default_rng(0)
+    score = [np.sort(random.uniform(0, 1, 5))[::-1] for _ in range(10)]
+    pairs = {(u, u + 1): random.integers(1, 50) * np.outer(np.arange(1, 6), np.arange(1, 6)) for u in range(9)}
+    price = 2e-3
+    states: list[tuple[float, tuple[int, ...]]] = [(float(score[0][k]), (k,)) for k in range(5)]
+    for u in range(1, 10):
+        states = [
+            min((cost + score[u][k] + price * pairs[u - 1, u][path[-1], k], (*path, k)) for cost, path in states)
+            for k in range(5)
+        ]
+    best = min(states)[1]
+    budget = Budget([np.zeros(5, dtype=np.int64)] * 10, 0, pairs)
+    program = Program(score, [Budget(budget.own, budget.spent(best), pairs)])
+    assert reduce_program(program).program.pairs
+    solved = solve(program, relative_gap=1e-6, time_limit=20)
+    assert program.total(solved.choice) == pytest.approx(program.total(best), rel=1e-5)
+    assert solved.status == "optimal"
 
 
 def test_ties_that_overlap_are_one_and_need_a_common_bit_width():

@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.planner import plan_bits
+from analysis.planner import PlanSolution, plan_bits
 from quant.bit_plan import PlanBudget
 from quant.errors import InputError
 from quant.site import Site
 from tests.plan_frames import NETWORKS, chain, cost_frame, option_frame
 
-KINDS = ("weight_bits", "activation_bits", "size_bytes", "bitops")
+KINDS = ("weight_bits", "activation_bits", "size_bytes", "activation_bytes", "bitops", "latency_ms")
 
 
 def spent(
     bits: dict[str, int], products: Any, numel: dict[str, int], macs: list[int], parameters: int, offset: Any
 ) -> dict[str, float]:
-    """The four costs of an assignment, written out a second time and without frames."""
+    """The costs of an assignment, written out a second time and without frames."""
     weights = {name: b for name, b in bits.items() if "weight" in name}
     inputs = {name: b for name, b in bits.items() if "weight" not in name}
     size = 4 * (parameters - sum(numel[name] for name in weights))
@@ -32,8 +32,21 @@ def spent(
         "weight_bits": sum(numel[n] * b for n, b in weights.items()) / max(sum(numel[n] for n in weights), 1),
         "activation_bits": sum(numel[n] * b for n, b in inputs.items()) / max(sum(numel[n] for n in inputs), 1),
         "size_bytes": size,
+        "activation_bytes": sum(math.ceil(numel[n] * b / 8) for n, b in inputs.items()),
+        "latency_ms": sum(milliseconds(n, b) * 1000 for n, b in bits.items()) / 1000,
         "bitops": sum(m * bits.get(a, 32) * bits.get(b, 32) for (a, b), m in zip(products, macs, strict=True)),
     }
+
+
+def milliseconds(name: str, bit_width: int) -> float:
+    """A latency in whole microseconds that depends on the site and is not in proportion to its bits."""
+    return (len(name) * 7 + bit_width * (3 + name.count("t")) + (20 if bit_width == 3 else 0)) / 1000
+
+
+def latency_frame(options: pd.DataFrame) -> pd.DataFrame:
+    """The latency of every option."""
+    keys = options[["module", "tensor", "bit_width"]]
+    return keys.assign(milliseconds=[milliseconds(f"{m}:{t}", b) for m, t, b in keys.to_numpy()])
 
 
 @st.composite
@@ -71,13 +84,17 @@ def test_the_plan_is_the_best_of_all_assignments(program, kinds, anchor, slack):
     costs = [spent(bits, products, numel, macs, parameters, offset) for bits in every]
     limits = {kind: costs[anchor % len(every)][kind] for kind in kinds}
     limits = {kind: limit + (limit // 10 if slack else 0) for kind, limit in limits.items() if limit}
+    if "latency_ms" in limits:  # both sides count in whole units, ours in picoseconds
+        limits["latency_ms"] = round(limits["latency_ms"], 3) + 1e-6
     within = [all(c[kind] <= limit for kind, limit in limits.items()) for c in costs]
     totals = [math.fsum(scores[item] for item in bits.items()) for bits in every]
     best = min(total for total, fits in zip(totals, within, strict=True) if fits)
 
+    options = option_frame(scores, offset)
     solution = plan_bits(
-        option_frame(scores, offset),
+        options,
         cost_frame(products, numel, macs),
+        latency=latency_frame(options),
         budget=PlanBudget(**limits),
         parameters=parameters,
         ties=[tuple(Site.parse(name) for name in sites[:2])] if tied else (),
@@ -92,18 +109,25 @@ def test_the_plan_is_the_best_of_all_assignments(program, kinds, anchor, slack):
     assert solution.status == "optimal"
     assert solution.totals.bitops == spent_by_plan["bitops"]
     assert solution.totals.size_bytes == spent_by_plan["size_bytes"]
+    assert solution.totals.activation_bytes == spent_by_plan["activation_bytes"]
+    assert solution.totals.latency_ms == pytest.approx(spent_by_plan["latency_ms"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_budget_never_hurts(kind):
     """Along a rising budget the total score never rises, and no plan exceeds its budget."""
     options, cost, parameters = chain(8)
-    low = plan_bits(options[options["bit_width"] == 2], cost, budget=PlanBudget(), parameters=parameters).totals
-    high = plan_bits(options[options["bit_width"] == 8], cost, budget=PlanBudget(), parameters=parameters).totals
+    latency = latency_frame(options)
+
+    def plan(table: pd.DataFrame, **budget: Any) -> PlanSolution:
+        return plan_bits(table, cost, budget=PlanBudget(**budget), parameters=parameters, latency=latency)
+
+    low = plan(options[options["bit_width"] == 2]).totals
+    high = plan(options[options["bit_width"] == 8]).totals
     objectives = []
     for budget in np.linspace(getattr(low, kind), getattr(high, kind), 12):
-        limit = float(budget) if kind.endswith("_bits") else int(budget)
-        solution = plan_bits(options, cost, budget=PlanBudget(**{kind: limit}), parameters=parameters)
+        solution = plan(options, **{kind: float(budget) if kind.endswith(("_bits", "_ms")) else int(budget)})
+        limit = float(budget)
         assert getattr(solution.totals, kind) <= limit
         objectives.append(solution.objective)
     assert all(after <= before + 1e-8 for before, after in itertools.pairwise(objectives))
@@ -149,6 +173,7 @@ def test_sites_without_a_budget_take_their_least_score():
         ),
         ({"activation_bits": 1}, r"within 1 mean activation bits: the cheapest has 2, the dearest 8"),
         ({"size_bytes": 1024}, r"within 0\.0009765625 MiB: the cheapest has [\d.]+, the dearest [\d.]+, "),
+        ({"activation_bytes": 1}, r"within [\d.e-]+ MiB of activations: the cheapest has [\d.]+, the dearest [\d.]+, "),
         ({"bitops": 10**6}, r"within 0\.001 GBitOps: the cheapest has .*Raise the budget, offer a smaller bit-width"),
     ],
 )
@@ -187,3 +212,38 @@ def test_unusable_options_are_refused():
         plan(options.iloc[:0])
     with pytest.raises(InputError, match="activation_bits=4 has no site to act on"):
         plan(options[options["tensor"] == "weight"], activation_bits=4)
+
+
+def test_budgets_that_exclude_each_other_are_named():
+    """Of three budgets the two that exclude each other are named, with what can be had of one within the other."""
+    options = option_frame({("a:weight", 2): 0.0, ("a:weight", 3): 0.0, ("a:input", 2): 0.0, ("a:input", 8): 0.0})
+    options["offset"] = [True, False, False, False]
+    cost = cost_frame(NETWORKS[0], dict.fromkeys(("a:weight", "a:input", "b:weight", "b:input"), 8), [1, 1])
+    budget = PlanBudget(weight_bits=2.5, activation_bits=4, size_bytes=54)
+    with pytest.raises(InputError, match=r"within [\d.e-]+ MiB and 2\.5 mean weight bits at once.* can have 3 of the"):
+        plan_bits(options, cost, budget=budget, parameters=16)
+    plan_bits(options, cost, budget=PlanBudget(weight_bits=3, activation_bits=4, size_bytes=54), parameters=16)
+
+
+def test_a_latency_budget_needs_its_table():
+    """Without a table, or with a row missing, doubled or not a time, a latency budget is refused; the site is named."""
+    options, cost, parameters = chain(2)
+    table = latency_frame(options)
+
+    def plan(latency: pd.DataFrame | None) -> PlanSolution:
+        return plan_bits(options, cost, budget=PlanBudget(latency_ms=0.5), parameters=parameters, latency=latency)
+
+    assert (plan(table).totals.latency_ms or math.inf) <= 0.5
+    with pytest.raises(InputError, match=r"latency_ms=0\.5 needs a latency table"):
+        plan(None)
+    with pytest.raises(InputError, match="no row for fc0:weight at 2 bits"):
+        plan(table.iloc[1:])
+    with pytest.raises(InputError, match="fc0:weight has two latencies at 2 bits"):
+        plan(pd.concat([table, table.iloc[:1]]))
+    for wrong in (math.nan, -1.0, "fast"):
+        broken = table.astype({"milliseconds": object})
+        broken.loc[0, "milliseconds"] = wrong
+        with pytest.raises(InputError, match=r"latency of fc0:weight at 2 bits is .*; expected milliseconds"):
+            plan(broken)
+    with pytest.raises(InputError, match="no column milliseconds"):
+        plan(table.drop(columns="milliseconds"))

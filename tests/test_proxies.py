@@ -35,6 +35,8 @@ LABELS = torch.arange(40) % 10
 BATCHES = list(zip(IMAGES.split(20), LABELS.split(20), strict=True))
 BITS = (3, 6)
 
+SCHEME = {"granularity": "per_tensor", "estimator": "mse"}
+
 
 def opened(name):
     """A small network, its trace, and the sites that can be quantized."""
@@ -157,7 +159,7 @@ def frames(kl, scores, *, tensors=None, bits=4, proxy="fisher"):
     kl = np.asarray(kl, dtype=float)
     tensors = tensors or ["weight"] * len(kl)
     key = {"group": "", "protocol": "single", "granularity": "per_tensor", "estimator": "mse", "batchnorm": "none"}
-    sites = [{"module": f"m{i}", "tensor": tensor, "bit_width": bits} for i, tensor in enumerate(tensors)]
+    sites = [{"module": f"m{i}", "tensor": tensor, "bit_width": bits, **SCHEME} for i, tensor in enumerate(tensors)]
     measured = pd.DataFrame([{**s, **key, "kl": x.mean()} for s, x in zip(sites, kl, strict=True)])
     images = pd.DataFrame([{**s, **key, "image_kl": list(x), "image_delta_loss": list(x)}
                            for s, x in zip(sites, kl, strict=True)])  # fmt: skip

@@ -1,0 +1,154 @@
+"""Plans to compare with, at the same budget, layout, ties and accounting: greedy, worst-first, random, uniform."""
+
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import accounting
+from analysis.plan_options import check_scores
+from quant.bit_plan import PlanBudget, PlannedSite, PlanTotals
+from quant.errors import InputError
+from quant.site import Site
+
+Choose = Callable[[Sequence[float]], int]
+"""Which of the steps is taken next, by what each costs in score for what it saves."""
+
+
+def greedy(rates: Sequence[float]) -> int:
+    """The step that costs least for what it saves."""
+    return int(np.argmin(rates))
+
+
+def worst_first(rates: Sequence[float]) -> int:
+    """The step that costs most: what a plan must beat that reads the sensitivities the wrong way round."""
+    return int(np.argmax(rates))
+
+
+def random_choice(seed: int) -> Choose:
+    """Any step, by a generator of its own."""
+    generator = np.random.default_rng(seed)
+    return lambda rates: int(generator.integers(len(rates)))
+
+
+def lowered(
+    options: pd.DataFrame,
+    cost: pd.DataFrame,
+    choose: Choose,
+    *,
+    budget: PlanBudget,
+    parameters: int,
+    ties: Sequence[Collection[Site]] = (),
+    latency: pd.DataFrame | None = None,
+) -> tuple[PlannedSite, ...] | None:
+    """A plan that starts with the most bits everywhere and takes one step down at a time until it is within `budget`.
+
+    `options` and `cost` are those of planner.plan_bits. Steps are those of sites on which an exceeded budget depends;
+    tied sites step together. None where the least bits still exceed it.
+    """
+    rows, of_site = accounting.cost_rows(cost), _by_site(options)
+    units = _units([site for site in rows if site in of_site], ties)
+    open_to = [sorted(set.intersection(*(set(of_site[site]) for site in unit)), reverse=True) for unit in units]
+    place = [0] * len(units)
+
+    def chosen() -> tuple[PlannedSite, ...]:
+        bits = {site: open_to[u][place[u]] for u, unit in enumerate(units) for site in unit}
+        return tuple(of_site[site][bits[site]][0] for site in rows if site in bits)
+
+    def score(u: int, k: int) -> float:
+        return sum(of_site[site][open_to[u][k]][1] for site in units[u])
+
+    while exceeded := _exceeded(accounting.totals(chosen(), cost, parameters, latency), budget):
+        steps, rates = [], []
+        for u, unit in enumerate(units):
+            saved = sum(_per_bit(site, rows[site], exceeded) for site in unit)
+            if place[u] + 1 < len(open_to[u]) and saved:
+                less = open_to[u][place[u]] - open_to[u][place[u] + 1]
+                steps.append(u)
+                rates.append((score(u, place[u] + 1) - score(u, place[u])) / (saved * less))
+        if not steps:
+            return None
+        place[steps[choose(rates)]] += 1
+    return chosen()
+
+
+def uniform(options: pd.DataFrame, cost: pd.DataFrame, weight_bits: int, activation_bits: int) -> list[PlannedSite]:
+    """One bit-width for the weights of `options` and one for the activations, but for sites with a single option.
+
+    These are pinned. InputError where a site was not measured at the bit-width.
+    """
+    rows, plan = accounting.cost_rows(cost), []
+    of_site = _by_site(options)
+    for site in (site for site in rows if site in of_site):
+        open_to = of_site[site]
+        bits = weight_bits if site.is_weight else activation_bits
+        bits = next(iter(open_to)) if len(open_to) == 1 else bits
+        if bits not in open_to:
+            raise InputError(
+                f"{site} was not measured at {bits} bits, only at {sorted(open_to)}. Measure it with "
+                "`qvw sensitivity --bits`, or name bit-widths that were measured."
+            )
+        plan.append(open_to[bits][0])
+    return plan
+
+
+def largest_uniform(
+    options: pd.DataFrame,
+    cost: pd.DataFrame,
+    *,
+    budget: PlanBudget,
+    parameters: int,
+    latency: pd.DataFrame | None = None,
+) -> tuple[PlannedSite, ...] | None:
+    """The uniform plan within `budget` with the most weight bits, then the most activation bits; None where none is.
+
+    Of the bit-widths that all sites have which are not pinned.
+    """
+    free = [(site, set(open_to)) for site, open_to in _by_site(options).items() if len(open_to) > 1]
+    widths = [
+        sorted(set.intersection(*chosen), reverse=True) if chosen else [0]
+        for chosen in ([bits for site, bits in free if site.is_weight == weights] for weights in (True, False))
+    ]
+    for weight_bits, activation_bits in itertools.product(*widths):
+        plan = uniform(options, cost, weight_bits, activation_bits)
+        if not _exceeded(accounting.totals(plan, cost, parameters, latency), budget):
+            return tuple(plan)
+    return None
+
+
+def _by_site(options: pd.DataFrame) -> dict[Site, dict[int, tuple[PlannedSite, float]]]:
+    """The options of each site by bit-width, each with its score."""
+    check_scores(options)
+    of_site: dict[Site, dict[int, tuple[PlannedSite, float]]] = {}
+    for row in options.itertuples(index=False):
+        planned = PlannedSite(
+            module=row.module, tensor=row.tensor, bit_width=int(row.bit_width), granularity=row.granularity,
+            signed=bool(row.signed), offset=bool(row.offset),
+        )  # fmt: skip
+        of_site.setdefault(planned.site, {})[planned.bit_width] = planned, float(row.score)
+    return of_site
+
+
+def _units(sites: Sequence[Site], ties: Sequence[Collection[Site]]) -> list[list[Site]]:
+    """Tied sites together, the others alone."""
+    unit_of = {site: [site] for site in sites}
+    for tie in ties:
+        merged = list(dict.fromkeys(member for site in tie for member in unit_of[site]))
+        unit_of.update(dict.fromkeys(merged, merged))
+    return list({id(unit): unit for unit in unit_of.values()}.values())
+
+
+def _exceeded(totals: PlanTotals, budget: PlanBudget) -> set[str]:
+    return {name for name, limit in budget.as_dict().items() if (getattr(totals, name, None) or 0) > limit}
+
+
+def _per_bit(site: Site, row: Any, exceeded: set[str]) -> float:
+    """What a bit less of a site saves of the exceeded budgets, in elements, or in products where those are counted."""
+    saved = 0.0
+    if exceeded & ({"weight_bits", "size_bytes"} if site.is_weight else {"activation_bits", "activation_bytes"}):
+        saved += accounting.elements(site, row)
+    if exceeded & {"bitops", "latency_ms"}:
+        saved += row.macs
+    return saved

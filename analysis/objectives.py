@@ -1,0 +1,84 @@
+"""What a plan is to keep small: a measured change, its upper confidence bound, a proxy, or the user's own scores."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis.proxies import PROXIES, PROXY_COLUMNS
+from analysis.runs import Run
+from quant.bit_plan import check_known_sites
+from quant.errors import InputError, first_line
+from quant.site import Site
+
+MEASURED = {
+    "kl": ("kl", "kl_se", 1), "loss": ("delta_loss", "delta_loss_se", 1), "top1": ("delta_top1", "top1_se", -1),
+    "logit_nmse": ("logit_nmse", "", 1),
+}  # fmt: skip
+"""Column of sensitivity.parquet, that of its standard error, and the sign that makes it something to minimise."""
+OBJECTIVES = (*MEASURED, *PROXIES)
+SCORE_COLUMNS = ("module", "tensor", "bit_width", "score")
+UPPER = 1.6449  # standard errors: the value that the truth exceeds once in twenty times
+_KEY = ["module", "tensor", "bit_width"]
+_SCHEME = ["granularity", "estimator"]
+
+
+def scored(run: Run, rows: pd.DataFrame, objective: str, *, robust: bool, scores: Path | None) -> pd.DataFrame:
+    """`rows` (single-site rows of sensitivity.parquet) with a column `score`; those without a score are left out.
+
+    `robust` takes the upper end of a one-sided 95 % interval in place of the measured change: sites that were measured
+    badly look worse. `scores` is a CSV file with SCORE_COLUMNS that takes the place of the objective. InputError for an
+    unknown objective, one that was not measured, and a file with other columns, unknown sites or no finite number.
+    """
+    if scores is not None:
+        return _own(rows, scores)
+    if objective in MEASURED:
+        column, error, sign = MEASURED[objective]
+        if rows[column].isna().all():
+            raise InputError(f"{column} was not measured (images without labels?); use --objective kl.")
+        if not robust:
+            return rows.assign(score=sign * rows[column])
+        if not error or rows[error].isna().any():
+            raise InputError(f"{objective} has no standard error to be robust against; use --objective kl with labels "
+                             "or without, and two images at least.")  # fmt: skip
+        return rows.assign(score=sign * rows[column] + UPPER * rows[error])
+    if objective not in PROXIES:
+        raise InputError(f"--objective {objective!r} is unknown; choose from {', '.join(OBJECTIVES)}.")
+    if robust:
+        raise InputError(f"--robust needs a standard error, which the proxy {objective} has not; use --objective kl.")
+    table = run.read_table("proxies", PROXY_COLUMNS)
+    table = table[table["proxy"] == objective]
+    if table.empty:
+        raise InputError(f"proxies.parquet has no scores of {objective} (it may need labels, or `qvw stats` before).")
+    return rows.merge(table[[*_KEY, *_SCHEME, "score"]].dropna(subset="score"), on=[*_KEY, *_SCHEME])
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A table of the user's; InputError where it cannot be read, or lacks one of `columns`."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:  # pandas' errors of parsing are ValueErrors
+        raise InputError(f"{path} cannot be read: {first_line(error)}. Expected a CSV file with a header.") from error
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise InputError(f"{path} has no column {missing[0]!r}; expected {', '.join(columns)}.")
+    return table
+
+
+def _own(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Scores of the user; granularity, sign and offset of each site are those of the sweep."""
+    table = read_csv(path, SCORE_COLUMNS)
+    numbers = table[["bit_width", "score"]].apply(pd.to_numeric, errors="coerce")
+    bad = table.index[~np.isfinite(numbers).all(axis=1)]
+    if len(bad):
+        raise InputError(f"{path}, line {bad[0] + 2}: bit_width and score must be finite numbers.")
+    table = table[["module", "tensor"]].join(numbers.astype({"bit_width": int}))
+    doubled = table.index[table.duplicated(_KEY)]
+    if len(doubled):
+        raise InputError(f"{path}, line {doubled[0] + 2} scores a site and bit-width for the second time. Keep one.")
+    known = rows.drop_duplicates(["module", "tensor"])
+    sites = [Site(*key) for key in known[["module", "tensor"]].itertuples(index=False, name=None)]
+    check_known_sites((Site(*key) for key in table[["module", "tensor"]].itertuples(index=False, name=None)), sites)
+    kept = ["module", "tensor", "kind", "order", "granularity", "signed", "offset"]
+    return table.merge(known[kept], on=["module", "tensor"])

@@ -1,0 +1,156 @@
+"""`qvw plan` as a person uses it: budgets, objectives, exceptions, and the proof by measurement."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.cli import main
+
+KWARGS = {"img_size": 16, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 24, "depth": 2,
+          "num_heads": 3}  # fmt: skip
+MODEL = ["vit_tiny_patch16_224", "--model-kwargs", json.dumps(KWARGS), "--input-size", "1,16,16", "--mean", "0.5",
+         "--std", "0.5"]  # fmt: skip
+DATA = ["--data", "digits", "--num-workers", "0"]
+
+
+def qvw(*arguments):
+    """Exit code of a command, as the shell would see it."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A run folder after a sweep with proxies."""
+    run = tmp_path_factory.mktemp("plans") / "vit"
+    options = ["--images", 64, "--bits", "2,3,4,8", "--proxies"]
+    assert qvw("sensitivity", *MODEL, *DATA, *options, "--run", run) == 0
+    return run
+
+
+@pytest.fixture
+def run(swept, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(swept, tmp_path / "run")
+
+
+def plan_of(run):
+    """The plan file of a run, and its bits by site."""
+    plan = json.loads((run / "plan.json").read_text())
+    return plan, {(s["module"], s["tensor"]): s["bit_width"] for s in plan["sites"]}
+
+
+def test_like_uniform_bits_gives_their_budget(run):
+    """The mean bits of uniform w3a4 in the layout, its 8-bit layers counted, are what the plan may spend."""
+    assert qvw("plan", "--run", run, "--like", "w3a4") == 0
+    plan, bits = plan_of(run)
+    cost = pd.read_parquet(run / "cost.parquet").set_index(["module", "tensor"])
+    numel = {site: int(cost.loc[site, "numel"]) for site in bits}
+    pinned = {site: bool(cost.loc[site, "pinned"]) for site in bits}
+    for name, weights, width in (("weight_bits", True, 3), ("activation_bits", False, 4)):
+        sites = [site for site in bits if site[1].startswith("weight") == weights]
+        uniform = sum((8 if pinned[site] else width) * numel[site] for site in sites)
+        assert plan["budget"][name] == uniform / sum(numel[site] for site in sites)
+        assert plan["totals"][name] <= plan["budget"][name]
+
+
+def test_query_key_and_value_can_be_tied(run):
+    """In each attention the three parts of the weight share their bits, and so do the three tensors."""
+    assert qvw("plan", "--run", run, "--weight-bits", 3.3, "--activation-bits", 4.2, "--tie", "qkv") == 0
+    _, bits = plan_of(run)
+    for block in range(2):
+        attention = f"blocks.{block}.attn"
+        assert len({bits[f"{attention}.qkv", f"weight.{part}"] for part in ("query", "key", "value")}) == 1
+        assert len({bits[attention, part] for part in ("query", "key", "value")}) == 1
+
+
+def test_bounds_and_candidates_of_a_kind_are_kept(run):
+    """Limits per module and bit-widths per kind; the layout's pins stay."""
+    arguments = ["--weight-bits", 4, "--bounds", "blocks.0.*=3-4", "--candidates-of", "mlp.fc2=4,8"]
+    assert qvw("plan", "--run", run, *arguments) == 0
+    _, bits = plan_of(run)
+    assert {b for (module, _), b in bits.items() if module.startswith("blocks.0.")} <= {3, 4}
+    assert bits["blocks.0.mlp.fc2", "weight"] == 4
+    assert bits["blocks.1.mlp.fc2", "weight"] in (4, 8)
+    assert bits["head", "weight"] == 8
+
+
+def test_a_proxy_or_own_scores_can_be_minimised(run, tmp_path, capfd):
+    """The plan names what it minimised; scores that are the measured KL give the plan of the measured KL."""
+    assert qvw("plan", "--run", run, "--weight-bits", 3.5, "--objective", "fisher") == 0
+    assert plan_of(run)[0]["solver"]["objective"] == "fisher"
+    assert qvw("plan", "--run", run, "--weight-bits", 3.5) == 0
+    _, by_kl = plan_of(run)
+    rows = pd.read_parquet(run / "sensitivity.parquet")
+    mine = tmp_path / "mine.csv"
+    rows.rename(columns={"kl": "score"})[["module", "tensor", "bit_width", "score"]].to_csv(mine, index=False)
+    assert qvw("plan", "--run", run, "--weight-bits", 3.5, "--scores", mine) == 0
+    plan, bits = plan_of(run)
+    assert plan["solver"]["objective"] == "scores of mine.csv"
+    assert bits == by_kl
+    assert qvw("plan", "--run", run, "--weight-bits", 3.5, "--robust") == 0
+    assert plan_of(run)[0]["solver"]["objective"] == "kl, upper 95 % bound"
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bounds", "blocks.0.*=5"], "write PATTERN=LOW-HIGH"),
+        (["--bounds", "nothing*=2-4"], "matches no measured site"),
+        (["--bounds", "blocks.0.*=5-7"], "no bit-width of blocks.0.attn.qkv:.* is left"),
+        (["--candidates-of", "mlp.fc2=4;8"], "write KIND=BITS,BITS"),
+        (["--candidates-of", "mlp.fc9=4"], "The nearest is mlp.fc"),
+        (["--like", "w3"], "write w4a4"),
+        (["--like", "w5a4"], "was not measured at 5 bits"),
+        (["--like", "w3a4"], "leave out --weight-bits"),
+        (["--objective", "speed"], "choose from kl, loss"),
+        (["--scores", "none.csv"], "cannot be read"),
+    ],
+)
+def test_a_wrong_request_is_told(run, arguments, message, capfd):
+    """Exit code 2, one message, and no plan file."""
+    budget = [] if arguments in (["--like", "w3"], ["--like", "w5a4"]) else ["--weight-bits", 3.5]
+    assert qvw("plan", "--run", run, *budget, *arguments) == 2
+    error = capfd.readouterr().err
+    assert re.search(message, error), error
+    assert len(error.strip().splitlines()) <= 2
+    assert not (run / "plan.json").exists()
+
+
+def test_verify_measures_every_plan_at_the_budget(run, capfd):
+    """Rows of verify.parquet within the budget; predictions are sums of the sweep; the paired difference is exact."""
+    arguments = ["--like", "w3a4", "--verify", "--images", 90, "--num-workers", 0]
+    assert qvw("plan", "--run", run, *arguments) == 0
+    out = capfd.readouterr().out
+    assert "planned_ahead" in out
+    plan, _ = plan_of(run)
+    verify, table = pd.read_parquet(run / "verify.parquet"), pd.read_parquet(run / "verification.parquet")
+    assert set(verify["plan"]) == {"float", "planned", "uniform", "greedy", "reverse", "random"}
+    assert table["plan"].tolist() == ["planned", "uniform", "greedy", "reverse", "random", "random", "random"]
+    assert (verify["images"] == 90).all()
+    for name in ("weight_bits", "activation_bits"):
+        assert (table[name] <= plan["budget"][name] + 1e-12).all()
+    rows = pd.read_parquet(run / "sensitivity.parquet").set_index(["module", "tensor", "bit_width"])
+    sites = [(s["module"], s["tensor"], s["bit_width"]) for s in plan["sites"]]
+    assert table["predicted_kl"].iloc[0] == pytest.approx(rows.loc[sites, "kl"].sum())
+    assert table["planned_ahead"].to_numpy() == pytest.approx(table["top1"].iloc[0] - table["top1"].to_numpy())
+    assert np.isfinite(table["measured_kl"]).all()
+
+
+def test_the_measured_kl_of_a_plan_is_that_of_the_quantized_network(run):
+    """A plan of one site alone is the row of the sweep: same images, same quantizer."""
+    rows = pd.read_parquet(run / "sensitivity.parquet")
+    site = rows[(rows["module"] == "blocks.1.mlp.fc1") & (rows["tensor"] == "weight")]
+    mine = run / "mine.csv"
+    site.rename(columns={"kl": "score"})[["module", "tensor", "bit_width", "score"]].to_csv(mine, index=False)
+    arguments = ["--weight-bits", 3, "--scores", mine, "--verify", "--images", 20, "--num-workers", 0]
+    assert qvw("plan", "--run", run, *arguments) == 0
+    table = pd.read_parquet(run / "verification.parquet").iloc[0]
+    assert table["weight_bits"] == 3
+    assert table["measured_kl"] == pytest.approx(table["predicted_kl"], rel=1e-5)
