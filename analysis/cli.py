@@ -100,9 +100,9 @@ def stats(**options: Any) -> None:
 @click.option("--groups", type=click.Choice(GROUPINGS),
               help="Sites together: by kind (all attention, all MLPs, ...), block, stage or module.")  # fmt: skip
 @click.option("--proxies", is_flag=True,
-              help="Also the scores that foretell the sweep in one backward pass, and how well they do.")  # fmt: skip
+              help="Also scores that foretell the sweep from a few backward passes, and how well they do.")  # fmt: skip
 @click.option("--cache-mib", type=click.IntRange(min=0), default=1024, show_default=True,
-              help="Memory for activations that are reused; 0: every row is a full forward pass.")  # fmt: skip
+              help="About how much memory kept activations may take; 0: every row is a full pass.")  # fmt: skip
 def sensitivity(
     bits: tuple[int, ...],
     tensors: tuple[str, ...],
@@ -117,10 +117,14 @@ def sensitivity(
 ) -> None:
     """What the network loses when ONE site is quantized and all else stays in floating point.
 
-    Or one group of sites (--groups), or everything but one (--protocol leave_one_out; first layer and classifier then
-    keep 8 bit). Writes sensitivity.parquet, cost.parquet and sensitivity.png. Training images by default (256 of
-    them). Interrupted and started again, it goes on with the next row; other bit-widths, tensors or groups are added
-    to the table. The network is entered at the block that holds the site, with the activations that were kept.
+    Or one group of sites (--groups: mhsa is all of attention, ffn both layers of the MLPs, query, key and value the rows
+    of the weight and the tensor), or everything but one (--protocol leave_one_out; first layer and classifier then keep
+    8 bit). Writes sensitivity.parquet, cost.parquet and figures. Training images by default (256 of them), which stay
+    on the device. Interrupted and started again, it goes on with the next row; other bit-widths, tensors or groups are
+    added to the table. The network is entered at the layer that holds the site, with the activations that were kept.
+
+    --proxies compares single sites with scores that need no pass for each; run `qvw stats` before, and statistics are
+    among them. Several processes share the sites: torchrun --nproc_per_node 4 -m -- analysis sensitivity ...
     """
     from analysis.sensitivity import SweepConfig
     from analysis.sensitivity_step import run_sensitivity
