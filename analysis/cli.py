@@ -118,10 +118,11 @@ def sensitivity(
     """What the network loses when ONE site is quantized and all else stays in floating point.
 
     Or one group of sites (--groups: mhsa is all of attention, ffn both layers of the MLPs, query, key and value the
-    rows of the weight and the tensor), or everything but one (--protocol leave_one_out; first layer and classifier then
-    keep 8 bit). Writes sensitivity.parquet, cost.parquet and figures. Training images by default (256 of them), which
-    stay on the device. Interrupted and started again, it goes on with the next row; other bit-widths, tensors or groups
-    are added to the table. The network is entered at the layer that holds the site, with the activations that were kept.
+    rows of the weight and the tensor), or everything but one (--protocol leave_one_out; first layer and classifier
+    then keep 8 bit). Writes sensitivity.parquet, cost.parquet and figures. Training images by default (256 of them),
+    which stay on the device. Interrupted and started again, it goes on with the next row; other bit-widths, tensors
+    or groups are added to the table. The network is entered at the layer that holds the site, with the activations
+    that were kept.
 
     --proxies compares single sites with scores that need no pass for each; run `qvw stats` before, and statistics are
     among them. Several processes share the sites: torchrun --nproc_per_node 4 -m -- analysis sensitivity ...
