@@ -8,6 +8,9 @@ quantize the weight, run the whole network on all images, compare the logits. Ou
 (checked here), and the SQNR of each module's output besides. The two sides alternate from round to round; a round takes
 minutes, and `--every 4` takes one site in four.
 
+Where nvidia-modelopt is installed (`pip install '.[peers]'`), its `auto_quantize(method="kl_div")` does the same work
+too, whole layers where ours takes query, key and value of a fused weight apart.
+
 The last line is one JSON object: our time over the plain loop's, set-up included, of each model.
 """
 
@@ -17,8 +20,13 @@ from pathlib import Path
 if not __package__:  # as a script: this folder's statistics.py would hide Python's own
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import copy
+import importlib.util
 import json
+import os
 import time
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from statistics import median
 from typing import Any
 
@@ -57,6 +65,28 @@ def plain_loop(
     return rows
 
 
+def modelopt_search(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float | None:
+    """Seconds of ModelOpt's search over the layers' weights at 2, 4 and 8 bit by KL divergence; None without it."""
+    if importlib.util.find_spec("modelopt") is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import modelopt.torch.quantization as mtq
+    formats = [
+        {"quant_cfg": {"*weight_quantizer": {"num_bits": bits, "axis": 0}, "*input_quantizer": {"enable": False},
+                       "default": {"enable": False}}, "algorithm": "max"}
+        for bits in (2, 4, 8)
+    ]  # fmt: skip
+    start = time.perf_counter()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        mtq.auto_quantize(
+            copy.deepcopy(model), constraints={"effective_bits": 5.0}, quantization_formats=formats,
+            data_loader=[images for images, _ in batches], forward_step=lambda m, images: m(images),
+            num_calib_steps=1, num_score_steps=len(batches), method="kl_div",
+        )  # fmt: skip
+    return time.perf_counter() - start
+
+
 @click.command(help=__doc__)
 @click.argument("models", nargs=-1)
 @click.option("--images", default=32, show_default=True)
@@ -89,9 +119,11 @@ def main(models: tuple[str, ...], images: int, batch_size: int, every: int, roun
             ratios.append(seconds[-1][0] / seconds[-1][1])
             assert all(a[figure] == b[figure] for a, b in zip(ours, plain, strict=True) for figure in FIGURES)
         mine, theirs = (median(side) for side in zip(*seconds, strict=True))
+        peer = modelopt_search(model, batches) if every == 1 else None
+        beside = "" if peer is None else f"; ModelOpt kl_div {peer:.1f} s, ours over it {mine / peer:.2f}"
         print(
             f"{name}: {len(sites)} sites, {images} images: sweep {mine:.1f} s, plain loop {theirs:.1f} s, "
-            f"ratio {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+            f"ratio {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}){beside}",
             flush=True,
         )
         result["_".join(name.split("_")[:2])] = round(median(ratios), 3)

@@ -41,9 +41,10 @@ def project_table() -> dict:
 
 
 def requirements() -> list[str]:
-    """Every requirement of pyproject.toml, those of the extras too, such as "torch>=2.11"."""
+    """Every requirement of pyproject.toml, those of the extras too, such as "torch>=2.11", but for the peers'."""
     project = project_table()
-    return [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
+    extras = [names for extra, names in project["optional-dependencies"].items() if extra != "peers"]
+    return [*project["dependencies"], *chain.from_iterable(extras)]
 
 
 def imported_modules(source: str) -> set[str]:
