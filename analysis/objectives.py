@@ -32,6 +32,8 @@ def scored(run: Run, rows: pd.DataFrame, objective: str, *, robust: bool, scores
     unknown objective, one that was not measured, and a file with other columns, unknown sites or no finite number.
     """
     if scores is not None:
+        if robust:
+            raise InputError("--robust needs a standard error, which --scores has not; leave out one of them.")
         return _own(rows, scores)
     if objective in MEASURED:
         column, error, sign = MEASURED[objective]
@@ -70,9 +72,11 @@ def _own(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
     """Scores of the user; granularity, sign and offset of each site are those of the sweep."""
     table = read_csv(path, SCORE_COLUMNS)
     numbers = table[["bit_width", "score"]].apply(pd.to_numeric, errors="coerce")
-    bad = table.index[~np.isfinite(numbers).all(axis=1)]
+    if table.empty:
+        raise InputError(f"{path} has no row.")
+    bad = table.index[~np.isfinite(numbers).all(axis=1) | (numbers["bit_width"] % 1 != 0)]
     if len(bad):
-        raise InputError(f"{path}, line {bad[0] + 2}: bit_width and score must be finite numbers.")
+        raise InputError(f"{path}, line {bad[0] + 2}: bit_width must be a whole, score a finite number.")
     table = table[["module", "tensor"]].join(numbers.astype({"bit_width": int}))
     doubled = table.index[table.duplicated(_KEY)]
     if len(doubled):

@@ -44,6 +44,11 @@ def isotonic(options: pd.DataFrame) -> pd.DataFrame:
     return options.assign(score=score, score_measured=measured)
 
 
+def matches(pattern: str, site: Site) -> bool:
+    """Whether a pattern of a pin or bound, as in fnmatch, is the module's name or `module:tensor`."""
+    return fnmatchcase(site.module, pattern) or fnmatchcase(str(site), pattern)
+
+
 def tied_sites(patterns: Iterable[str], sites: Collection[Site]) -> list[tuple[Site, ...]]:
     """One group per pattern (fnmatch, over `module:tensor`): its sites share their bit-width."""
     groups = []
@@ -68,10 +73,10 @@ def apply_pins(
     sites = [Site(*key) for key in zip(options["module"], options["tensor"], strict=True)]
     pinned = {site: (bits, "the layout") for site, bits in layout_pins.items()}
     for pattern, bits in pins:
-        matches = [site for site in sites if fnmatchcase(site.module, pattern) or fnmatchcase(str(site), pattern)]
-        if not matches:
+        found = [site for site in sites if matches(pattern, site)]
+        if not found:
             raise _no_match("pin", pattern, [name for site in sites for name in (site.module, str(site))])
-        pinned.update(dict.fromkeys(matches, (bits, f"the pin {pattern}={bits}")))
+        pinned.update(dict.fromkeys(found, (bits, f"the pin {pattern}={bits}")))
     measured: dict[Site, list[int]] = {}
     kept: dict[Site, list[int]] = {}
     for site, bits in zip(sites, options["bit_width"], strict=True):
@@ -90,34 +95,38 @@ def apply_pins(
 
 
 def restrict(
-    options: pd.DataFrame, bounds: Iterable[tuple[str, int, int]], of_kind: Iterable[tuple[str, Collection[int]]]
+    options: pd.DataFrame,
+    bounds: Iterable[tuple[str, int, int]],
+    of_kind: Iterable[tuple[str, Collection[int]]],
+    *,
+    kept: Collection[Site] = (),
 ) -> pd.DataFrame:
     """`options` (with a column kind) within bounds per site and candidates per kind; pins are applied before.
 
-    A bound is (pattern, lowest, highest), the pattern as of a pin; candidates are (pattern over kinds, bit-widths). A
-    site with one option keeps it. InputError: no match, or nothing left of a site.
+    A bound is (pattern, lowest, highest), the pattern as of a pin; candidates are (pattern over kinds, bit-widths). The
+    sites `kept` keep what they have, as those that the layout pins. InputError: no match, or nothing left of a site.
     """
     sites = [Site(*key) for key in zip(options["module"], options["tensor"], strict=True)]
-    single = options.groupby(["module", "tensor"])["bit_width"].transform("size").to_numpy() == 1
+    single = np.array([site in kept for site in sites], dtype=bool)
     keep = np.ones(len(options), dtype=bool)
     bits, kinds = options["bit_width"].to_numpy(), options["kind"].tolist()
     for pattern, lowest, highest in bounds:
-        matches = np.array([fnmatchcase(s.module, pattern) or fnmatchcase(str(s), pattern) for s in sites])
-        if not matches.any():
+        found = np.array([matches(pattern, site) for site in sites])
+        if not found.any():
             raise _no_match("bound", pattern, [name for site in sites for name in (site.module, str(site))])
-        keep &= ~matches | single | ((bits >= lowest) & (bits <= highest))
+        keep &= ~found | single | ((bits >= lowest) & (bits <= highest))
     for pattern, widths in of_kind:
-        matches = np.array([fnmatchcase(kind, pattern) for kind in kinds])
-        if not matches.any():
+        found = np.array([fnmatchcase(kind, pattern) for kind in kinds])
+        if not found.any():
             raise _no_match("kind", pattern, kinds)
-        keep &= ~matches | single | np.isin(bits, list(widths))
-    left = {site for site, kept in zip(sites, keep, strict=True) if kept}
+        keep &= ~found | single | np.isin(bits, list(widths))
+    left = {site for site, stays in zip(sites, keep, strict=True) if stays}
     empty = next((site for site in sites if site not in left), None)
     if empty is not None:
         offered = sorted(int(b) for b, site in zip(bits, sites, strict=True) if site == empty)
         raise InputError(
-            f"no bit-width of {empty} is left by the bounds and candidates; it was measured at {offered}. Widen them, "
-            "or measure more with `qvw sensitivity --bits`."
+            f"no bit-width of {empty} is left by bounds and candidates; candidates and pins leave it {offered}. Widen "
+            "them, or measure more with `qvw sensitivity --bits`."
         )
     return options[keep]
 

@@ -16,7 +16,7 @@ from analysis import accounting
 from analysis.accounting import LATENCY_COLUMNS
 from analysis.baselines import uniform
 from analysis.calibration import parse_uniform
-from analysis.console import as_text, progress, say
+from analysis.console import as_text, progress, say, warn
 from analysis.cost import COST_COLUMNS
 from analysis.files import write_bytes
 from analysis.objectives import MEASURED, read_csv, scored
@@ -24,7 +24,7 @@ from analysis.panels import bits_figure, figure_files, save_figure
 from analysis.pareto import knee, pareto_front, uniform_points
 from analysis.pareto_plots import pareto_figure
 from analysis.plan_csv import plan_frame
-from analysis.plan_options import apply_pins, attention_ties, isotonic, layout_pins, restrict, tied_sites
+from analysis.plan_options import apply_pins, attention_ties, isotonic, layout_pins, matches, restrict, tied_sites
 from analysis.planner import PlanSolution, plan_bits
 from analysis.runs import Run
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
@@ -36,6 +36,7 @@ from quant.errors import InputError
 from quant.site import Site
 
 CURVES, POINTS = 4, 17  # of the Pareto front: kinds of budget, and budgets of each
+FRONT_SECONDS = 10.0  # for each plan of it; where that is not enough its status says so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,7 @@ def run_plan(path: Path, request: PlanRequest) -> None:
         ),
     )
     out = path / "plan.json" if request.out is None else request.out
+    _check_target(out, run)
     inputs = {
         "weights_sha256": model.weights_sha256,
         "sensitivity_sha256": hashlib.sha256((path / "sensitivity.parquet").read_bytes()).hexdigest(),
@@ -167,8 +169,37 @@ def plan_options(run: Run, rows: pd.DataFrame, cost: pd.DataFrame, request: Plan
     """
     options = isotonic(scored(run, rows, request.objective, robust=request.robust, scores=request.scores))
     pins = [_parse_pin(text) for text in request.pin]
-    options = apply_pins(options, pins, layout_pins(cost, request.layout), candidates=request.candidates)
-    return restrict(options, map(_parse_bound, request.bounds), map(_parse_kind, request.candidates_of))
+    layout = layout_pins(cost, request.layout)
+    options = apply_pins(options, pins, layout, candidates=request.candidates)
+    sites = {Site(m, t) for m, t in options[["module", "tensor"]].drop_duplicates().to_numpy()}
+    unscored = [site for site in map(Site._make, rows[["module", "tensor"]].drop_duplicates().to_numpy())
+                if site not in sites]  # fmt: skip
+    if unscored:
+        warn(f"{len(unscored)} measured sites have no score and stay in floating point, the first {unscored[0]}.")
+    kept = {site for site in layout if not any(matches(pattern, site) for pattern, _ in pins)}
+    bounds = [_parse_bound(text) for text in request.bounds]
+    outside = [site for site in kept & sites for pattern, low, high in bounds
+               if matches(pattern, site) and not low <= layout[site] <= high]  # fmt: skip
+    if outside:
+        warn(f"{outside[0]} keeps the {layout[outside[0]]} bits of the layout, outside --bounds ({len(outside)} such "
+             "sites); --pin or --layout strict changes that.")  # fmt: skip
+    return restrict(options, bounds, map(_parse_kind, request.candidates_of), kept=kept)
+
+
+def _check_target(out: Path, run: Run) -> None:
+    """InputError for a file that the plan, its table or its figure must not replace."""
+    if out.suffix != ".json":
+        raise InputError(f"--out {out} is no name of a plan; its table and figure lie beside it: end it with .json.")
+    if out.resolve().parent != run.path.resolve() and (out.parent / "run.json").exists():
+        raise InputError(f"--out {out} lies in the run folder of another model or sweep; choose another folder.")
+    others = {file for name, step in run.record.steps.items() if name != "plan" for file in step.files}
+    taken = {out.with_suffix(suffix).name for suffix in (".json", ".csv", ".png", ".svg")} & (others | {"run.json"})
+    if out.resolve().parent == run.path.resolve() and taken:
+        raise InputError(f"--out {out} would replace {sorted(taken)[0]} of the run; choose another name.")
+    if out.is_file():
+        BitPlan.from_json(
+            out.read_text(encoding="utf-8", errors="replace"), source=str(out)
+        )  # nothing else is replaced
 
 
 def _front(
@@ -186,7 +217,7 @@ def _front(
     with progress(CURVES * POINTS, "pareto", "plan", quiet=quiet) as bar:
         front = pareto_front(
             options, cost, parameters=parameters, budget=plan.budget, ties=ties, latency=latency, points=POINTS,
-            solved=bar.update,
+            time_limit=FRONT_SECONDS, solved=bar.update,
         )  # fmt: skip
     crosses = uniform_points(options, cost, parameters=parameters, budget=plan.budget, ties=ties, latency=latency)
     run.write_table("pareto", front)
@@ -214,6 +245,8 @@ def _column(request: PlanRequest) -> str:
     if request.scores is not None:
         return f"scores of {request.scores.name}"
     name = MEASURED[request.objective][0] if request.objective in MEASURED else request.objective
+    if request.objective in MEASURED and MEASURED[request.objective][2] < 0:
+        name = f"-{name}"
     return f"{name}, upper 95 % bound" if request.robust else name
 
 

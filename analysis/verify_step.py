@@ -98,7 +98,7 @@ def _row(
 ) -> dict[str, object]:
     figures, _ = compare_logits(noisy, clean, labels)
     known = measured.set_index(["module", "tensor", "bit_width"])[["kl", "delta_loss"]]
-    predicted = known.loc[[(s.module, s.tensor, s.bit_width) for s in sites]].sum(min_count=len(sites))
+    predicted = known.reindex([(s.module, s.tensor, s.bit_width) for s in sites]).sum(min_count=len(sites))
     ahead, ahead_se = mean_and_error(hits[0] - hits[-1])
     return {name: row[name] for name in VERIFICATION_COLUMNS if name in row} | {
         "predicted_kl": predicted["kl"], "measured_kl": figures["kl"], "measured_kl_se": figures["kl_se"],

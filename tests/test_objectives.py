@@ -69,8 +69,8 @@ def test_own_scores_may_be_at_any_bit_width(tmp_path):
     ("text", "message"),
     [
         ("module,tensor,bit_width\na,weight,2\n", "has no column 'score'"),
-        ("module,tensor,bit_width,score\na,weight,2,low\n", "line 2: bit_width and score must be finite"),
-        ("module,tensor,bit_width,score\na,weight,2,inf\n", "line 2: bit_width and score must be finite"),
+        ("module,tensor,bit_width,score\na,weight,2,low\n", "line 2: bit_width must be a whole, score a finite"),
+        ("module,tensor,bit_width,score\na,weight,2,inf\n", "line 2: bit_width must be a whole, score a finite"),
         ("module,tensor,bit_width,score\na,weight,2,1\na,weight,2,1\n", "line 3 scores a site and bit-width for"),
         ("module,tensor,bit_width,score\na,wieght,2,1\n", "no site a:wieght; the nearest is a:weight"),
         ("", "cannot be read"),

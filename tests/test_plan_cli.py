@@ -154,3 +154,58 @@ def test_the_measured_kl_of_a_plan_is_that_of_the_quantized_network(run):
     table = pd.read_parquet(run / "verification.parquet").iloc[0]
     assert table["weight_bits"] == 3
     assert table["measured_kl"] == pytest.approx(table["predicted_kl"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("sensitivity.parquet", "end it with .json"),
+        ("plan.csv", "end it with .json"),
+        ("sensitivity.json", "would replace sensitivity.png"),
+        ("run.json", "would replace run.json"),
+    ],
+)
+def test_a_plan_replaces_nothing_of_the_run(run, out, message, capfd):
+    """Neither the table nor a figure of another step, nor the record; the files stay as they were."""
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert qvw("plan", "--run", run, "--weight-bits", 3.5, "--out", run / out) == 2
+    assert message in capfd.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_plan_goes_into_no_other_run_and_over_no_other_file(run, tmp_path, capfd):
+    """A run folder of its own, and a JSON file that is no plan, are left alone."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "run.json").write_text("{}")
+    assert qvw("plan", "--run", run, "--weight-bits", 3.5, "--out", other / "plan.json") == 2
+    assert "run folder of another" in capfd.readouterr().err
+    (tmp_path / "mine.json").write_text("{}")
+    assert qvw("plan", "--run", run, "--weight-bits", 3.5, "--out", tmp_path / "mine.json") == 2
+    assert (tmp_path / "mine.json").read_text() == "{}"
+    assert qvw("plan", "--run", run, "--weight-bits", 3.5, "--out", tmp_path / "new.json") == 0
+    assert (tmp_path / "new.csv").exists()
+
+
+def test_bounds_beside_pins(run, capfd):
+    """The layout's pins stay, with a warning; a pin of the user's outside the bounds is refused."""
+    assert qvw("plan", "--run", run, "--weight-bits", 4, "--bounds", "head*=2-4") == 0
+    assert "head:weight keeps the 8 bits of the layout" in capfd.readouterr().err
+    pin = ["--pin", "blocks.0.mlp.fc1=2", "--bounds", "blocks.0.*=4-8"]
+    assert qvw("plan", "--run", run, "--weight-bits", 4, *pin) == 2
+    assert "no bit-width of blocks.0.mlp.fc1:" in capfd.readouterr().err
+    assert qvw("plan", "--run", run, "--weight-bits", 4, "--candidates", "3", "--bounds", "blocks.*=4-8") == 2
+
+
+def test_scores_of_some_sites_alone_are_told(run, tmp_path, capfd):
+    """What has no score stays in floating point, and a warning says so; unmeasured bit-widths have no prediction."""
+    rows = pd.read_parquet(run / "sensitivity.parquet")
+    rows = rows[rows["module"] != "blocks.1.mlp.fc2"].replace({"bit_width": {3: 5}})
+    mine = tmp_path / "mine.csv"
+    rows.rename(columns={"kl": "score"})[["module", "tensor", "bit_width", "score"]].to_csv(mine, index=False)
+    arguments = ["--weight-bits", 5.3, "--scores", mine, "--verify", "--images", 20, "--num-workers", 0]
+    assert qvw("plan", "--run", run, *arguments) == 0
+    assert "2 measured sites have no score and stay in floating point" in capfd.readouterr().err
+    table = pd.read_parquet(run / "verification.parquet")
+    assert table["predicted_kl"].isna().any()
+    assert table["measured_kl"].notna().all()
