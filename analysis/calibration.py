@@ -70,11 +70,11 @@ def uncalibrated(opened: Opened, plan: BitPlan) -> dict[Site, Quantizer]:
     return quantizers
 
 
-def parse_uniform(text: str) -> tuple[int, int]:
-    """Weight and activation bits of `w3a4`."""
+def parse_uniform(text: str, option: str = "--uniform") -> tuple[int, int]:
+    """Weight and activation bits of `w3a4`; `option` is where it was given."""
     match = re.fullmatch(r"w(\d{1,2})a(\d{1,2})", text)
     if match is None or not {int(match[1]), int(match[2])} <= set(ALLOWED_BIT_WIDTHS):
-        raise InputError(f"--uniform {text!r} is not understood; write w4a4, with bit-widths 1 to 8 or 16.")
+        raise InputError(f"{option} {text!r} is not understood; write w4a4, with bit-widths 1 to 8 or 16.")
     return int(match[1]), int(match[2])
 
 

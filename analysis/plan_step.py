@@ -86,7 +86,7 @@ class PlanRequest:
         if self.like is not None:
             if weight_bits is not None or activation_bits is not None:
                 raise InputError("--like sets the mean bits; leave out --weight-bits and --activation-bits.")
-            same = accounting.totals(uniform(options, cost, *parse_uniform(self.like)), cost, parameters)
+            same = accounting.totals(uniform(options, cost, *parse_uniform(self.like, "--like")), cost, parameters)
             weight_bits, activation_bits = same.weight_bits, same.activation_bits
         budget = PlanBudget(
             weight_bits=weight_bits,
@@ -224,8 +224,13 @@ def _front(
     figure = pareto_figure(front, name, uniform=crosses, objective=plan.solver.objective or "")
     save_figure(figure, run.path / "pareto")
     columns = ["budget_kind", "budget", "predicted_delta_loss", "shadow_price"]
+    if knee(front).empty:
+        return "\nThe front has no knee: every site has one bit-width left."
     knees = knee(front)[columns].rename(columns={"predicted_delta_loss": f"predicted {plan.solver.objective}"})
-    return f"\nKnee of each curve of pareto.png (what a unit more of the budget would save):\n{as_text(knees)}"
+    return (
+        "\nKnee of each curve of pareto.png, other budgets kept; shadow_price: what a bit, byte or BitOp more saves:"
+        f"\n{as_text(knees)}"
+    )
 
 
 def _ties(patterns: Sequence[str], options: pd.DataFrame) -> list[tuple[Site, ...]]:

@@ -230,7 +230,9 @@ class Run:
             raise InputError(f"{path} cannot be read: {first_line(error)}. {_remedy(name)}") from error
         missing = [column for column in columns if column not in table]
         if missing:
-            raise InputError(f"{path} lacks the column {missing[0]!r}: it is of another program. {_remedy(name)}")
+            raise InputError(
+                f"{path} lacks the column {missing[0]!r}: it is of another version or program. {_remedy(name)}"
+            )
         return table
 
     def write_json(self, name: str, value: Any) -> None:
