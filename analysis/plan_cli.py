@@ -30,7 +30,7 @@ from analysis.options import ListOf, quiet_option, run_option
 @click.option("--pin", multiple=True, metavar="PATTERN=BITS", help="Fix the bits of modules that match; repeatable.")
 @click.option("--bounds", multiple=True, metavar="PATTERN=LOW-HIGH", help="Limits of their bits; repeatable.")
 @click.option("--tie", multiple=True, metavar="PATTERN",
-              help="Sites that match share their bits; qkv: query, key, value of each attention.")  # fmt: skip
+              help="Share their bits: 'a:input,b:input'; qkv: query, key, value of each attention.")  # fmt: skip
 @click.option("--layout", type=click.Choice(["paper", "strict"]), default="paper", show_default=True,
               help="paper: first layer and classifier at 8 bit; strict: no exception.")  # fmt: skip
 @click.option("--pareto", is_flag=True, help="Also the best plan at 17 budgets of each kind, with a figure.")

@@ -50,12 +50,14 @@ def matches(pattern: str, site: Site) -> bool:
 
 
 def tied_sites(patterns: Iterable[str], sites: Collection[Site]) -> list[tuple[Site, ...]]:
-    """One group per pattern (fnmatch, over `module:tensor`): its sites share their bit-width."""
+    """One group per text of patterns with commas between them (`matches`): its sites share their bit-width."""
     groups = []
-    for pattern in patterns:
-        groups.append(tuple(site for site in sites if fnmatchcase(str(site), pattern)))
-        if not groups[-1]:
-            raise _no_match("tie", pattern, [str(site) for site in sites])
+    for text in patterns:
+        parts = text.split(",")
+        for pattern in parts:
+            if not any(matches(pattern, site) for site in sites):
+                raise _no_match("tie", pattern, [name for site in sites for name in (site.module, str(site))])
+        groups.append(tuple(site for site in sites if any(matches(pattern, site) for pattern in parts)))
     return groups
 
 

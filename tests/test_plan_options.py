@@ -14,11 +14,13 @@ from tests.plan_frames import NETWORKS, chain, cost_frame, option_frame
 
 
 def test_tie_patterns_are_resolved_over_sites():
-    """One group per pattern, over `module:tensor`; a pattern without a match is refused with the nearest site."""
+    """One group per text, over modules and `module:tensor`; commas join patterns; a pattern without a match is refused with the nearest site."""
     sites = [Site("qkv", "weight.query"), Site("qkv", "weight.key"), Site("qkv", "input")]
     assert tied_sites(["qkv:weight.*", "*"], sites) == [tuple(sites[:2]), tuple(sites)]
-    with pytest.raises(InputError, match=r"The tie 'qk:\*' matches no measured site\. The nearest is qkv:"):
-        tied_sites(["qk:*"], sites)
+    assert tied_sites(["qkv:input,qkv:weight.key", "qkv"], sites) == [(sites[1], sites[2]), tuple(sites)]
+    for text in ("qk:*", "qkv:input,qk:*"):
+        with pytest.raises(InputError, match=r"The tie 'qk:\*' matches no measured site\. The nearest is qkv"):
+            tied_sites([text], sites)
 
 
 @given(scores=st.lists(st.floats(-10, 10), min_size=2, max_size=6), random=st.randoms())
