@@ -152,6 +152,10 @@ def run_plan(path: Path, request: PlanRequest) -> None:
         front = _front(run, plan, options, cost, ties, latency, request.quiet) if request.pareto else ""
     say(_summary(plan, solution, request, options) + front, quiet=request.quiet)
     say(f"plan of {len(plan.sites)} sites in {out}", quiet=request.quiet)
+    if not request.verify and (run.path / "verification.parquet").exists():
+        verified = run.read_table("verification", ("plan_sha256",))["plan_sha256"]
+        if hashlib.sha256(plan.to_json().encode()).hexdigest() not in set(verified):
+            warn(f"{run.path / 'verification.parquet'} is of an earlier plan; --verify makes it anew.")
     if request.verify:  # afterwards, for the plan is to be there whatever becomes of the images
         setup = Setup(
             run=path, images=request.images, batch_size=request.batch_size, num_workers=request.num_workers,

@@ -1,5 +1,6 @@
 """`qvw plan --verify`: the plan beside others at the same budget, calibrated, not trained, on validation images."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -22,7 +23,7 @@ CALIBRATION_IMAGES = 256
 VERIFICATION_COLUMNS = (
     "plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "predicted_kl", "measured_kl", "measured_kl_se",
     "predicted_delta_loss", "measured_delta_loss", "measured_delta_loss_se", "top1", "top1_se", "planned_ahead",
-    "planned_ahead_se",
+    "planned_ahead_se", "plan_sha256",
 )  # fmt: skip
 
 
@@ -81,7 +82,8 @@ def run_verify(setup: Setup, plan: BitPlan, others: Sequence[BitPlan], measured:
             row = verify_row(kind, opened, each.sites, logits, labels)
             keep_row(opened, row, tell=False)
             hits.append(scores(logits, labels).hit)
-            rows.append(_row(row, each.sites, measured, noisy, clean, sweep_labels, hits))
+            digest = hashlib.sha256(each.to_json().encode()).hexdigest()
+            rows.append(_row(row, each.sites, measured, noisy, clean, sweep_labels, hits) | {"plan_sha256": digest})
         table = pd.DataFrame(rows, columns=list(VERIFICATION_COLUMNS))
         opened.run.write_table("verification", table)
     return _summary(table)

@@ -141,6 +141,11 @@ def test_verify_measures_every_plan_at_the_budget(run, capfd):
     assert table["predicted_kl"].iloc[0] == pytest.approx(rows.loc[sites, "kl"].sum())
     assert table["planned_ahead"].to_numpy() == pytest.approx(table["top1"].iloc[0] - table["top1"].to_numpy())
     assert np.isfinite(table["measured_kl"]).all()
+    capfd.readouterr()
+    assert qvw("plan", "--run", run, "--like", "w3a4") == 0
+    assert "is of an earlier plan" not in capfd.readouterr().err
+    assert qvw("plan", "--run", run, "--weight-bits", 2.7) == 0
+    assert "verification.parquet is of an earlier plan" in capfd.readouterr().err
 
 
 def test_the_measured_kl_of_a_plan_is_that_of_the_quantized_network(run):

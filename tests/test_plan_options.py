@@ -14,7 +14,7 @@ from tests.plan_frames import NETWORKS, chain, cost_frame, option_frame
 
 
 def test_tie_patterns_are_resolved_over_sites():
-    """One group per text, over modules and `module:tensor`; commas join patterns; a pattern without a match is refused with the nearest site."""
+    """One group per text; commas join patterns over modules or `module:tensor`; one without a match is refused."""
     sites = [Site("qkv", "weight.query"), Site("qkv", "weight.key"), Site("qkv", "input")]
     assert tied_sites(["qkv:weight.*", "*"], sites) == [tuple(sites[:2]), tuple(sites)]
     assert tied_sites(["qkv:input,qkv:weight.key", "qkv"], sites) == [(sites[1], sites[2]), tuple(sites)]
