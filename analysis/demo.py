@@ -23,7 +23,8 @@ from analysis.evaluation import logits_of, scores
 from analysis.files import write_atomic
 from analysis.models import ModelSource, load_model
 from analysis.open_run import open_run
-from analysis.plan_step import PlanRequest, run_plan
+from analysis.plan_request import PlanRequest
+from analysis.plan_step import run_plan
 from analysis.runs import Run
 from analysis.sensitivity import SweepConfig
 from analysis.sensitivity_step import run_sensitivity

@@ -49,7 +49,8 @@ def plan(run: Path, **options: Any) -> None:
     pareto.parquet and pareto.png; with --verify rows of verify.parquet, and verification.parquet, where the predicted
     change stands beside the measured one.
     """
-    from analysis.plan_step import PlanRequest, run_plan
+    from analysis.plan_request import PlanRequest
+    from analysis.plan_step import run_plan
 
     run_plan(run, PlanRequest.of(options))
 

@@ -1,21 +1,15 @@
 """`qvw plan`: from the measured sensitivity of a run folder to its plan.json."""
 
 import hashlib
-import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-from pydantic import TypeAdapter
 
-from analysis import accounting
 from analysis.accounting import LATENCY_COLUMNS
-from analysis.baselines import uniform
-from analysis.calibration import parse_uniform
 from analysis.console import as_text, progress, say, warn
 from analysis.cost import COST_COLUMNS
 from analysis.files import write_bytes
@@ -25,85 +19,18 @@ from analysis.pareto import knee, pareto_front, uniform_points
 from analysis.pareto_plots import pareto_figure
 from analysis.plan_csv import plan_frame
 from analysis.plan_options import apply_pins, attention_ties, isotonic, layout_pins, matches, restrict, tied_sites
+from analysis.plan_request import PlanRequest, parse_bound, parse_kind, parse_pin
 from analysis.planner import PlanSolution, plan_bits
 from analysis.runs import Run
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
 from analysis.setup import Setup
 from analysis.verify_step import other_plans, run_verify
-from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
-from quant.choices import Layout
+from quant.bit_plan import BitPlan, PlanModel, PlanSolver
 from quant.errors import InputError
 from quant.site import Site
 
 CURVES, POINTS = 4, 17  # of the Pareto front: kinds of budget, and budgets of each
 FRONT_SECONDS = 10.0  # for each plan of it; where that is not enough its status says so
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanRequest:
-    """What is asked of a plan: budgets, candidates, objective, exceptions."""
-
-    weight_bits: float | None = None
-    activation_bits: float | None = None
-    size_mib: float | None = None
-    gbitops: float | None = None
-    activation_mib: float | None = None
-    latency_ms: float | None = None
-    latency: Path | None = None
-    candidates: tuple[int, ...] | None = None
-    like: str | None = None  # w3a4: the budgets that these uniform bits take
-    candidates_of: tuple[str, ...] = ()
-    objective: str = "kl"
-    scores: Path | None = None
-    robust: bool = False
-    pin: tuple[str, ...] = ()
-    bounds: tuple[str, ...] = ()
-    tie: tuple[str, ...] = ()
-    layout: Layout = "paper"
-    pareto: bool = False
-    verify: bool = False
-    images: int | None = None  # of the verification
-    batch_size: int = 64
-    num_workers: int = 2
-    device: str = "cpu"
-    out: Path | None = None
-    quiet: bool = False
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "PlanRequest":
-        """The options of a command line, checked."""
-        return TypeAdapter(cls).validate_python(dict(options))
-
-    def budget(self, options: pd.DataFrame, cost: pd.DataFrame, parameters: int) -> PlanBudget:
-        """The budgets in the units of the plan file; at least one must be set."""
-        for option, value, largest in (
-            ("--size-mib", self.size_mib, 2**40), ("--gbitops", self.gbitops, 1e12),
-            ("--activation-mib", self.activation_mib, 2**40),
-        ):  # fmt: skip
-            if value is not None and not 0 < value <= largest:
-                raise InputError(f"{option} {value:g} is no budget; give a number above 0, {largest:g} at most.")
-        weight_bits, activation_bits = self.weight_bits, self.activation_bits
-        if self.like is not None:
-            if weight_bits is not None or activation_bits is not None:
-                raise InputError("--like sets the mean bits; leave out --weight-bits and --activation-bits.")
-            same = accounting.totals(uniform(options, cost, *parse_uniform(self.like, "--like")), cost, parameters)
-            weight_bits, activation_bits = same.weight_bits, same.activation_bits
-        budget = PlanBudget(
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
-            size_bytes=None if self.size_mib is None else max(1, int(self.size_mib * 2**20)),
-            bitops=None if self.gbitops is None else max(1, int(self.gbitops * 1e9)),
-            activation_bytes=None if self.activation_mib is None else max(1, int(self.activation_mib * 2**20)),
-            latency_ms=self.latency_ms,
-        )
-        if not budget.as_dict():
-            raise InputError(
-                "no budget was given; set --weight-bits, --activation-bits, --like, --size-mib, --activation-mib, "
-                "--gbitops or --latency-ms."
-            )
-        if (self.latency_ms is None) != (self.latency is None):
-            raise InputError("--latency-ms and --latency FILE.csv need each other: the budget, and what sites cost.")
-        return budget
 
 
 def run_plan(path: Path, request: PlanRequest) -> None:
@@ -172,7 +99,7 @@ def plan_options(run: Run, rows: pd.DataFrame, cost: pd.DataFrame, request: Plan
     hurt must not look like a reason to give fewer.
     """
     options = isotonic(scored(run, rows, request.objective, robust=request.robust, scores=request.scores))
-    pins = [_parse_pin(text) for text in request.pin]
+    pins = [parse_pin(text) for text in request.pin]
     layout = layout_pins(cost, request.layout)
     options = apply_pins(options, pins, layout, candidates=request.candidates)
     sites = {Site(m, t) for m, t in options[["module", "tensor"]].drop_duplicates().to_numpy()}
@@ -181,13 +108,13 @@ def plan_options(run: Run, rows: pd.DataFrame, cost: pd.DataFrame, request: Plan
     if unscored:
         warn(f"{len(unscored)} measured sites have no score and stay in floating point, the first {unscored[0]}.")
     kept = {site for site in layout if not any(matches(pattern, site) for pattern, _ in pins)}
-    bounds = [_parse_bound(text) for text in request.bounds]
-    outside = [site for site in kept & sites for pattern, low, high in bounds
+    bounds = [parse_bound(text) for text in request.bounds]
+    outside = [site for site in layout if site in kept & sites for pattern, low, high in bounds
                if matches(pattern, site) and not low <= layout[site] <= high]  # fmt: skip
     if outside:
         warn(f"{outside[0]} keeps the {layout[outside[0]]} bits of the layout, outside --bounds ({len(outside)} such "
              "sites); --pin or --layout strict changes that.")  # fmt: skip
-    return restrict(options, bounds, map(_parse_kind, request.candidates_of), kept=kept)
+    return restrict(options, bounds, map(parse_kind, request.candidates_of), kept=kept)
 
 
 def _check_target(out: Path, run: Run) -> None:
@@ -267,28 +194,6 @@ def bits_frame(plan_sites: pd.DataFrame, stats: pd.DataFrame) -> pd.DataFrame:
     known = stats[["module", "tensor", "kind", "order"]]
     joined = plan_sites[["module", "tensor", "bit_width"]].merge(known, on=["module", "tensor"], how="left")
     return joined.sort_values("order", kind="stable", ignore_index=True)
-
-
-def _parse_pin(text: str) -> tuple[str, int]:
-    pattern, _, bits = text.rpartition("=")
-    if not pattern or not re.fullmatch(r"[0-9]{1,2}", bits):
-        raise InputError(f"--pin {text!r} is not understood; write PATTERN=BITS, such as --pin 'head*=8'.")
-    return pattern, int(bits)
-
-
-def _parse_bound(text: str) -> tuple[str, int, int]:
-    pattern, _, bits = text.rpartition("=")
-    found = re.fullmatch(r"([0-9]{1,2})-([0-9]{1,2})", bits)
-    if not pattern or found is None or int(found[1]) > int(found[2]):
-        raise InputError(f"--bounds {text!r} is not understood; write PATTERN=LOW-HIGH, such as 'blocks.0.*=4-8'.")
-    return pattern, int(found[1]), int(found[2])
-
-
-def _parse_kind(text: str) -> tuple[str, list[int]]:
-    pattern, _, bits = text.rpartition("=")
-    if not pattern or not re.fullmatch(r"[0-9]{1,2}(,[0-9]{1,2})*", bits):
-        raise InputError(f"--candidates-of {text!r} is not understood; write KIND=BITS,BITS, such as 'mlp.fc2=4,8'.")
-    return pattern, [int(width) for width in bits.split(",")]
 
 
 def _predicted_loss(solution: PlanSolution, rows: pd.DataFrame) -> float | None:
