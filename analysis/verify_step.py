@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pandas as pd
@@ -14,7 +15,9 @@ from analysis.console import as_text
 from analysis.eval_step import keep_row, running_quantized, verify_row
 from analysis.evaluation import compare_logits, logits_of, mean_and_error, scores
 from analysis.open_run import open_run
+from analysis.opened import Opened
 from analysis.setup import Setup
+from quant.batchnorm import batchnorm_reestimated, batchnorms
 from quant.bit_plan import BitPlan, PlannedSite, PlanSolver
 from quant.site import Site
 
@@ -71,11 +74,13 @@ def run_verify(setup: Setup, plan: BitPlan, others: Sequence[BitPlan], measured:
     rows, hits = [], []
     options = {"plans": [other.solver.name for other in others], "calibration_images": CALIBRATION_IMAGES}
     with opened.step("verify", data, ("verification.parquet",), options, {"plan": plan.to_json()}):
-        clean, _ = logits_of(opened.model, reference_batches)
+        clean: Tensor | None = None
         logits, labels = logits_of(opened.model, batches)
         keep_row(opened, verify_row("float", opened, (), logits, labels), tell=False)
         for kind, each in (("planned", plan), *((other.solver.name, other) for other in others)):
             made = calibrated(opened, each, layout=each.layout, calibration_images=CALIBRATION_IMAGES, estimator="mse")
+            if clean is None:
+                clean = _reference(opened, made.images, reference_batches)
             with running_quantized(opened, made, "re-estimate"):
                 logits, labels = logits_of(opened.model, batches)
                 noisy, sweep_labels = logits_of(opened.model, reference_batches)
@@ -87,6 +92,13 @@ def run_verify(setup: Setup, plan: BitPlan, others: Sequence[BitPlan], measured:
         table = pd.DataFrame(rows, columns=list(VERIFICATION_COLUMNS))
         opened.run.write_table("verification", table)
     return _summary(table)
+
+
+def _reference(opened: Opened, calibration: Sequence[Tensor], batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Logits of the network in floating point; BatchNorm re-estimated on the same images as that of the plans."""
+    anew = bool(batchnorms(opened.model))
+    with batchnorm_reestimated(opened.model, calibration) if anew else nullcontext():
+        return logits_of(opened.model, batches)[0]
 
 
 def _row(
