@@ -48,12 +48,20 @@ def run_proxies(
     table = _with_earlier(opened, "proxies", table, [*SITE_KEY, "proxy"])
     run.write_table("proxy_images", _with_earlier(opened, "proxy_images", products, SITE_KEY))
     run.write_table("proxies", table)
-    measured = measured_beside(table, run.read_table("sensitivity"))
+    swept = run.read_table("sensitivity")
+    measured = measured_beside(table, swept)
     correlation = proxy_correlations(table, measured, run.read_table("sensitivity_images"))
     run.write_table("proxy_correlation", correlation)
     if (measured["kl"] > 0).any():
         save_figure(proxies_figure(table, measured, correlation, opened.name), run.path / "proxies")
-    return _summary(table, correlation, measured, min(config.bit_widths), seconds)
+    told = _summary(table, correlation, measured, min(config.bit_widths), seconds)
+    anew = measured_beside(table, swept[swept["batchnorm"] == "re_estimated"])
+    if len(anew) and (measured["batchnorm"] == "stored").any():
+        other = proxy_correlations(table, anew, run.read_table("sensitivity_images"))
+        rows = other[(other["tensors"] == "all") & (other["proxy"] == "fisher")]
+        found = ", ".join(f"{row.spearman:.2f} at {row.bit_width} bit" for row in rows.itertuples())
+        told += f"\nWith BatchNorm re-estimated, of which no proxy knows, fisher's correlation is {found}."
+    return told
 
 
 def _with_earlier(opened: Opened, name: str, table: pd.DataFrame, key: list[str]) -> pd.DataFrame:
