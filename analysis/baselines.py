@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import accounting
-from analysis.plan_options import check_scores
+from analysis.plan_budgets import tied_units
+from analysis.planner import read_options
 from quant.bit_plan import PlanBudget, PlannedSite, PlanTotals
 from quant.errors import InputError
 from quant.site import Site
@@ -48,29 +49,25 @@ def lowered(
     `options` and `cost` are those of planner.plan_bits. Steps are those of sites on which an exceeded budget depends;
     tied sites step together. None where the least bits still exceed it.
     """
-    rows, of_site = accounting.cost_rows(cost), _by_site(options)
-    units = _units([site for site in rows if site in of_site], ties)
-    open_to = [sorted(set.intersection(*(set(of_site[site]) for site in unit)), reverse=True) for unit in units]
-    place = [0] * len(units)
+    rows = accounting.cost_rows(cost)
+    planned, scores = read_options(options, cost)
+    units = tied_units(planned, scores, ties)
+    place = [len(unit.bits) - 1 for unit in units]
 
     def chosen() -> tuple[PlannedSite, ...]:
-        bits = {site: open_to[u][place[u]] for u, unit in enumerate(units) for site in unit}
-        return tuple(of_site[site][bits[site]][0] for site in rows if site in bits)
-
-    def score(u: int, k: int) -> float:
-        return sum(of_site[site][open_to[u][k]][1] for site in units[u])
+        bits = {site: unit.bits[k] for unit, k in zip(units, place, strict=True) for site in unit.sites}
+        return tuple(by_bits[bits[site]] for site, by_bits in planned.items())
 
     while exceeded := _exceeded(accounting.totals(chosen(), cost, parameters, latency), budget):
         steps, rates = [], []
-        for u, unit in enumerate(units):
-            saved = sum(_per_bit(site, rows[site], exceeded) for site in unit)
-            if place[u] + 1 < len(open_to[u]) and saved:
-                less = open_to[u][place[u]] - open_to[u][place[u] + 1]
+        for u, (unit, k) in enumerate(zip(units, place, strict=True)):
+            saved = sum(_per_bit(site, rows[site], exceeded) for site in unit.sites)
+            if k > 0 and saved:
                 steps.append(u)
-                rates.append((score(u, place[u] + 1) - score(u, place[u])) / (saved * less))
+                rates.append(float(unit.score[k - 1] - unit.score[k]) / (saved * (unit.bits[k] - unit.bits[k - 1])))
         if not steps:
             return None
-        place[steps[choose(rates)]] += 1
+        place[steps[choose(rates)]] -= 1
     return chosen()
 
 
@@ -79,10 +76,8 @@ def uniform(options: pd.DataFrame, cost: pd.DataFrame, weight_bits: int, activat
 
     These are pinned. InputError where a site was not measured at the bit-width.
     """
-    rows, plan = accounting.cost_rows(cost), []
-    of_site = _by_site(options)
-    for site in (site for site in rows if site in of_site):
-        open_to = of_site[site]
+    plan = []
+    for site, open_to in read_options(options, cost)[0].items():
         bits = weight_bits if site.is_weight else activation_bits
         bits = next(iter(open_to)) if len(open_to) == 1 else bits
         if bits not in open_to:
@@ -90,7 +85,7 @@ def uniform(options: pd.DataFrame, cost: pd.DataFrame, weight_bits: int, activat
                 f"{site} was not measured at {bits} bits, only at {sorted(open_to)}. Measure it with "
                 "`qvw sensitivity --bits`, or name bit-widths that were measured."
             )
-        plan.append(open_to[bits][0])
+        plan.append(open_to[bits])
     return plan
 
 
@@ -106,7 +101,7 @@ def largest_uniform(
 
     Of the bit-widths that all sites have which are not pinned.
     """
-    free = [(site, set(open_to)) for site, open_to in _by_site(options).items() if len(open_to) > 1]
+    free = [(site, set(open_to)) for site, open_to in read_options(options, cost)[0].items() if len(open_to) > 1]
     widths = [
         sorted(set.intersection(*chosen), reverse=True) if chosen else [0]
         for chosen in ([bits for site, bits in free if site.is_weight == weights] for weights in (True, False))
@@ -116,28 +111,6 @@ def largest_uniform(
         if not _exceeded(accounting.totals(plan, cost, parameters, latency), budget):
             return tuple(plan)
     return None
-
-
-def _by_site(options: pd.DataFrame) -> dict[Site, dict[int, tuple[PlannedSite, float]]]:
-    """The options of each site by bit-width, each with its score."""
-    check_scores(options)
-    of_site: dict[Site, dict[int, tuple[PlannedSite, float]]] = {}
-    for row in options.itertuples(index=False):
-        planned = PlannedSite(
-            module=row.module, tensor=row.tensor, bit_width=int(row.bit_width), granularity=row.granularity,
-            signed=bool(row.signed), offset=bool(row.offset),
-        )  # fmt: skip
-        of_site.setdefault(planned.site, {})[planned.bit_width] = planned, float(row.score)
-    return of_site
-
-
-def _units(sites: Sequence[Site], ties: Sequence[Collection[Site]]) -> list[list[Site]]:
-    """Tied sites together, the others alone."""
-    unit_of = {site: [site] for site in sites}
-    for tie in ties:
-        merged = list(dict.fromkeys(member for site in tie for member in unit_of[site]))
-        unit_of.update(dict.fromkeys(merged, merged))
-    return list({id(unit): unit for unit in unit_of.values()}.values())
 
 
 def _exceeded(totals: PlanTotals, budget: PlanBudget) -> set[str]:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from analysis.noise import power
 from quant.attention import closed_forward
 from quant.errors import InputError
 from quant.intercept import intercept
@@ -73,7 +74,7 @@ def fisher_scores(
     generator = torch.Generator().manual_seed(0)
     count = 0
     handlers = pass_.handlers()
-    with _frozen(model):
+    with frozen(model):  # which spares half of the backward pass
         for images in batches:
             count += len(images)
             pass_.images = len(images)
@@ -98,7 +99,7 @@ def fisher_scores(
 def _scores(sums: _Sums, bits: int) -> ErrorScores:
     products = torch.cat(sums.products[bits])
     return ErrorScores(
-        fisher=_square(products) / (2 * sums.images),
+        fisher=power(products) / (2 * sums.images),
         fit=sums.gradient / (2 * sums.images) * sums.error[bits] / sums.elements,
         output_gradient=sums.output[bits] / sums.images,
         noise=sums.error[bits] / sums.signal if sums.signal else float("nan"),
@@ -141,10 +142,10 @@ class _GradientPass:
                 continue
             self._weights.setdefault(site.module, []).append(sites[site])
             weight, sums = weight_of(model, sites[site]), self.sums[site]
-            sums.elements, sums.signal = weight.numel(), _square(weight)
+            sums.elements, sums.signal = weight.numel(), power(weight)
             for bits, quantizer in by_bits.items():
                 self._errors[site, bits] = quantizer(weight) - weight
-                sums.error[bits] = _square(self._errors[site, bits])
+                sums.error[bits] = power(self._errors[site, bits])
 
     def handlers(self) -> dict[Site, Any]:
         """A handler of every tensor that is needed."""
@@ -185,15 +186,15 @@ class _GradientPass:
         rows = gradient.reshape(self.images, -1)
         sums.images += self.images
         sums.elements += x.numel()
-        sums.gradient += _square(rows)
-        sums.signal += _square(x)
+        sums.gradient += power(rows)
+        sums.signal += power(x)
         for bits, quantizer in self.quantizers[site].items():
             error = quantizer(x) - x
-            sums.error[bits] += _square(error)
+            sums.error[bits] += power(error)
             weighed = rows * error.reshape(self.images, -1)
             sums.products[bits].append(weighed.sum(dim=1, dtype=torch.float64))
             if site.is_attention:  # no layer follows of which this is the input: the tensor is its own output
-                sums.output[bits] += _square(weighed)
+                sums.output[bits] += power(weighed)
 
     def _output(self, module: str, y: Tensor) -> None:
         x, _ = self._inputs[module]
@@ -207,7 +208,7 @@ class _GradientPass:
         with torch.no_grad():
             for bits, quantizer in self.quantizers.get(Site(module, "input"), {}).items():
                 change = _product(layer, weight, quantizer(x) - x)
-                self.sums[Site(module, "input")].output[bits] += _square(gradient * change)
+                self.sums[Site(module, "input")].output[bits] += power(gradient * change)
             for info in self._weights.get(module, ()):
                 sums, rows = self.sums[info.site], _rows(info)
                 sums.images += self.images
@@ -215,12 +216,12 @@ class _GradientPass:
                     error = torch.zeros_like(weight)
                     error[rows] = self._errors[info.site, bits]
                     weighed = gradient * _product(layer, error, x)
-                    sums.output[bits] += _square(weighed)
+                    sums.output[bits] += power(weighed)
                     sums.products[bits].append(weighed.reshape(self.images, -1).sum(dim=1, dtype=torch.float64))
         if module in self._weights:
             for image_gradient in _weight_gradients(layer, x.chunk(self.images), gradient.chunk(self.images)):
                 for info in self._weights[module]:
-                    self.sums[info.site].gradient += _square(image_gradient[_rows(info)])
+                    self.sums[info.site].gradient += power(image_gradient[_rows(info)])
 
 
 def _rows(info: SiteInfo) -> slice:
@@ -261,16 +262,16 @@ def _weight_of(layer: nn.Module, weight: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient, which spares half of the backward pass."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def frozen(model: nn.Module) -> Iterator[None]:
+    """While the block runs no parameter asks for a gradient, unless the block says so; afterwards all as before."""
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        for parameter in asking:
+        for parameter in asked:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
+        for parameter, asks in asked.items():
+            parameter.requires_grad_(asks)
 
 
 def _unchanged(kept: tuple[Tensor, int], module: str) -> Tensor:
@@ -281,7 +282,3 @@ def _unchanged(kept: tuple[Tensor, int], module: str) -> Tensor:
             "Leave the module out with --exclude, or do without --proxies."
         )
     return x
-
-
-def _square(x: Tensor) -> float:
-    return torch.linalg.vector_norm(x, dtype=torch.float64).item() ** 2

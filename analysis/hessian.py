@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from analysis.fisher import frozen
 from quant.intercept import intercept
 from quant.site import Site, SiteInfo
 from quant.trace import Trace
@@ -36,7 +37,6 @@ def hessian_traces(
     weights = {name: model.get_submodule(name).get_parameter("weight") for name in modules}
     generator = torch.Generator().manual_seed(0)
     found: dict[Site, list[tuple[float, int]]] = {site: [] for site in sites}
-    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
     shifts: dict[Site, Tensor] = {}  # zeros that are added to the activations, to differentiate by
 
     def shifted(site: Site) -> Any:
@@ -47,9 +47,7 @@ def hessian_traces(
 
         return handler
 
-    try:
-        for parameter in asked:
-            parameter.requires_grad_(False)
+    with frozen(model):
         for weight in weights.values():
             weight.requires_grad_(True)
         handlers = {site: shifted(site) for site in activations}
@@ -68,9 +66,6 @@ def hessian_traces(
                     if product is None:
                         product = by_module[site.module][slice(*(info.rows or (None,)))]
                     found[site].append((product.sum(dtype=torch.float64).item(), len(images)))
-    finally:
-        for parameter, asks in asked.items():
-            parameter.requires_grad_(asks)
     return {site: _mean(values) for site, values in found.items()}
 
 

@@ -66,7 +66,7 @@ def plan_bits(
     counts the whole model's; `time_limit` is in seconds. A site that no budget reaches gets its least score, the
     larger bit-width of equals. InputError: unusable options, or a budget that no plan can meet.
     """
-    planned, scores = _read_options(options, cost)
+    planned, scores = read_options(options, cost)
     units = tied_units(planned, scores, ties)
     times = None if latency is None else accounting.latency_table(latency)
     deadline = time.monotonic() + time_limit
@@ -95,7 +95,7 @@ def plan_bits(
     )
 
 
-def _read_options(
+def read_options(
     options: pd.DataFrame, cost: pd.DataFrame
 ) -> tuple[dict[Site, dict[int, PlannedSite]], dict[tuple[Site, int], float]]:
     """The options by site, in network order and rising bit-width, and the score of each."""

@@ -7,6 +7,7 @@ from scipy.stats import kendalltau, rankdata
 
 from analysis.proxies import PROXIES
 from analysis.sensitivity import IMAGE_COLUMNS, stored_rows
+from quant.site import ATTENTION_TENSORS, WEIGHT_TENSORS
 
 CORRELATION_COLUMNS = (
     "tensors", "bit_width", "proxy", "sites", "spearman", "spearman_low", "spearman_high", "kendall", "ceiling",
@@ -31,6 +32,7 @@ def proxy_correlations(proxies: pd.DataFrame, measured: pd.DataFrame, images: pd
     for bits, at_bits in values.groupby("bit_width", sort=True):
         for name, holds in _CLASSES.items():
             chosen = at_bits[at_bits["tensor"].map(holds)]
+            ceilings: dict[tuple[str, ...], float] = {}  # most proxies score the same sites
             for proxy in PROXIES:
                 scored = chosen.merge(proxies[proxies["proxy"] == proxy], on=SITE_KEY).dropna(subset="score")
                 if len(scored) < LEAST_SITES:
@@ -38,16 +40,18 @@ def proxy_correlations(proxies: pd.DataFrame, measured: pd.DataFrame, images: pd
                 score, kl = scored["score"].to_numpy(dtype=np.float64), scored["kl"].to_numpy(dtype=np.float64)
                 spearman, (low, high) = float(_spearman(score, kl)), _interval(score, kl)
                 kendall = kendalltau(score, kl).statistic
-                ceiling = noise_ceiling(np.stack(scored["image_kl"].to_list()).astype(np.float64))
-                rows.append((name, bits, proxy, len(scored), spearman, low, high, kendall, ceiling))
+                sites = tuple(scored["module"] + ":" + scored["tensor"])
+                if sites not in ceilings:
+                    ceilings[sites] = noise_ceiling(np.stack(scored["image_kl"].to_list()).astype(np.float64))
+                rows.append((name, bits, proxy, len(scored), spearman, low, high, kendall, ceilings[sites]))
     return pd.DataFrame(rows, columns=list(CORRELATION_COLUMNS))
 
 
 _CLASSES = {
     "all": lambda tensor: True,
-    "weight": lambda tensor: tensor.startswith("weight"),
+    "weight": lambda tensor: tensor in WEIGHT_TENSORS,
     "input": lambda tensor: tensor == "input",
-    "attention": lambda tensor: tensor in ("query", "key", "value", "attention"),
+    "attention": lambda tensor: tensor in ATTENTION_TENSORS,
 }
 
 

@@ -48,16 +48,16 @@ def run_proxies(
     table = _with_earlier(opened, "proxies", table, [*SITE_KEY, "proxy"])
     run.write_table("proxy_images", _with_earlier(opened, "proxy_images", products, SITE_KEY))
     run.write_table("proxies", table)
-    swept = run.read_table("sensitivity")
+    swept, images = run.read_table("sensitivity"), run.read_table("sensitivity_images")
     measured = measured_beside(table, swept)
-    correlation = proxy_correlations(table, measured, run.read_table("sensitivity_images"))
+    correlation = proxy_correlations(table, measured, images)
     run.write_table("proxy_correlation", correlation)
     if (measured["kl"] > 0).any():
         save_figure(proxies_figure(table, measured, correlation, opened.name), run.path / "proxies")
     told = _summary(table, correlation, measured, min(config.bit_widths), seconds)
     anew = measured_beside(table, swept[swept["batchnorm"] == "re_estimated"])
     if len(anew) and (measured["batchnorm"] == "stored").any():
-        other = proxy_correlations(table, anew, run.read_table("sensitivity_images"))
+        other = proxy_correlations(table, anew, images)
         rows = other[(other["tensors"] == "all") & (other["proxy"] == "fisher")]
         found = ", ".join(f"{row.spearman:.2f} at {row.bit_width} bit" for row in rows.itertuples())
         told += f"\nWith BatchNorm re-estimated, of which no proxy knows, fisher's correlation is {found}."

@@ -14,23 +14,10 @@ from PIL import Image
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 
-from analysis.cli import main
 from analysis.proxies import PROXIES, PROXY_COLUMNS, STATS_PROXIES
 from analysis.proxy_correlation import SITE_KEY
 from analysis.proxy_plots import plot_proxy, proxies_figure
-
-KWARGS = {"img_size": 16, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 24, "depth": 2,
-          "num_heads": 3}  # fmt: skip
-MODEL = ["vit_tiny_patch16_224", "--model-kwargs", json.dumps(KWARGS), "--input-size", "1,16,16", "--mean", "0.5",
-         "--std", "0.5"]  # fmt: skip
-DATA = ["--data", "digits", "--num-workers", "0"]
-
-
-def qvw(*arguments):
-    """Exit code of a command, as the shell would see it."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    return stop.value.code
+from tests.digits_vit import DATA, MODEL, qvw
 
 
 @pytest.fixture(scope="module")
