@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -37,17 +38,19 @@ def distribution_figure(stats: pd.DataFrame, name: str) -> Figure:
 
 @mpl.rc_context(plots.STYLE)
 def sensitivity_figure(rows: pd.DataFrame, name: str, *, value: str) -> Figure:
-    """Heatmaps of site by bit-width for weights, inputs and attention tensors, side by side.
+    """Heatmaps of site by bit-width for weights, inputs and attention tensors, side by side on one colour scale.
 
     `rows` has one row per (module, tensor, bit_width).
     """
     tensors = _classes(rows)
     counts = [rows[rows["tensor"].isin(plots.TENSOR_CLASSES[t])].groupby(["module", "tensor"]).ngroups for t in tensors]
     width, height = plots.heatmap_size(max(counts))
+    finite = rows[value].abs()[np.isfinite(rows[value])]
+    largest = float(finite.max()) if len(finite) else None
     figure, axes = plt.subplots(1, len(tensors), figsize=(width * len(tensors), height), squeeze=False,
                                 layout="constrained")  # fmt: skip
     for tensor, ax in zip(tensors, axes[0], strict=True):
-        plots.plot_sensitivity_heatmap(rows, value=value, tensors=tensor, ax=ax)
+        plots.plot_sensitivity_heatmap(rows, value=value, tensors=tensor, largest=largest, ax=ax)
     images, batchnorm = int(rows["images"].iloc[0]), set(rows["batchnorm"])
     treatment = {"re_estimated": ", BatchNorm re-estimated", "stored": ", BatchNorm as stored"}
     note = treatment.get(next(iter(batchnorm)), "") if len(batchnorm) == 1 else ""

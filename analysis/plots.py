@@ -54,13 +54,19 @@ def heatmap_size(rows: int) -> tuple[float, float]:
 
 @mpl.rc_context(STYLE)
 def plot_sensitivity_heatmap(
-    sensitivity: pd.DataFrame, *, value: str = "delta_loss", tensors: str | None = None, ax: Axes | None = None
+    sensitivity: pd.DataFrame,
+    *,
+    value: str = "delta_loss",
+    tensors: str | None = None,
+    largest: float | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
     """One row per site in network order, one column per bit-width; colour is `value` on a symmetric-log scale.
 
     `sensitivity` has one row per (module, tensor, bit_width): choose the protocol and the BatchNorm treatment before.
     `tensors` keeps one of `TENSOR_CLASSES`. Changes (`delta_...`) have a diverging scale about 0. Cells that were not
-    measured are hatched; those within two standard errors (column `..._se`) of 0 are faded.
+    measured are hatched; those within two standard errors (column `..._se`) of 0 are faded. `largest` is the
+    magnitude at the end of the colour scale, for panels that are read side by side; by default the largest cell's.
     """
     table = _of_class(sensitivity, tensors)
     if table.duplicated(["module", "tensor", "bit_width"]).any():
@@ -69,7 +75,9 @@ def plot_sensitivity_heatmap(
     ax = new_axes(ax, heatmap_size(len(grid)))
     cells = np.ma.masked_invalid(grid.to_numpy(dtype=np.float64))
     signed = value.startswith("delta_") or (cells.count() and cells.min() < 0)
-    limit = _round_up(float(np.abs(cells).max()) if cells.count() else 0.0)
+    if largest is None:
+        largest = float(np.abs(cells).max()) if cells.count() else 0.0
+    limit = _round_up(largest)
     decibels = value.endswith("_db")  # a logarithm already
     norm: Normalize = SymLogNorm(limit / 1000, vmin=-limit if signed else 0, vmax=limit, base=10)
     if decibels:
