@@ -10,6 +10,8 @@ COST_COLUMNS = (
     "module", "tensor", "numel", "elements_per_image", "macs", "edges", "channels", "heads", "kind", "order",
     "quantizable", "pinned",
 )  # fmt: skip
+SAME = "same_tensor"
+"""A column that tables of earlier sweeps lack."""
 
 
 def cost_table(sites: Sequence[SiteInfo]) -> pd.DataFrame:
@@ -18,7 +20,8 @@ def cost_table(sites: Sequence[SiteInfo]) -> pd.DataFrame:
     `numel` counts elements (a weight's own, an activation's of one image), `elements_per_image` is NaN for weights.
     `macs` are those of the matrix products that the site takes part in; each product (edge) is told from both sides by
     `edges` (`module:tensor`). `channels` and `heads` count the scales of a per_channel or per_head quantizer. Sites
-    that are not `quantizable`, or that the user left out, stay in floating point and cost all the same.
+    that are not `quantizable`, or that the user left out, stay in floating point and cost all the same. `same_tensor`
+    names an earlier input that is the very same tensor.
     """
     own = {info.site: info.macs for info in sites}
     rows = []
@@ -39,6 +42,7 @@ def cost_table(sites: Sequence[SiteInfo]) -> pd.DataFrame:
                 "order": info.order,
                 "quantizable": info.quantizable,
                 "pinned": info.pinned,
+                SAME: None if info.same is None else str(info.same),
             }
         )
-    return pd.DataFrame(rows, columns=list(COST_COLUMNS))
+    return pd.DataFrame(rows, columns=[*COST_COLUMNS, SAME])

@@ -5,11 +5,12 @@ from typing import Any
 
 import click
 
-from analysis.options import ListOf, quiet_option, run_option
+from analysis.options import ListOf, quiet_option
 
 
 @click.command(short_help="Bits for every site within a budget.")
-@run_option
+@click.option("--run", type=click.Path(file_okay=False, path_type=Path), required=True,
+              help="The run folder, which holds `qvw sensitivity`.")  # fmt: skip
 @click.option("--weight-bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of all weights.")
 @click.option("--activation-bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of all activations.")
 @click.option("--size-mib", type=click.FloatRange(min=0, min_open=True), help="Size of the quantized model.")
@@ -22,15 +23,16 @@ from analysis.options import ListOf, quiet_option, run_option
 @click.option("--candidates", type=ListOf(int), help="Bit-widths to choose from; by default all that were measured.")
 @click.option("--like", metavar="wXaY", help="The mean bits that these uniform bits take, such as w3a4.")
 @click.option("--candidates-of", multiple=True, metavar="KIND=BITS,BITS", help="Bit-widths of a kind; repeatable.")
-@click.option("--objective", default="kl", show_default=True,
-              help="What is to grow least: kl, loss, logit_nmse, top1, or a proxy (fisher, fit, ...).")  # fmt: skip
+@click.option("--objective",
+              help="What is to grow least: kl (the default), loss, logit_nmse, top1, a proxy (fisher, ...).")  # fmt: skip
 @click.option("--scores", type=click.Path(path_type=Path), metavar="FILE.csv",
               help="Your own scores in place of the objective: module, tensor, bit_width, score.")  # fmt: skip
 @click.option("--robust", is_flag=True, help="Plan with the upper 95 % bound of each measured change.")
 @click.option("--pin", multiple=True, metavar="PATTERN=BITS", help="Fix the bits of modules that match; repeatable.")
 @click.option("--bounds", multiple=True, metavar="PATTERN=LOW-HIGH", help="Limits of their bits; repeatable.")
 @click.option("--tie", multiple=True, metavar="PATTERN",
-              help="Share their bits: 'a:input,b:input'; qkv: query, key, value of each attention.")  # fmt: skip
+              help="Share their bits: 'a:input,b:input'; qkv: query, key, value of each attention; shared: "
+                   "inputs that are the same tensor, as of the two branches of a residual block.")  # fmt: skip
 @click.option("--layout", type=click.Choice(["paper", "strict"]), default="paper", show_default=True,
               help="paper: first layer and classifier at 8 bit; strict: no exception.")  # fmt: skip
 @click.option("--pareto", is_flag=True, help="Also the best plan at 17 budgets of each kind, with a figure.")

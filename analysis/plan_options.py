@@ -12,6 +12,7 @@ import pandas as pd
 from scipy.optimize import isotonic_regression
 
 from analysis import accounting
+from analysis.cost import SAME
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
 from quant.site import Site
@@ -143,6 +144,24 @@ def attention_ties(sites: Collection[Site]) -> list[tuple[Site, ...]]:
         if site.tensor.removeprefix("weight.") in ("query", "key", "value"):
             ties.setdefault((site.module, site.is_weight), []).append(site)
     return [tuple(tie) for tie in ties.values() if len(tie) > 1]
+
+
+def shared_ties(cost: pd.DataFrame, sites: Collection[Site]) -> list[tuple[Site, ...]]:
+    """Inputs that are the very same tensor share their bits, as where a residual block branches.
+
+    `cost` is the frame of cost.parquet. InputError for a table of an earlier sweep, which does not say which are.
+    """
+    if SAME not in cost:
+        raise InputError(
+            "--tie shared: this run's cost.parquet does not say which inputs are the same tensor. Make it anew: "
+            "`qvw sensitivity` with --overwrite."
+        )
+    readers: dict[str, list[Site]] = {}
+    for module, tensor, same in cost[["module", "tensor", SAME]].itertuples(index=False, name=None):
+        site = Site(module, tensor)
+        readers.setdefault(same if isinstance(same, str) else str(site), []).append(site)
+    ties = [tuple(site for site in tie if site in sites) for tie in readers.values()]
+    return [tie for tie in ties if len(tie) > 1]
 
 
 def layout_pins(cost: pd.DataFrame, layout: str) -> dict[Site, int]:

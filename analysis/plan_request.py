@@ -31,7 +31,7 @@ class PlanRequest:
     candidates: tuple[int, ...] | None = None
     like: str | None = None  # w3a4: the budgets that these uniform bits take
     candidates_of: tuple[str, ...] = ()
-    objective: str = "kl"
+    objective: str | None = None  # kl, where there are no scores
     scores: Path | None = None
     robust: bool = False
     pin: tuple[str, ...] = ()
@@ -50,7 +50,15 @@ class PlanRequest:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "PlanRequest":
         """The options of a command line, checked."""
-        return TypeAdapter(cls).validate_python(dict(options))
+        request = TypeAdapter(cls).validate_python(dict(options))
+        if request.scores is not None and request.objective is not None:
+            raise InputError("--scores takes the place of --objective; leave out one of them.")
+        return request
+
+    @property
+    def minimised(self) -> str:
+        """The objective, where no scores take its place."""
+        return self.objective or "kl"
 
     def budget(self, options: pd.DataFrame, cost: pd.DataFrame, parameters: int) -> PlanBudget:
         """The budgets in the units of the plan file; at least one must be set."""

@@ -18,7 +18,16 @@ from analysis.panels import bits_figure, figure_files, save_figure
 from analysis.pareto import knee, pareto_front, uniform_points
 from analysis.pareto_plots import pareto_figure
 from analysis.plan_csv import plan_frame
-from analysis.plan_options import apply_pins, attention_ties, isotonic, layout_pins, matches, restrict, tied_sites
+from analysis.plan_options import (
+    apply_pins,
+    attention_ties,
+    isotonic,
+    layout_pins,
+    matches,
+    restrict,
+    shared_ties,
+    tied_sites,
+)
 from analysis.plan_request import PlanRequest, parse_bound, parse_kind, parse_pin
 from analysis.planner import PlanSolution, plan_bits
 from analysis.runs import Run
@@ -43,7 +52,7 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     rows = preferred_rows(table)
     options = plan_options(run, rows, cost, request)
     budget = request.budget(options, cost, model.parameters)
-    ties = _ties(request.tie, options)
+    ties = _ties(request.tie, options, cost)
     latency = None if request.latency is None else read_csv(request.latency, LATENCY_COLUMNS)
     solution = plan_bits(options, cost, budget=budget, parameters=model.parameters, ties=ties, latency=latency)
     plan = BitPlan(
@@ -98,7 +107,7 @@ def plan_options(run: Run, rows: pd.DataFrame, cost: pd.DataFrame, request: Plan
     Scores are made non-increasing in bits by isotonic regression: measured changes are noisy, and bits that seem to
     hurt must not look like a reason to give fewer.
     """
-    options = isotonic(scored(run, rows, request.objective, robust=request.robust, scores=request.scores))
+    options = isotonic(scored(run, rows, request.minimised, robust=request.robust, scores=request.scores))
     pins = [parse_pin(text) for text in request.pin]
     layout = layout_pins(cost, request.layout)
     options = apply_pins(options, pins, layout, candidates=request.candidates)
@@ -164,15 +173,17 @@ def _front(
     )
 
 
-def _ties(patterns: Sequence[str], options: pd.DataFrame) -> list[tuple[Site, ...]]:
-    """The groups of sites that share their bits; the word `qkv` stands for those of attention."""
+def _ties(patterns: Sequence[str], options: pd.DataFrame, cost: pd.DataFrame) -> list[tuple[Site, ...]]:
+    """The groups of sites that share their bits; `qkv` stands for those of attention, `shared` for equal inputs."""
     sites = [Site(m, t) for m, t in options[["module", "tensor"]].drop_duplicates().to_numpy()]
-    ties = tied_sites([pattern for pattern in patterns if pattern != "qkv"], sites)
+    ties = tied_sites([pattern for pattern in patterns if pattern not in ("qkv", "shared")], sites)
     if "qkv" in patterns:
         found = attention_ties(sites)
         if not found:
             raise InputError("--tie qkv: no query, key and value were measured; see --tensors of `qvw sensitivity`.")
         ties += found
+    if "shared" in patterns:
+        ties += shared_ties(cost, set(sites))
     return ties
 
 
@@ -180,8 +191,9 @@ def _column(request: PlanRequest) -> str:
     """What the plan file says was minimised."""
     if request.scores is not None:
         return f"scores of {request.scores.name}"
-    name = MEASURED[request.objective][0] if request.objective in MEASURED else request.objective
-    if request.objective in MEASURED and MEASURED[request.objective][2] < 0:
+    objective = request.minimised
+    name = MEASURED[objective][0] if objective in MEASURED else objective
+    if objective in MEASURED and MEASURED[objective][2] < 0:
         name = f"-{name}"
     return f"{name}, upper 95 % bound" if request.robust else name
 
@@ -225,7 +237,7 @@ def _summary(plan: BitPlan, solution: PlanSolution, request: PlanRequest, option
     certificate = f"{solution.status}, gap {solution.gap:.2g}"
     what = plan.solver.objective
     title = f"sum of predicted changes of {what}: {solution.objective:.4g} ({certificate})"
-    if plan.predicted_delta_loss is not None and request.objective != "loss":
+    if plan.predicted_delta_loss is not None and request.minimised != "loss":
         title += f"; measured loss changes of these bits add up to {plan.predicted_delta_loss:.4g}"
     moved = int((options["score"] != options["score_measured"]).sum())
     if moved:

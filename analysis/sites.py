@@ -129,6 +129,7 @@ def _weights_and_activations(
             rows.append(
                 {**_activation(site, shape, trace, module, kind, weights[0]["note"]),
                  "edges": tuple(row["site"] for row in weights), "pinned": site.module in pinned,
+                 "same": trace.same.get(site),
                  "quantizable": weights[0]["quantizable"]}
             )  # fmt: skip
         elif site.is_attention:

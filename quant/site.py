@@ -47,7 +47,8 @@ class SiteInfo:
     `channel_axis` and `head_axis` count in the tensor as it flows (the batch axis included); -1 where there is none.
     `macs` are multiply-accumulates of one image in the matrix product that this site owns: weights own theirs,
     `query` owns query x key, `attention` owns attention x value; 0 for the others. `numel` and `macs` are over all
-    calls of a module in one forward pass. A site that is `excluded` by the user, or not `quantizable`, still costs.
+    calls of a module in one forward pass. `same` is an earlier input that is the very same tensor. A site that is
+    `excluded` by the user, or not `quantizable`, still costs.
     """
 
     site: Site
@@ -62,6 +63,7 @@ class SiteInfo:
     rows: tuple[int, int] | None = None
     macs: int = 0
     edges: tuple[Site, ...] = ()
+    same: Site | None = None
     quantizable: bool = True
     excluded: bool = False
     pinned: bool = False

@@ -36,7 +36,8 @@ class Trace:
     `macs` are the multiply-accumulates of query x key, at `query`, and of attention x value, at `attention`.
     `unobserved` are the modules that multiply an activation by a softmax's result where no attention is handed over,
     each with the reason. `functional` are layers whose weight is used without calling them; `qkv_parts` maps a fused
-    qkv linear to the rows of its query, key and value, found by comparing its output with the operands.
+    qkv linear to the rows of its query, key and value, found by comparing its output with the operands. `same` maps
+    the input of a layer to the earlier one that is the very same tensor, as of the two branches of a residual block.
     """
 
     images: int
@@ -50,6 +51,7 @@ class Trace:
     functional: set[str] = field(default_factory=set)
     qkv_parts: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     notes: dict[Site, str] = field(default_factory=dict)
+    same: dict[Site, Site] = field(default_factory=dict)
 
 
 class _Probe(TorchFunctionMode):
@@ -64,11 +66,13 @@ class _Probe(TorchFunctionMode):
         self.frames: list[CallFrame] = []
         self.forms: dict[str, AttentionForm] = {}
         self.origins: Any = WeakTensorKeyDictionary()
+        self.readers: Any = WeakTensorKeyDictionary()
         self.weights: dict[int, list[str]] = {}
         for name, module in model.named_modules():
             if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
                 self.weights.setdefault(id(module._parameters.get("weight")), []).append(name)
         self.weights.pop(id(None), None)
+        self.layers = {name for names in self.weights.values() for name in names}
 
     def enter(self, frame: CallFrame) -> None:
         self.frames.append(frame)
@@ -91,9 +95,19 @@ class _Probe(TorchFunctionMode):
         found = first_tensor(x)
         if found is not None:
             self.record_shape(module, tensor, tuple(found[1].shape))
+            if tensor == "input" and module in self.layers:
+                self._note_reader(Site(module, tensor), found[1])
             if found[0] is not None:
                 returned = f"the first tensor of a {type(x).__name__} of {len(x)}"
                 self.trace.notes[Site(module, tensor)] = returned
+
+    def _note_reader(self, site: Site, x: Tensor) -> None:
+        first, version = self.readers.get(x, (site, x._version))
+        if version != x._version:  # changed in place since
+            first = site
+        self.readers[x] = (first, x._version)
+        if first != site:
+            self.trace.same[site] = first
 
     def record_shape(self, module: str, tensor: str, shape: tuple[int, ...]) -> None:
         site = Site(module, tensor)

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis import verify_step
+from analysis.runs import Run
 from tests.digits_vit import DATA, MODEL, qvw
 
 
@@ -98,6 +100,7 @@ def test_a_proxy_or_own_scores_can_be_minimised(run, tmp_path, capfd):
         (["--like", "w3a4"], "leave out --weight-bits"),
         (["--objective", "speed"], "choose from kl, loss"),
         (["--scores", "none.csv"], "cannot be read"),
+        (["--scores", "none.csv", "--objective", "loss"], "--scores takes the place of --objective"),
     ],
 )
 def test_a_wrong_request_is_told(run, arguments, message, capfd):
@@ -133,6 +136,41 @@ def test_verify_measures_every_plan_at_the_budget(run, capfd):
     assert "is of an earlier plan" not in capfd.readouterr().err
     assert qvw("plan", "--run", run, "--weight-bits", 2.7) == 0
     assert "verification.parquet is of an earlier plan" in capfd.readouterr().err
+
+
+def test_a_verification_goes_on_where_it_was_interrupted(run, monkeypatch, capfd):
+    """The plans that were measured are not measured again, the table is that of an uninterrupted one."""
+    arguments = ["plan", "--run", run, "--like", "w3a4", "--verify", "--images", 40, "--num-workers", 0]
+    measure, calls = verify_step._measure, []
+
+    def stop_at_the_third(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(verify_step, "_measure", stop_at_the_third)
+    assert qvw(*arguments) == 130
+    assert Run(run).record.steps["verify"].status == "interrupted"
+    interrupted = len(calls)
+    assert qvw(*arguments) == 0
+    table = pd.read_parquet(run / "verification.parquet")
+    assert not (run / "verification.partial.jsonl").exists()
+    again = len(calls) - interrupted
+    calls.clear()
+    calls.extend([None] * 3)
+    assert qvw(*arguments) == 0
+    assert len(calls) - 3 == again + interrupted - 1
+    pd.testing.assert_frame_equal(pd.read_parquet(run / "verification.parquet"), table)
+
+
+def test_a_verification_needs_the_images_of_the_sweep(run, capfd):
+    """Predicted and measured changes of different images would not be comparable."""
+    record = Run(run).read_json("run")
+    record["steps"]["sensitivity"]["inputs"]["images_sha256"] = "0" * 64
+    Run(run).write_json("run", record)
+    assert qvw("plan", "--run", run, "--like", "w3a4", "--verify", "--images", 40, "--num-workers", 0) == 2
+    assert "does not hold the images of the sweep any more" in capfd.readouterr().err
 
 
 def test_the_measured_kl_of_a_plan_is_that_of_the_quantized_network(run):

@@ -3,11 +3,12 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.plan_options import apply_pins, isotonic, layout_pins, tied_sites, uniform_bits
+from analysis.plan_options import apply_pins, isotonic, layout_pins, shared_ties, tied_sites, uniform_bits
 from quant.errors import InputError
 from quant.site import Site
 from tests.plan_frames import NETWORKS, chain, cost_frame, option_frame
@@ -91,3 +92,14 @@ def test_uniform_bits_keep_the_layout():
         uniform_bits(cost, 4, 3, "Paper")
     with pytest.raises(InputError, match="bit-width of 9 is not allowed"):
         uniform_bits(cost, 9, 3, "paper")
+
+
+def test_inputs_of_one_tensor_are_tied():
+    """Sites that `cost` says are the same tensor make one tie, those left out of the plan are not in it."""
+    sites = [Site(name, "input") for name in "abcd"]
+    cost = pd.DataFrame({"module": list("abcd"), "tensor": "input", "same_tensor": [None, "a:input", None, "a:input"]})
+    assert shared_ties(cost, sites) == [(sites[0], sites[1], sites[3])]
+    assert shared_ties(cost, sites[:2]) == [(sites[0], sites[1])]
+    assert shared_ties(cost, sites[1:3]) == []
+    with pytest.raises(InputError, match=r"cost.parquet does not say"):
+        shared_ties(cost.drop(columns="same_tensor"), sites)

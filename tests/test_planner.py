@@ -169,7 +169,7 @@ def test_sites_without_a_budget_take_their_least_score():
     [
         (
             {"weight_bits": 1.5},
-            r"within 1\.5 mean weight bits: the cheapest has 2, the dearest 8, pinned sites counted",
+            r"within 1\.5 mean weight bits: the cheapest has 2, the dearest 8, with these pins",
         ),
         ({"activation_bits": 1}, r"within 1 mean activation bits: the cheapest has 2, the dearest 8"),
         ({"size_bytes": 1024}, r"within 0\.0009765625 MiB: the cheapest has [\d.]+, the dearest [\d.]+, "),

@@ -422,3 +422,23 @@ def test_explicit_attention_equals_torchs(causal, mask):
     arguments = dict(attn_mask=attn_mask, is_causal=causal, scale=0.3, enable_gqa=True)
     expected = F.scaled_dot_product_attention(q, k, v, **arguments)
     torch.testing.assert_close(explicit_attention({}, q, k, v, **arguments), expected)
+
+
+def test_inputs_that_are_the_very_same_tensor_are_found():
+    """Both branches of a residual block read one tensor; a copy, or the tensor changed in place since, is another."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 1) for _ in range(4))
+
+        def forward(self, x):
+            x = x.clone()
+            y = self.a(x) + self.b(x) + self.c(x.clone())
+            x.relu_()
+            return y + self.d(x)
+
+    found = trace_forward(Branches().eval(), torch.rand(1, 3, 4, 4)).same
+    assert found == {Site("b", "input"): Site("a", "input")}
+    resnet = trace_forward(timm.create_model("resnet18").eval(), torch.rand(1, 3, 64, 64)).same
+    assert resnet == {Site(f"layer{i}.0.downsample.0", "input"): Site(f"layer{i}.0.conv1", "input") for i in (2, 3, 4)}
