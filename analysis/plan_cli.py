@@ -24,7 +24,7 @@ from analysis.options import ListOf, quiet_option
 @click.option("--like", metavar="wXaY", help="The mean bits that these uniform bits take, such as w3a4.")
 @click.option("--candidates-of", multiple=True, metavar="KIND=BITS,BITS", help="Bit-widths of a kind; repeatable.")
 @click.option("--objective",
-              help="What is to grow least: kl (the default), loss, logit_nmse, top1, a proxy (fisher, ...).")  # fmt: skip
+              help="What is to grow least: kl (the default), loss, logit_nmse, top1, a proxy (fisher).")  # fmt: skip
 @click.option("--scores", type=click.Path(path_type=Path), metavar="FILE.csv",
               help="Your own scores in place of the objective: module, tensor, bit_width, score.")  # fmt: skip
 @click.option("--robust", is_flag=True, help="Plan with the upper 95 % bound of each measured change.")
