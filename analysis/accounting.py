@@ -8,7 +8,6 @@ in), edges (the `module:tensor` it is multiplied with), channels, heads (0 if no
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from quant.bit_plan import PlannedSite, PlanTotals, check_known_sites
@@ -18,6 +17,7 @@ from quant.site import Site
 FLOAT_BITS = 32  # of a tensor that the plan does not name
 FLOAT_BYTES = 4  # of a scale, an offset, and a parameter outside the plan
 PICOSECONDS = 10**9  # in a millisecond; latencies are added in whole picoseconds
+_MOST_MS = 10**6  # of a site: the sum over a network still fits into int64
 LATENCY_COLUMNS = ("module", "tensor", "bit_width", "milliseconds")
 
 
@@ -70,10 +70,11 @@ def activation_bytes(planned: PlannedSite, row: Any) -> int:
     return 0 if planned.site.is_weight else (elements(planned.site, row) * planned.bit_width + 7) // 8
 
 
-def latency_table(latency: pd.DataFrame) -> dict[tuple[Site, int], int]:
+def latency_table(latency: pd.DataFrame, cost: pd.DataFrame) -> dict[tuple[Site, int], int]:
     """Whole picoseconds by site and bit-width, from a frame with LATENCY_COLUMNS, rounded to the nearest.
 
-    InputError: a column is missing, a time is not a number >= 0, or a site has two times at one bit-width.
+    InputError: a column is missing, a site is not in `cost` (it would cost nothing under its right name), a bit-width
+    is not whole, a time is not a number >= 0, or a site has two times at one bit-width.
     """
     missing = [name for name in LATENCY_COLUMNS if name not in latency.columns]
     if missing:
@@ -81,18 +82,25 @@ def latency_table(latency: pd.DataFrame) -> dict[tuple[Site, int], int]:
             f"The latency table has no column {missing[0]}. It needs {', '.join(LATENCY_COLUMNS)} (one row per site "
             "and bit-width)."
         )
+    names = latency[["module", "tensor"]].fillna("").astype(str)  # the network itself has no name
+    sites = [Site(*key) for key in names.itertuples(index=False, name=None)]
+    check_known_sites(sites, cost_rows(cost), what="the latency table")
+    numbers = latency[["bit_width", "milliseconds"]].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
     table: dict[tuple[Site, int], int] = {}
-    for module, tensor, bit_width, given in latency[list(LATENCY_COLUMNS)].itertuples(index=False):
-        milliseconds = pd.to_numeric(given, errors="coerce")
-        if not (np.isfinite(milliseconds) and 0 <= milliseconds < 1e9):
+    for i, (site, (bits, milliseconds)) in enumerate(zip(sites, numbers, strict=True)):
+        if not (0 < bits <= FLOAT_BITS and bits % 1 == 0):
             raise InputError(
-                f"The latency of {module}:{tensor} at {bit_width} bits is {given!r}; expected milliseconds, 0 or more. "
-                "Mend the row."
+                f"The latency table has {site} at {latency['bit_width'].iloc[i]} bits; expected a whole number from 1 "
+                f"to {FLOAT_BITS}. Mend the row."
             )
-        key = Site(module, tensor), bit_width
-        if key in table:
-            raise InputError(f"{module}:{tensor} has two latencies at {bit_width} bits. Keep one row of them.")
-        table[key] = round(float(milliseconds) * PICOSECONDS)
+        if not 0 <= milliseconds <= _MOST_MS:
+            raise InputError(
+                f"The latency of {site} at {bits:g} bits is {latency['milliseconds'].iloc[i]}; expected milliseconds, "
+                f"0 to {_MOST_MS}. Mend the row."
+            )
+        if (site, int(bits)) in table:
+            raise InputError(f"{site} has two latencies at {bits:g} bits. Keep one row of them.")
+        table[site, int(bits)] = round(milliseconds * PICOSECONDS)
     return table
 
 
@@ -123,17 +131,20 @@ def totals(
     Mean bits are over the elements of the planned sites; bytes count ceil(numel * bits / 8) per weight, 4 per scale
     or offset, and 4 per parameter outside the plan, of `parameters` in the whole model; activation bytes count
     ceil(elements * bits / 8) per planned activation of one image. The latency is the sum over the planned sites, by a
-    frame with LATENCY_COLUMNS, in whole picoseconds. InputError for a site that `cost` or `latency` lacks, or a
-    granularity that it cannot have.
+    frame with LATENCY_COLUMNS, in whole picoseconds. InputError for a site that `cost` or `latency` lacks, for a
+    granularity that it cannot have, and for fewer `parameters` than planned weights.
     """
     plan_sites, rows = tuple(plan_sites), cost_rows(cost)
     check_known_sites((planned.site for planned in plan_sites), rows)
     weights = [(p, elements(p.site, rows[p.site])) for p in plan_sites if p.site.is_weight]
     activations = [(p, elements(p.site, rows[p.site])) for p in plan_sites if not p.site.is_weight]
-    times = None if latency is None else latency_table(latency)
+    times = None if latency is None else latency_table(latency, cost)
     outside = parameters - sum(numel for _, numel in weights)
     if outside < 0:
-        raise ValueError(f"`parameters`={parameters} is {-outside} less than the planned weights hold.")
+        raise InputError(
+            f"The model has {parameters} parameters by run.json, which is {-outside} less than the planned weights "
+            "hold. Mend `parameters` there, or measure anew: `qvw sensitivity` with --overwrite."
+        )
     return PlanTotals(
         weight_bits=_mean_bits(weights),
         activation_bits=_mean_bits(activations),

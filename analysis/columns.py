@@ -9,3 +9,4 @@ HISTORY_COLUMNS = (
     "step", "epoch", "images", "lr", "split", "loss", *TERMS, *(f"grad_{term}" for term in TERMS), "top1", "seconds",
 )  # fmt: skip
 OSCILLATION_COLUMNS = ("step", "module", "tensor", "weights", "oscillating", "oscillating_ema")
+BINS_COLUMNS = ("step", "module", "tensor", "kind", "position", "weights")

@@ -17,10 +17,10 @@ from analysis.columns import VERIFY_COLUMNS
 from analysis.console import as_text, say, warn
 from analysis.cost import cost_table
 from analysis.evaluation import logits_of, mean_and_error, scores
+from analysis.export_step import load_checkpoint_
 from analysis.open_run import open_run
 from analysis.opened import Opened
 from analysis.setup import Setup
-from analysis.trained_model import load_trained_
 from quant.batchnorm import batchnorm_reestimated, batchnorms
 from quant.bit_plan import PlannedSite
 from quant.choices import Estimator, Layout
@@ -35,7 +35,7 @@ class EvalRequest:
     plan_file: Path | None = None
     uniform: str | None = None
     floating: bool = False
-    checkpoint: Path | None = None  # a folder that `qvw train` wrote
+    checkpoint: Path | None = None  # a folder that `qvw train` wrote, or a file of `qvw export`
     layout: Layout = "paper"
     calibration_images: int = 256
     estimator: Estimator = "mse"
@@ -61,7 +61,7 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
     plan = request.uniform if request.plan_file is None else read_plan(request.plan_file, opened)
     sites: Sequence[PlannedSite] = ()
     if request.checkpoint is not None:
-        sites = load_trained_(opened, request.checkpoint)
+        sites = load_checkpoint_(opened, request.checkpoint)
     data = opened.step_images("eval", "val")
     options = {name: None if value is None else str(value) for name, value in asdict(request).items()}
     text = plan if plan is None or isinstance(plan, str) else plan.to_json()

@@ -10,10 +10,10 @@ from quant.errors import InputError
 
 
 @contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
+def exclusive(path: Path, what: str, *, instead: str = "--run") -> Iterator[None]:
     """Hold the lock `path`, a file that is there meanwhile; InputError where another process holds it.
 
-    The system gives the lock of a killed process free.
+    The system gives the lock of a killed process free. `instead` is the option that names another place.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
-                f"Another process runs {what} at this moment. Wait for it, or choose another `--run`."
+                f"Another process runs {what} at this moment. Wait for it, or choose another `{instead}`."
             ) from error
         try:
             yield

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from analysis.proxies import PROXIES, PROXY_COLUMNS
+from analysis.proxies import PROXIES, PROXY_COLUMNS, PROXY_IMAGE_COLUMNS
 from analysis.runs import Run
 from quant.bit_plan import check_known_sites
 from quant.errors import InputError, first_line
@@ -54,6 +55,25 @@ def scored(run: Run, rows: pd.DataFrame, objective: str, *, robust: bool, scores
     if table.empty:
         raise InputError(f"proxies.parquet has no scores of {objective} (it may need labels, or `qvw stats` before).")
     return rows.merge(table[[*_KEY, *_SCHEME, "score"]].dropna(subset="score"), on=[*_KEY, *_SCHEME])
+
+
+def site_products(run: Run, options: pd.DataFrame) -> dict[tuple[Site, int], NDArray[np.float64]]:
+    """Gradient times error of every image, (images,), for each site and bit-width of `options` that has them.
+
+    InputError for a network whose BatchNorm was re-estimated in the sweep: the products are those of stored statistics,
+    and what they foretell there is wrong by far.
+    """
+    if (options["batchnorm"] == "re_estimated").any():
+        raise InputError(
+            "--interactions come from proxies, which know nothing of re-estimated BatchNorm: here they would mislead. "
+            "Plan without them."
+        )
+    table = run.read_table("proxy_images", PROXY_IMAGE_COLUMNS)
+    kept = options[[*_KEY, *_SCHEME]].merge(table, on=[*_KEY, *_SCHEME])
+    return {
+        (Site(row.module, row.tensor), int(row.bit_width)): np.asarray(row.products, dtype=np.float64)
+        for row in kept.itertuples(index=False)
+    }
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:

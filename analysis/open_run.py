@@ -8,7 +8,8 @@ from analysis.data import input_channels, resolve_input
 from analysis.listing import InputConfig
 from analysis.models import ModelSource, classifier_names, described, load_model, tensors_in, weights_sha256
 from analysis.opened import Opened, image_of_noise
-from analysis.runs import ModelRecord, Run
+from analysis.run_record import ModelRecord
+from analysis.runs import Run
 from analysis.setup import Setup, completed
 from analysis.sites import find_sites
 from quant.errors import InputError, first_line

@@ -16,7 +16,8 @@ from analysis.console import progress, warn
 from analysis.data import Batch, ImageData, batches, load_data, shared_batches
 from analysis.listing import InputConfig
 from analysis.models import num_classes
-from analysis.runs import ModelRecord, Run, RunRecord, StepRecord
+from analysis.run_record import ModelRecord, RunRecord, StepRecord
+from analysis.runs import Run
 from analysis.setup import REMEMBERED, Setup
 from quant.errors import InputError
 from quant.site import Site, SiteInfo

@@ -140,8 +140,11 @@ def channels_figure(frame: pd.DataFrame, patterns: Sequence[str] = ()) -> Figure
 
 
 @mpl.rc_context(plots.STYLE)
-def bits_figure(frame: pd.DataFrame, name: str) -> Figure:
-    """Bits of every planned site in network order, as many rows as name every module; `frame` as of `plot_bits`."""
+def bits_figure(frame: pd.DataFrame, name: str, *, budget: str = "") -> Figure:
+    """Bits of every planned site in network order, as many rows as name every module; `frame` as of `plot_bits`.
+
+    `budget` is what the plan may cost in words, such as `3 mean weight bits`, for the title.
+    """
     frame = frame.sort_values("order", kind="stable")
     place = pd.factorize(frame["module"])[0]
     rows = math.ceil((place.max() + 1) / plots.MODULES_A_ROW)
@@ -160,7 +163,8 @@ def bits_figure(frame: pd.DataFrame, name: str) -> Figure:
         ax.set_xlim(0, a_row)  # cells of one width, also in a last row that is not full
         if i < len(parts) - 1:
             ax.set_xlabel("")
-    figure.suptitle(f"{plots.plain(name)}: bits by site", fontsize=9)
+    title = f"{plots.plain(name)}: bits by site" + (f", budget {budget}" if budget else "")
+    figure.suptitle("\n".join(textwrap.wrap(title, 96)), fontsize=9)
     return figure
 
 

@@ -11,17 +11,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.planner import PlanSolution, plan_bits
+from analysis import accounting
+from analysis.planner import PlanSolution, plan_bits, read_options
 from quant.bit_plan import PlanBudget
 from quant.errors import InputError
 from quant.site import Site
 
 TOTALS = ("weight_bits", "activation_bits", "size_bytes", "bitops")
+ON_REQUEST = ("activation_bytes", "latency_ms")  # have a curve where the budget sets them: few plans are about them
 PARETO_COLUMNS = (
-    "budget_kind", "budget", *TOTALS, "predicted_delta_loss", "lower_bound", "gap", "status", "shadow_price",
+    "budget_kind", "budget", *TOTALS, *ON_REQUEST, "predicted_delta_loss", "lower_bound", "gap", "status",
+    "shadow_price",
 )  # fmt: skip
-UNIFORM_COLUMNS = ("budget_kind", "bit_width", *TOTALS, "predicted_delta_loss")
-_COUNTS = {"weight_bits": "weights", "size_bytes": "weights", "activation_bits": "activations", "bitops": "all"}
+UNIFORM_COLUMNS = ("budget_kind", "bit_width", *TOTALS, *ON_REQUEST, "predicted_delta_loss")
+_COUNTS = {
+    "weight_bits": "weights", "size_bytes": "weights", "activation_bits": "activations",
+    "activation_bytes": "activations", "bitops": "all", "latency_ms": "all",
+}  # fmt: skip
+_FLOATS = dict.fromkeys((*TOTALS, *ON_REQUEST), float)
+_WHOLE = ("size_bytes", "activation_bytes", "bitops")
 
 
 def pareto_front(
@@ -40,15 +48,16 @@ def pareto_front(
 ) -> pd.DataFrame:
     """One row per kind of budget and budget, rising; columns PARETO_COLUMNS. All other budgets of `budget` hold.
 
-    `kinds` are names of TOTALS, by default all that some site counts for. A curve has `points` budgets in equal
-    ratios, from that of the cheapest plan to that of the plan with the least score, and the one that `budget` itself
-    sets, if it lies between. Each row is the best of all plans found that are within its budget, the cheaper of equals:
-    so predicted_delta_loss never rises, and a larger budget that buys nothing repeats the row's plan. A bound for a
-    larger budget holds for a smaller one too, so lower_bound never rises either.
+    `kinds` are names of TOTALS and ON_REQUEST, by default all of TOTALS that some site counts for, and those of
+    ON_REQUEST that `budget` sets. A curve has `points` budgets in equal ratios, from that of the cheapest plan to that
+    of the plan with the least score, and the one that `budget` itself sets, if it lies between. Each row is the best of
+    all plans found that are within its budget, the cheaper of equals: so predicted_delta_loss never rises, and a larger
+    budget that buys nothing repeats the row's plan. A bound for a larger budget holds for a smaller one too, so
+    lower_bound never rises either.
 
     predicted_delta_loss and lower_bound are sums of the scores of `options`, in their unit. shadow_price is what the
-    next unit of the budget (a bit on average, a byte, a bit operation) saves: the fall to the next row over the
-    difference of the two budgets, 0 at the last row, where the scores cannot fall further. `relative_gap` and
+    next unit of the budget (a bit on average, a byte, a bit operation, a millisecond) saves: the fall to the next row
+    over the difference of the two budgets, 0 at the last row, where the scores cannot fall further. `relative_gap` and
     `time_limit` (seconds) are those of one point; `solved` is called after each. InputError: as of `plan_bits`.
     """
     if points < 2:
@@ -59,11 +68,12 @@ def pareto_front(
         relative_gap=relative_gap, time_limit=time_limit,
     )  # fmt: skip
     curves = []
-    for kind in _applicable(options, kinds):
+    for kind in _applicable(options, kinds, budget, latency):
         others = replace(budget or PlanBudget(), **{kind: None})
         dearest = plan(options, budget=others)
         # Every cost but a table of latencies grows with the bits: the fewest bits are the least of all costs at once.
-        cheapest = plan(options.assign(score=options["bit_width"].astype(float)), budget=others)
+        spent = options["bit_width"] if kind != "latency_ms" else _milliseconds(options, cost, latency)
+        cheapest = plan(options.assign(score=spent.astype(float)), budget=others)
         asked = getattr(budget, kind, None)
         limits = _limits(kind, getattr(cheapest.totals, kind), getattr(dearest.totals, kind), asked, points)
         solutions = []
@@ -96,7 +106,7 @@ def uniform_points(
     is_weight = options["tensor"].str.startswith("weight")
     is_open = options.groupby(["module", "tensor"])["bit_width"].transform("nunique") > 1
     rows = []
-    for kind in _applicable(options, kinds):
+    for kind in _applicable(options, kinds, budget, latency):
         counted = {"weights": is_weight, "activations": ~is_weight}.get(_COUNTS[kind], is_weight | True) & is_open
         others = replace(budget or PlanBudget(), **{kind: None})
         sites = options.loc[counted, ["module", "tensor"]].drop_duplicates()
@@ -110,7 +120,7 @@ def uniform_points(
                 continue
             figures = {"budget_kind": kind, "bit_width": bit_width, "predicted_delta_loss": solution.objective}
             rows.append(figures | asdict(solution.totals))
-    return pd.DataFrame(rows, columns=list(UNIFORM_COLUMNS)).astype(dict.fromkeys(TOTALS, float))
+    return pd.DataFrame(rows, columns=list(UNIFORM_COLUMNS)).astype(_FLOATS)
 
 
 def knee(front: pd.DataFrame) -> pd.DataFrame:
@@ -134,25 +144,44 @@ def knee(front: pd.DataFrame) -> pd.DataFrame:
     return front.iloc[found]
 
 
-def _applicable(options: pd.DataFrame, kinds: Sequence[str] | None) -> list[str]:
-    """The kinds asked for, or all that have a site to act on."""
-    unknown = [kind for kind in kinds or () if kind not in TOTALS]
+def _applicable(
+    options: pd.DataFrame, kinds: Sequence[str] | None, budget: PlanBudget | None, latency: pd.DataFrame | None
+) -> list[str]:
+    """The kinds asked for, or all that have a site to act on, those of ON_REQUEST where the budget sets them."""
+    known = (*TOTALS, *ON_REQUEST)
+    unknown = [kind for kind in kinds or () if kind not in known]
     if unknown:
-        raise InputError(f"There is no budget {unknown[0]!r}. Choose from {', '.join(TOTALS)}.")
-    weights = options["tensor"].str.startswith("weight")
-    empty = [kind for kind, has in (("weight_bits", weights.any()), ("activation_bits", (~weights).any())) if not has]
+        raise InputError(f"There is no budget {unknown[0]!r}. Choose from {', '.join(known)}.")
+    if latency is None and "latency_ms" in (kinds or ()):
+        raise InputError("A front over latency_ms needs a latency table. Give one or leave it out.")
+    is_weight = options["tensor"].str.startswith("weight")
+    empty = {"weight_bits"} if not is_weight.any() else set()
+    empty |= {"activation_bits", "activation_bytes"} if is_weight.all() else set()
     wrong = [kind for kind in kinds or () if kind in empty]
     if wrong:
         raise InputError(f"A front over {wrong[0]} has no site to act on. Measure such sites or leave it out.")
-    return [kind for kind in TOTALS if (kind not in empty if kinds is None else kind in kinds)]
+    if kinds is not None:
+        return [kind for kind in known if kind in kinds]
+    asked = [kind for kind in ON_REQUEST if getattr(budget, kind, None) is not None]
+    return [kind for kind in (*TOTALS, *asked) if kind not in empty]
+
+
+def _milliseconds(options: pd.DataFrame, cost: pd.DataFrame, latency: pd.DataFrame | None) -> pd.Series:
+    """What each option costs by the latency table."""
+    assert latency is not None
+    times, (planned, _) = accounting.latency_table(latency, cost), read_options(options, cost)
+    keys = zip(options["module"], options["tensor"], options["bit_width"], strict=True)
+    spent = [accounting.site_latency(planned[Site(m, t)][bits], times) for m, t, bits in keys]
+    return pd.Series(spent, index=options.index) / accounting.PICOSECONDS
 
 
 def _limits(kind: str, low: float, high: float, asked: float | None, points: int) -> list[Any]:
     """Budgets from `low` to `high`, both exactly, in equal ratios: loss falls steeply where bits are few."""
-    inner = [float(limit) for limit in np.geomspace(max(low, 1e-9), max(high, 1e-9), points)[1:-1]]
+    low = max(low, 1 / accounting.PICOSECONDS)  # of a table of zeros; no budget is 0
+    inner = [float(limit) for limit in np.geomspace(low, max(high, low), points)[1:-1]]
     if asked is not None:
         inner.append(asked)
-    if kind in ("size_bytes", "bitops"):
+    if kind in _WHOLE:
         inner = [int(limit) for limit in inner]
     return [*sorted({limit for limit in [low, *inner] if low <= limit < high}), high]
 
@@ -182,4 +211,4 @@ def _curve(kind: str, limits: list[Any], solutions: Sequence[PlanSolution], rela
     frame = pd.DataFrame(rows)
     loss, budget = frame["predicted_delta_loss"].to_numpy(), frame["budget"].to_numpy()
     frame["shadow_price"] = [*((loss[:-1] - loss[1:]) / np.diff(budget)), 0.0]
-    return frame[list(PARETO_COLUMNS)].astype(dict.fromkeys(TOTALS, float))
+    return frame[list(PARETO_COLUMNS)].astype(_FLOATS)

@@ -1,5 +1,7 @@
 """Figures of the Pareto front: what each budget buys, its knee, and uniform bits beside it. A frame in, Axes out."""
 
+import textwrap
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,14 +13,33 @@ from matplotlib.ticker import LogLocator
 
 from analysis.pareto import knee
 from analysis.plots import LABELS, PAGE, STYLE, leave_room, new_axes, plain, tick_label
+from quant.bit_plan import PlanBudget
 
 AXES = {  # kind of budget: label of its axis, and what one unit of it is in the frame
     "weight_bits": ("mean weight bits", 1.0),
     "activation_bits": ("mean activation bits", 1.0),
     "size_bytes": ("size (MiB)", 2.0**20),
+    "activation_bytes": ("activations (MiB)", 2.0**20),
     "bitops": ("GBitOps an image", 1e9),
+    "latency_ms": ("latency (ms)", 1.0),
 }
+_WORDS = {
+    "weight_bits": "mean weight bits", "activation_bits": "mean activation bits", "size_bytes": "MiB",
+    "activation_bytes": "MiB of activations", "bitops": "GBitOps", "latency_ms": "ms",
+}  # fmt: skip
+TITLE_LETTERS = 96  # of 9 pt across a page
 _GAP = 0.01  # a smaller one is thinner than the line
+
+
+def amount(kind: str, value: float) -> str:
+    """A cost in words, such as `3.07 mean weight bits`; `value` is in the unit of the frame."""
+    return f"{value / AXES[kind][1]:.4g} {_WORDS[kind]}"
+
+
+def budget_words(budget: PlanBudget) -> str:
+    """The budgets that are set, such as `3.07 mean weight bits and 0.5 MiB`; empty where none is."""
+    *most, last = [amount(kind, value) for kind, value in budget.as_dict().items()] or [""]
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 @mpl.rc_context(STYLE)
@@ -34,7 +55,8 @@ def plot_pareto(
 
     `front` and `uniform` are those of `pareto_front` and `uniform_points`; rows of other kinds are left out.
     `objective` names what the scores are (a key of LABELS). The scale is logarithmic where all losses are above 0,
-    else linear near 0 and logarithmic beyond. The lower bound is dashed where a gap is wider than 1 %.
+    else linear near 0 and logarithmic beyond; the knee is that of linear axes all the same, and the legend says so.
+    The lower bound is dashed where a gap is wider than 1 %.
     """
     label, unit = AXES[kind]
     curve = front[front["budget_kind"] == kind]
@@ -57,11 +79,12 @@ def plot_pareto(
         for bits, *at in zip(points["bit_width"], x, y, strict=True):
             ax.annotate(f"{bits}", (at[0], at[1]), xytext=(3, 3), textcoords="offset points", fontsize=6, color=other)
         shown.append(y)
-    for _, row in knee(curve).iterrows():
-        place = row[kind] / unit, row["predicted_delta_loss"]
-        ax.plot(*place, "o", ms=7, mfc="none", mec="black", mew=0.8, label=f"knee at {place[0]:.3g}")
     values = np.concatenate(shown)
     _scale_loss(ax, values)
+    note = "" if ax.get_yscale() == "linear" else " (on linear axes)"
+    for _, row in knee(curve).iterrows():
+        place = row[kind] / unit, row["predicted_delta_loss"]
+        ax.plot(*place, "o", ms=7, mfc="none", mec="black", mew=0.8, label=f"knee at {place[0]:.3g}{note}")
     leave_room(ax, float(values.min()), float(values.max()), below=0.08, above=0.1)
     ax.margins(x=0.06)
     ax.set(xlabel=label, ylabel=f"predicted {LABELS.get(objective, objective)}")
@@ -73,9 +96,17 @@ def plot_pareto(
 
 @mpl.rc_context(STYLE)
 def pareto_figure(
-    front: pd.DataFrame, name: str, *, uniform: pd.DataFrame | None = None, objective: str = "delta_loss"
+    front: pd.DataFrame,
+    name: str,
+    *,
+    uniform: pd.DataFrame | None = None,
+    objective: str = "delta_loss",
+    budget: PlanBudget | None = None,
 ) -> Figure:
-    """A panel for each kind of budget in `front`, two a row; arguments as of `plot_pareto`."""
+    """A panel for each kind of budget in `front`, two a row; arguments as of `plot_pareto`.
+
+    `budget` is that of the plan, which stays in force but for the cost that a panel varies; the title names it.
+    """
     kinds = list(dict.fromkeys(front["budget_kind"]))
     rows, columns = -(-len(kinds) // 2), min(len(kinds), 2)
     figure, axes = plt.subplots(rows, columns, figsize=(PAGE * columns / 2, 0.4 + 2.2 * rows), squeeze=False,
@@ -84,7 +115,10 @@ def pareto_figure(
         plot_pareto(front, kind=kind, uniform=uniform, objective=objective, ax=ax)
     for ax in axes.flat[len(kinds) :]:
         ax.remove()
-    figure.suptitle(f"{plain(name)}: the best plan for each budget", fontsize=9)
+    held = "" if budget is None else budget_words(budget)
+    also = f", the others kept: {held}" if held else ""
+    title = f"{plain(name)}: the best plan for each budget{also}"
+    figure.suptitle("\n".join(textwrap.wrap(title, TITLE_LETTERS * columns // 2)), fontsize=9)
     return figure
 
 

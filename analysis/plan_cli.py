@@ -28,6 +28,8 @@ from analysis.options import ListOf, quiet_option
 @click.option("--scores", type=click.Path(path_type=Path), metavar="FILE.csv",
               help="Your own scores in place of the objective: module, tensor, bit_width, score.")  # fmt: skip
 @click.option("--robust", is_flag=True, help="Plan with the upper 95 % bound of each measured change.")
+@click.option("--interactions", is_flag=True,
+              help="Count what the errors of two sites cost together, from `qvw sensitivity --proxies`.")  # fmt: skip
 @click.option("--pin", multiple=True, metavar="PATTERN=BITS", help="Fix the bits of modules that match; repeatable.")
 @click.option("--bounds", multiple=True, metavar="PATTERN=LOW-HIGH", help="Limits of their bits; repeatable.")
 @click.option("--tie", multiple=True, metavar="PATTERN",

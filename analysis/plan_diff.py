@@ -127,7 +127,7 @@ def _note(a: PlannedSite | None, b: PlannedSite | None) -> str:
 
 
 def _figure(value: float) -> str:
-    return f"{value:.0f}" if value == round(value) else f"{value:.4g}"
+    return f"{value:.0f}" if abs(value) < 1e16 and value == round(value) else f"{value:.4g}"
 
 
 def _words(value: Any) -> str:

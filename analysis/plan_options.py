@@ -13,6 +13,7 @@ from scipy.optimize import isotonic_regression
 
 from analysis import accounting
 from analysis.cost import SAME
+from analysis.table_checks import LARGEST
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
 from quant.site import Site
@@ -21,8 +22,8 @@ _PINNED_BITS = 8  # of the first convolution or patch embedding and the classifi
 
 
 def check_scores(options: pd.DataFrame) -> None:
-    """Raise InputError if a score is NaN or infinite; it names the first."""
-    bad = options[~np.isfinite(options["score"].to_numpy(dtype=float))]
+    """Raise InputError if a score is NaN, or so large that sums of such are infinite; it names the first."""
+    bad = options[~(np.abs(options["score"].to_numpy(dtype=float)) <= LARGEST)]
     if len(bad):
         row = bad.iloc[0]
         raise InputError(

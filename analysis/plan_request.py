@@ -34,6 +34,7 @@ class PlanRequest:
     objective: str | None = None  # kl, where there are no scores
     scores: Path | None = None
     robust: bool = False
+    interactions: bool = False
     pin: tuple[str, ...] = ()
     bounds: tuple[str, ...] = ()
     tie: tuple[str, ...] = ()
@@ -53,6 +54,8 @@ class PlanRequest:
         request = TypeAdapter(cls).validate_python(dict(options))
         if request.scores is not None and request.objective is not None:
             raise InputError("--scores takes the place of --objective; leave out one of them.")
+        if request.interactions and (request.scores is not None or request.minimised not in ("kl", "fisher")):
+            raise InputError("--interactions are in nats of KL: plan for --objective kl or fisher, or without them.")
         return request
 
     @property

@@ -1,10 +1,11 @@
 """`qvw plan`: from the measured sensitivity of a run folder to its plan.json."""
 
 import hashlib
+import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,10 +14,10 @@ from analysis.accounting import LATENCY_COLUMNS
 from analysis.console import as_text, progress, say, warn
 from analysis.cost import COST_COLUMNS
 from analysis.files import write_bytes
-from analysis.objectives import MEASURED, read_csv, scored
+from analysis.objectives import MEASURED, read_csv, scored, site_products
 from analysis.panels import bits_figure, figure_files, save_figure
-from analysis.pareto import knee, pareto_front, uniform_points
-from analysis.pareto_plots import pareto_figure
+from analysis.pareto import ON_REQUEST, knee, pareto_front, uniform_points
+from analysis.pareto_plots import budget_words, pareto_figure
 from analysis.plan_csv import plan_frame
 from analysis.plan_options import (
     apply_pins,
@@ -38,7 +39,7 @@ from quant.bit_plan import BitPlan, PlanModel, PlanSolver
 from quant.errors import InputError
 from quant.site import Site
 
-CURVES, POINTS = 4, 17  # of the Pareto front: kinds of budget, and budgets of each
+CURVES, POINTS = 4, 17  # of the Pareto front: kinds of budget (and those of ON_REQUEST that are set), budgets of each
 FRONT_SECONDS = 10.0  # for each plan of it; where that is not enough its status says so
 
 
@@ -54,7 +55,10 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     budget = request.budget(options, cost, model.parameters)
     ties = _ties(request.tie, options, cost)
     latency = None if request.latency is None else read_csv(request.latency, LATENCY_COLUMNS)
-    solution = plan_bits(options, cost, budget=budget, parameters=model.parameters, ties=ties, latency=latency)
+    products = site_products(run, options) if request.interactions else None
+    solution = plan_bits(
+        options, cost, budget=budget, parameters=model.parameters, ties=ties, latency=latency, products=products
+    )
     plan = BitPlan(
         model=PlanModel(name=model.typed, kwargs=dict(model.kwargs), weights_sha256=model.weights_sha256),
         layout=request.layout,
@@ -65,8 +69,8 @@ def run_plan(path: Path, request: PlanRequest) -> None:
         solver=PlanSolver(
             name="highs",
             status=solution.status,
-            gap=solution.gap,
-            lower_bound=solution.lower_bound,
+            gap=None if math.isnan(solution.gap) else solution.gap,
+            lower_bound=None if math.isnan(solution.lower_bound) else solution.lower_bound,
             objective=_column(request),
         ),
     )
@@ -79,12 +83,14 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     planned = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(request).items()}
     with run.start_step(
         "plan", command=shlex.join(["qvw", *sys.argv[1:]]), options=planned, inputs=inputs, seed=0, device="cpu",
-        files=("plan.json", "plan.csv", "pareto.parquet", *figure_files("plan"), *figure_files("pareto")), renew=True,
+        files=("plan.json", "plan.csv", "pareto.parquet", "pareto_uniform.parquet", *figure_files("plan"),
+               *figure_files("pareto")), renew=True,
     ):  # fmt: skip
         write_bytes(out, plan.to_json().encode())
         write_bytes(out.with_suffix(".csv"), plan_frame(plan, cost).to_csv(index=False).encode())
         frame = pd.DataFrame([{"module": s.module, "tensor": s.tensor, "bit_width": s.bit_width} for s in plan.sites])
-        save_figure(bits_figure(bits_frame(frame, cost), model.name), out.with_suffix(""))
+        chart = bits_figure(bits_frame(frame, cost), model.name, budget=budget_words(budget))
+        save_figure(chart, out.with_suffix(""))
         front = _front(run, plan, options, cost, ties, latency, request.quiet) if request.pareto else ""
     say(_summary(plan, solution, request, options) + front, quiet=request.quiet)
     say(f"plan of {len(plan.sites)} sites in {out}", quiet=request.quiet)
@@ -98,6 +104,10 @@ def run_plan(path: Path, request: PlanRequest) -> None:
             device=request.device, overwrite=True, quiet=request.quiet,
         )  # fmt: skip
         others = other_plans(plan, options, cost, parameters=model.parameters, ties=ties, latency=latency)
+        if request.interactions:
+            alone = plan_bits(options, cost, budget=budget, parameters=model.parameters, ties=ties, latency=latency)
+            solver = PlanSolver(name="additive", status=alone.status, gap=alone.gap, lower_bound=alone.lower_bound)
+            others.insert(0, replace(plan, sites=alone.sites, totals=alone.totals, solver=solver))
         say(run_verify(setup, plan, others, rows), quiet=request.quiet)
 
 
@@ -154,14 +164,17 @@ def _front(
     """Write the Pareto front and its figure; returns the knee of each curve in words."""
     assert run.record.model is not None
     parameters, name = run.record.model.parameters, run.record.model.name
-    with progress(CURVES * POINTS, "pareto", "plan", quiet=quiet) as bar:
+    curves = CURVES + sum(getattr(plan.budget, kind) is not None for kind in ON_REQUEST)
+    with progress(curves * POINTS, "pareto", "plan", quiet=quiet) as bar:
         front = pareto_front(
             options, cost, parameters=parameters, budget=plan.budget, ties=ties, latency=latency, points=POINTS,
             time_limit=FRONT_SECONDS, solved=bar.update,
         )  # fmt: skip
     crosses = uniform_points(options, cost, parameters=parameters, budget=plan.budget, ties=ties, latency=latency)
-    run.write_table("pareto", front)
-    figure = pareto_figure(front, name, uniform=crosses, objective=plan.solver.objective or "")
+    run.write_table("pareto", front.assign(plan_sha256=hashlib.sha256(plan.to_json().encode()).hexdigest()))
+    run.write_table("pareto_uniform", crosses)
+    objective = plan.solver.objective or ""
+    figure = pareto_figure(front, name, uniform=crosses, objective=objective, budget=plan.budget)
     save_figure(figure, run.path / "pareto")
     columns = ["budget_kind", "budget", "predicted_delta_loss", "shadow_price"]
     if knee(front).empty:
@@ -195,7 +208,8 @@ def _column(request: PlanRequest) -> str:
     name = MEASURED[objective][0] if objective in MEASURED else objective
     if objective in MEASURED and MEASURED[objective][2] < 0:
         name = f"-{name}"
-    return f"{name}, upper 95 % bound" if request.robust else name
+    name = f"{name}, upper 95 % bound" if request.robust else name
+    return f"{name}, with interactions" if request.interactions else name
 
 
 def bits_frame(plan_sites: pd.DataFrame, stats: pd.DataFrame) -> pd.DataFrame:
@@ -234,7 +248,7 @@ def _summary(plan: BitPlan, solution: PlanSolution, request: PlanRequest, option
         for name, (value, limit) in figures.items()
         if value is not None
     ]
-    certificate = f"{solution.status}, gap {solution.gap:.2g}"
+    certificate = "no bound: a search" if request.interactions else f"{solution.status}, gap {solution.gap:.2g}"
     what = plan.solver.objective
     title = f"sum of predicted changes of {what}: {solution.objective:.4g} ({certificate})"
     if plan.predicted_delta_loss is not None and request.minimised != "loss":

@@ -14,6 +14,7 @@ import pandas as pd
 from analysis import accounting
 from analysis.choice_program import NoPlanError, Program
 from analysis.integer_program import solve
+from analysis.interactions import Products, improved, interaction, interaction_matrix
 from analysis.plan_budgets import binding_limits, tied_units
 from analysis.plan_conflicts import conflict
 from analysis.plan_options import check_scores
@@ -27,8 +28,9 @@ class PlanSolution:
     """The chosen sites in network order, what they cost, and how good the choice is.
 
     `objective` is the sum of the chosen scores. No plan within the budget has less than `lower_bound`; `gap` is
-    their difference over |objective|. `status` is `optimal` (the gap that was asked for is closed), `time_limit`, or
-    `feasible` (the budget had to be narrowed against rounding; the bound is that of the whole budget).
+    their difference over |objective|. `status` is `optimal` (the gap that was asked for is closed), `time_limit`,
+    `feasible` (the budget had to be narrowed against rounding; the bound is that of the whole budget), or
+    `local_search` (interactions were counted: no bound).
     """
 
     sites: tuple[PlannedSite, ...]
@@ -52,6 +54,7 @@ def plan_bits(
     parameters: int,
     ties: Iterable[Collection[Site]] = (),
     latency: pd.DataFrame | None = None,
+    products: Products | None = None,
     relative_gap: float = 1e-6,
     time_limit: float = 60.0,
 ) -> PlanSolution:
@@ -65,10 +68,13 @@ def plan_bits(
     Scores add as if sites were independent, as in HAWQ-V3 (Yao et al., ICML 2021, arXiv:2011.10680). `parameters`
     counts the whole model's; `time_limit` is in seconds. A site that no budget reaches gets its least score, the
     larger bit-width of equals. InputError: unusable options, or a budget that no plan can meet.
+
+    With `products` (interactions.interaction_matrix) the objective also counts what pairs of sites cost together. The
+    exact optimum of the sum is then improved by a search, whose status is `local_search`; gap and bound are NaN.
     """
     planned, scores = read_options(options, cost)
     units = tied_units(planned, scores, ties)
-    times = None if latency is None else accounting.latency_table(latency)
+    times = None if latency is None else accounting.latency_table(latency, cost)
     deadline = time.monotonic() + time_limit
     limits = binding_limits(units, planned, cost, budget, parameters, times)
     program = Program([unit.score for unit in units], [limit.costs for limit in limits])
@@ -77,13 +83,22 @@ def plan_bits(
     except NoPlanError:
         raise conflict(limits, time_limit=max(deadline - time.monotonic(), 1.0)) from None
 
-    bits = {site: unit.bits[k] for unit, k in zip(units, solved.choice, strict=True) for site in unit.sites}
+    choice, together = solved.choice, 0.0
+    if products is not None:
+        matrix = interaction_matrix(units, products)
+        choice = improved(program, matrix, choice, relative_gap=relative_gap, time_limit=time_limit)
+        together = interaction(matrix, program, choice)
+    bits = {site: unit.bits[k] for unit, k in zip(units, choice, strict=True) for site in unit.sites}
     sites = tuple(by_bits[bits[site]] for site, by_bits in planned.items())
     totals = accounting.totals(sites, cost, parameters, latency)
     exceeded = [name for name, limit in budget.as_dict().items() if getattr(totals, name) > limit]
     if exceeded:  # the solver counts in whole numbers, the totals are counted anew
         raise RuntimeError(f"The plan exceeds its budget of {exceeded[0]}: {getattr(totals, exceeded[0])}.")
-    objective = math.fsum(scores[p.site, p.bit_width] for p in sites)
+    objective = math.fsum(scores[p.site, p.bit_width] for p in sites) + together
+    if products is not None:
+        return PlanSolution(
+            sites=sites, totals=totals, objective=objective, lower_bound=math.nan, gap=math.nan, status="local_search"
+        )
     lower_bound = min(solved.lower_bound, objective)
     return PlanSolution(
         sites=sites,

@@ -9,7 +9,7 @@ from typing import TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from analysis import report_figures as figures
-from analysis import report_sensitivity
+from analysis import report_plan, report_sensitivity
 from analysis import report_tables as tables
 from analysis.report_cells import Table
 from analysis.report_content import RunContent, read_runs
@@ -88,6 +88,9 @@ TRAINING: Definitions = (
                     "in the last oscillation_window steps of the configuration."),
     ("oscillating, EMA", "Share whose moving average of reversals is above a threshold (Nagel et al., 2022); "
                          "comparable only between trainings of the same momentum."),
+    ("bin edge", "Where a latent weight's integer code changes, halfway between two neighbouring grid points (the "
+                 "centres of the bins). The density of weights over their distance from the nearest edge is 1 where "
+                 "they are spread evenly; those that were clipped are left out."),
 )  # fmt: skip
 STEPS: Definitions = (
     ("status", "How the last start of a step ended."),
@@ -100,6 +103,7 @@ class Part:
     """What a section shows of one run, or of all together (`title` empty)."""
 
     title: str = ""
+    lead: tuple[str, ...] = ()  # sentences to read first
     pictures: tuple[Picture, ...] = ()
     tables: tuple[Table, ...] = ()
     folded: tuple[Table, ...] = ()  # opened on demand
@@ -154,6 +158,11 @@ def sections(contents: Sequence[RunContent], variation: Sequence[Picture] | None
             wide=True,
         ),
         Section(id="plan", title="Plan", definitions=PLAN, parts=tuple(map(_plan, contents))),
+        *_where_made("front", "Pareto front", report_plan.FRONT, [_front(c) for c in contents if c.front is not None]),
+        *_where_made(
+            "verification", "Verification", report_plan.VERIFICATION,
+            [_verification(c) for c in contents if c.verification is not None],
+        ),
         Section(
             id="training", title="Training", definitions=TRAINING, parts=tuple(map(_training, contents)), wide=True,
         ),
@@ -209,6 +218,31 @@ def _plan(content: RunContent) -> Part:
         tables=_some(tables.certificate(content)),
         folded=_some(tables.planned_sites(content)),
     )
+
+
+def _front(content: RunContent) -> Part:
+    return Part(
+        title=content.name,
+        missing=report_plan.other_plan(content, content.front, "Pareto front", "--pareto"),
+        lead=report_plan.front_sentences(content),
+        pictures=_some(figures.front(content)),
+        folded=report_plan.front_tables(content),
+    )
+
+
+def _verification(content: RunContent) -> Part:
+    return Part(
+        title=content.name,
+        missing=report_plan.other_plan(content, content.verification, "verification", "--verify"),
+        lead=report_plan.verification_sentences(content),
+        pictures=_some(figures.verification(content)),
+        tables=_some(report_plan.verification_table(content)),
+    )
+
+
+def _where_made(name: str, title: str, definitions: Definitions, parts: Sequence[Part]) -> tuple[Section, ...]:
+    """A section of the runs that have it; none where no run has."""
+    return (Section(id=name, title=title, definitions=definitions, parts=tuple(parts), wide=True),) if parts else ()
 
 
 def _training(content: RunContent) -> Part:

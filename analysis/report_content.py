@@ -7,13 +7,17 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.columns import HISTORY_COLUMNS, OSCILLATION_COLUMNS, VERIFY_COLUMNS
+from analysis.columns import BINS_COLUMNS, HISTORY_COLUMNS, OSCILLATION_COLUMNS, VERIFY_COLUMNS
 from analysis.comparison import COLUMNS
+from analysis.oscillation_frames import shares
+from analysis.pareto import ON_REQUEST, PARETO_COLUMNS, UNIFORM_COLUMNS
 from analysis.proxies import PROXY_COLUMNS
 from analysis.proxy_correlation import CORRELATION_COLUMNS
-from analysis.runs import Run, RunRecord, run_names
+from analysis.run_record import RunRecord
+from analysis.runs import Run, run_names
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
 from analysis.tensor_stats import STATS_COLUMNS
+from analysis.verify_step import VERIFICATION_COLUMNS
 from quant.bit_plan import BitPlan
 from quant.errors import InputError
 
@@ -28,6 +32,7 @@ class Training:
     finished: bool
     history: pd.DataFrame
     oscillation: pd.DataFrame | None
+    bins: pd.DataFrame | None  # per kept step, tensor and place in a bin
     config: dict[str, Any]
     plan: BitPlan | None  # None for a training in floating point
 
@@ -45,6 +50,9 @@ class RunContent:
     proxies: tuple[pd.DataFrame, pd.DataFrame] | None  # the scores, and how each ranks the sites
     verify: pd.DataFrame | None
     plan: BitPlan | None
+    front: pd.DataFrame | None  # of `qvw plan --pareto`
+    uniform: pd.DataFrame | None  # one bit-width everywhere, to set beside the front
+    verification: pd.DataFrame | None  # of `qvw plan --verify`, the plan itself first
     trainings: tuple[Training, ...]
 
 
@@ -78,6 +86,9 @@ def read_run(folder: Path, name: str) -> RunContent:
         proxies=None if proxies is None or correlation is None or sweep is None else (proxies, correlation),
         verify=_table(run, "verify", VERIFY_COLUMNS),
         plan=_plan(folder),
+        front=_table(run, "pareto", [name for name in PARETO_COLUMNS if name not in ON_REQUEST]),
+        uniform=_table(run, "pareto_uniform", UNIFORM_COLUMNS),
+        verification=_table(run, "verification", [c for c in VERIFICATION_COLUMNS if not c.startswith("kl_excess")]),
         trainings=_trainings(folder),
     )
     found = (content.stats, content.sweep, content.verify, content.plan, content.trainings or None)
@@ -119,10 +130,7 @@ def oscillation_frame(trainings: Sequence[Training]) -> pd.DataFrame:
 
 def oscillating_shares(oscillation: pd.DataFrame) -> pd.DataFrame:
     """The shares over all tracked weights, a row a step, from rows of oscillation.parquet (shares per tensor)."""
-    names = ["oscillating", "oscillating_ema"]
-    counts = oscillation[names].mul(oscillation["weights"], axis=0).assign(weights=oscillation["weights"])
-    totals = counts.groupby(oscillation["step"]).sum(min_count=1)
-    return totals[names].div(totals["weights"], axis=0).reset_index()
+    return shares(oscillation, ["step"]).drop(columns="weights")
 
 
 def _trainings(folder: Path) -> tuple[Training, ...]:
@@ -144,6 +152,7 @@ def _trainings(folder: Path) -> tuple[Training, ...]:
                 finished=(path / "model.safetensors").exists(),
                 history=history,
                 oscillation=_table(run, "oscillation", OSCILLATION_COLUMNS),
+                bins=_table(run, "bins", BINS_COLUMNS),
                 config=config,
                 plan=_plan(path),
             )

@@ -10,15 +10,21 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
+from analysis.oscillation_frames import edge_densities, kind_shares, module_shares
+from analysis.oscillation_plots import oscillation_figure
 from analysis.panels import bits_figure, distribution_figure
+from analysis.pareto_plots import budget_words, pareto_figure
 from analysis.proxy_correlation import measured_beside
 from analysis.proxy_plots import proxies_figure
-from analysis.report_content import RunContent, history_frame, oscillation_frame, terms
+from analysis.report_cells import finite
+from analysis.report_content import RunContent, Training, history_frame, oscillation_frame, terms
+from analysis.report_plan import belongs, objective
 from analysis.runs import Run
 from analysis.sensitivity_panels import sensitivity_figures
 from analysis.training_plots import terms_figure, training_figure
 from analysis.variation_frames import Measured
 from analysis.variation_panels import variation_figures
+from analysis.verification_plots import verification_figure
 
 DOTS = 180  # an inch: sharp on a screen, and ten runs still fit in 5 MiB
 COLOURS = 256  # of a figure, its shades at the edges of letters included: a third of the bytes
@@ -84,7 +90,39 @@ def plan(content: RunContent) -> Picture | None:
         [{"module": s.module, "tensor": s.tensor, "bit_width": s.bit_width, "order": i} for i, s in enumerate(sites)]
     )
     words = "modules in network order across, tensors down, colour is the bit-width; the table of sites has the same"
-    return picture(bits_figure(frame, content.name), f"{content.name}: bits of each site", words)
+    figure = bits_figure(frame, content.name, budget=budget_words(content.plan.budget))
+    return picture(figure, f"{content.name}: bits of each site", words)
+
+
+def front(content: RunContent) -> Picture | None:
+    """What each budget buys."""
+    if content.front is None:
+        return None
+    budget = content.plan.budget if content.plan is not None and belongs(content, content.front) else None
+    figure = pareto_figure(
+        content.front, content.name, uniform=content.uniform, objective=objective(content), budget=budget
+    )
+    words = "predicted change against the budget, a panel a kind; points are plans, the ring is the knee"
+    return picture(figure, f"{content.name}: the best plan for each budget", words)
+
+
+def verification(content: RunContent) -> Picture | None:
+    """The plan beside others within its budget, as measured."""
+    if content.verification is None:
+        return None
+    figure = verification_figure(content.verification, content.name, floating=_float_top1(content))
+    words = "top-1 of each plan with its 95 % interval beside that in floating point; measured against predicted KL"
+    return picture(figure, f"{content.name}: the plan beside others", words)
+
+
+def _float_top1(content: RunContent) -> float | None:
+    """Top-1 in floating point on the images of the verification; None where verify.parquet is of other images now."""
+    if content.verify is None or content.verification is None:
+        return None
+    top1 = {kind: content.verify.loc[content.verify["plan"] == kind, "top1"].tolist() for kind in ("float", "planned")}
+    if not top1["float"] or content.verification["top1"].iloc[0] not in top1["planned"]:
+        return None
+    return finite(top1["float"][0])
 
 
 def trainings(content: RunContent) -> list[Picture]:
@@ -99,7 +137,17 @@ def trainings(content: RunContent) -> list[Picture]:
     if names:
         words = f"{', '.join(names)} over steps, a panel a training"
         pictures.append(picture(terms_figure(history, names, content.name), f"{content.name}: loss terms", words))
-    return pictures
+    return [*pictures, *filter(None, (_oscillation(training, content.name) for training in content.trainings))]
+
+
+def _oscillation(training: Training, name: str) -> Picture | None:
+    """Which weights of one training oscillate, and where they lie in their bins."""
+    if training.oscillation is None or training.bins is None:
+        return None
+    kinds, modules = kind_shares(training.oscillation, training.bins), module_shares(training.oscillation)
+    figure = oscillation_figure(kinds, modules, edge_densities(training.bins), f"{name}, {training.name}")
+    words = "share of oscillating weights by kind and module over steps, and where weights lie around the edges of bins"
+    return picture(figure, f"{name}: oscillation in {training.name}", words)
 
 
 def picture(figure: Figure, caption: str, words: str) -> Picture:

@@ -19,7 +19,8 @@ KINDS = {  # of verify.parquet, in the order of the summary
     "planned": "planned bits, without training",
     "uniform": "uniform bits, without training",
     "greedy": "greedy bits, without training",
-    "reverse": "reversed plan, without training",
+    "additive": "planned without interactions, without training",
+    "reverse": "worst-first bits, without training",
     "random": "random bits, without training",
 }
 
@@ -116,11 +117,13 @@ def certificate(content: RunContent) -> Table | None:
     units = (
         ("mean weight bits", "weight_bits", 1, "{:.4f}"), ("mean activation bits", "activation_bits", 1, "{:.4f}"),
         ("size (MiB)", "size_bytes", 2**20, "{:.4f}"), ("GBitOps", "bitops", 1e9, "{:.4f}"),
+        ("activations (MiB)", "activation_bytes", 2**20, "{:.4f}"), ("latency (ms)", "latency_ms", 1, "{:.4f}"),
     )  # fmt: skip
     totals, budget = asdict(plan.totals), asdict(plan.budget)
     rows = [
         (text(label), number(_ratio(totals[name], unit), style), number(_ratio(budget[name], unit), "{:g}"))
         for label, name, unit, style in units
+        if totals[name] is not None or name in ("weight_bits", "activation_bits")
     ]
     solver = plan.solver
     for label, value in (

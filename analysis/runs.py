@@ -1,15 +1,12 @@
 """The run folder: tables, files and the record of how each was made; written whole or not at all."""
 
 import json
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,68 +15,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from analysis.files import json_scalar, write_atomic, writing
 from analysis.locks import exclusive
+from analysis.run_record import ModelRecord, RunRecord, StepRecord, git_commit, versions
+from analysis.table_checks import Table, checked
+from analysis.tables import TABLES
 from quant.errors import InputError, first_line
 
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "accelerate",
-    "numpy",
-    "pandas",
-    "scipy",
-    "quantization-variation-workbench",
-)
 _MADE_BY = {
     "stats": "qvw stats", "channels": "qvw stats", "histograms": "qvw stats", "variation": "qvw stats --data DATA",
-    "sensitivity": "qvw sensitivity", "cost": "qvw sensitivity", "proxies": "qvw sensitivity --proxies",
-    "plan": "qvw plan", "pareto": "qvw plan --pareto", "verify": "qvw eval", "history": "qvw train",
-    "oscillation": "qvw train", "config": "qvw train",
+    "sensitivity": "qvw sensitivity", "sensitivity_images": "qvw sensitivity", "cost": "qvw sensitivity",
+    "proxies": "qvw sensitivity --proxies", "proxy_images": "qvw sensitivity --proxies",
+    "proxy_correlation": "qvw sensitivity --proxies", "plan": "qvw plan", "pareto": "qvw plan --pareto",
+    "pareto_uniform": "qvw plan --pareto", "verification": "qvw plan --verify", "verify": "qvw eval",
+    "history": "qvw train", "oscillation": "qvw train", "bins": "qvw train", "config": "qvw train",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelRecord:
-    """The model that a run folder's results belong to."""
-
-    typed: str  # as the user typed it
-    name: str  # what the tables call it
-    weights_sha256: str  # of the state dict: analysis.models.weights_sha256
-    parameters: int
-    factory: str | None = None  # file:function with its absolute path; None for a timm name
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    pretrained: bool = False
-    weights: str | None = None  # the file's path
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """How one step was run, and how it ended."""
-
-    command: str
-    options: dict[str, Any]
-    inputs: dict[str, Any]  # all that fixes the result
-    files: list[str]  # while it runs all that it may write, afterwards what it left, relative to the run folder
-    seed: int
-    versions: dict[str, str]
-    device: str
-    git_commit: str | None  # of the project's checkout, `-dirty` where it has changes
-    status: Literal["running", "done", "interrupted", "failed"]
-    started: str  # ISO 8601, UTC
-    finished: str | None = None
-    seconds: float | None = None  # of the last start, where a step was resumed
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """What run.json holds."""
-
-    format: Literal["qvw-run"] = "qvw-run"
-    version: Literal[1] = 1
-    model: ModelRecord | None = None
-    data: dict[str, Any] = field(default_factory=dict)  # the options that name the images, as last given
-    steps: dict[str, StepRecord] = field(default_factory=dict)
 
 
 class Run:
@@ -206,9 +154,9 @@ class Run:
             inputs=_plain(inputs),
             files=list(files),
             seed=seed,
-            versions=_versions(),
+            versions=versions(),
             device=device,
-            git_commit=_git_commit(),
+            git_commit=git_commit(),
             status="running",
             started=datetime.now(UTC).isoformat(timespec="seconds"),
         )
@@ -221,19 +169,19 @@ class Run:
             self.path / f"{name}.parquet", lambda path: frame.to_parquet(path, index=False, write_page_checksum=True)
         )
 
-    def read_table(self, name: str, columns: Sequence[str] = ()) -> pd.DataFrame:
-        """The table of NAME.parquet; raises InputError where it is missing, unreadable, or lacks one of `columns`."""
-        path = self._existing(f"{name}.parquet")
+    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """The table of NAME.parquet, checked by analysis/tables.py; it has `columns`, or where None all of its sort.
+
+        InputError where it is missing, unreadable, lacks a column, or holds what the sort of table cannot.
+        """
+        path, sort = self._existing(f"{name}.parquet"), Path(name).name
         try:
             table = pd.read_parquet(path, page_checksum_verification=True)
         except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:  # pyarrow's, of damaged files
-            raise InputError(f"{path} cannot be read: {first_line(error)}. {_remedy(name)}") from error
-        missing = [column for column in columns if column not in table]
-        if missing:
-            raise InputError(
-                f"{path} lacks the column {missing[0]!r}: it is of another version or program. {_remedy(name)}"
-            )
-        return table
+            raise InputError(f"{path} cannot be read: {first_line(error)}. {_remedy(sort)}") from error
+        known = TABLES.get(sort, Table(columns={}))
+        required = known.required if columns is None else columns
+        return checked(table, known, required, source=str(path), remedy=_remedy(sort))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write NAME.json, indented, keys in the order given."""
@@ -316,36 +264,17 @@ def _remedy(name: str) -> str:
     """What to do about a damaged file of the run folder."""
     if name == "run":
         return "Mend it, or choose another `--run`."
-    return f"Make it anew: {_maker(name)} with --overwrite."
+    if name == "cost":
+        return "Make it anew: the same `qvw sensitivity` once more, which keeps what was measured."
+    if name == "verify":
+        return "Delete it, and measure anew: `qvw eval`."
+    anew = "" if _maker(name).startswith("`qvw plan") else " with --overwrite"
+    return f"Make it anew: {_maker(name)}{anew}."
 
 
 def _maker(name: str) -> str:
     """The command that makes a file of the run folder."""
     return f"`{_MADE_BY.get(name, 'the step that writes it')}`"
-
-
-def _versions() -> dict[str, str]:
-    """The versions of Python and of the packages that a result may depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with suppress(PackageNotFoundError):  # a checkout that was not installed
-            found[package] = version(package)
-    return found
-
-
-def _git_commit() -> str | None:
-    """The commit of the project's checkout; None where its files are not in git, as in site-packages."""
-    here = Path(__file__)
-    try:
-        _git(here.parent, "ls-files", "--error-unmatch", here.name)
-        return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=True)
-    return done.stdout.strip()
 
 
 def run_names(folders: Sequence[Path], *, reserved: Collection[str] = ()) -> list[str]:

@@ -1,7 +1,7 @@
 """The configuration of a training, from a YAML file and `--set key=value`."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ def read_config(path: Path | None, settings: Sequence[str]) -> QATConfig:
             values[key.strip()] = yaml.safe_load(text)
         except _UNREADABLE as error:
             raise InputError(f"--set {setting!r}: the value is not readable: {first_line(error)}.") from error
+    return checked_config(values, source)
+
+
+def checked_config(values: Mapping[str, Any], source: str) -> QATConfig:
+    """The configuration with these values; InputError, which names `source`, for unknown keys and impossible values."""
     names = [field.name for field in fields(QATConfig)]
     for key in values:
         if key not in names:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -17,18 +16,18 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from analysis.calibration import calibrated, parse_uniform, read_plan
-from analysis.columns import HISTORY_COLUMNS, OSCILLATION_COLUMNS
 from analysis.console import progress, say, warn
 from analysis.data import ImageData
 from analysis.eval_step import drop_rows, keep_row, show_rows, verify_row
 from analysis.evaluation import logits_of, scores
-from analysis.files import RowLog
 from analysis.models import ModelSource, load_model, weights_sha256
 from analysis.open_run import open_run
 from analysis.opened import Opened
 from analysis.setup import Setup
+from analysis.soft_labels import open_soft_labels
 from analysis.trained_model import save_trained
 from analysis.training_data import TrainingImages, training_batches
+from analysis.training_rows import LOGS, TABLES, TrainingRows
 from quant.batchnorm import batchnorms, reestimate_batchnorm_
 from quant.bit_plan import BitPlan
 from quant.checkpoints import last_step
@@ -36,7 +35,8 @@ from quant.choices import Layout
 from quant.config import QATConfig
 from quant.errors import InputError, first_line
 from quant.prepare import prepare_qat_
-from quant.train import logged_steps, total_steps, train_qat
+from quant.soft_labels import SoftLabels
+from quant.train import total_steps, train_qat
 from quant.trial import check_trainable
 
 
@@ -54,6 +54,7 @@ class TrainRequest:
     teacher_weights: Path | None = None
     teacher_pretrained: bool = False
     teacher_kwargs: dict[str, Any] | None = None
+    soft_labels: Path | None = None  # a teacher's stored answers, in place of one that runs beside
     val_images: int | None = None
 
     @classmethod
@@ -71,6 +72,11 @@ class TrainRequest:
             raise InputError("--teacher-weights, --teacher-pretrained and --teacher-kwargs need --teacher MODEL.")
         if request.teacher is not None and not request.config.kd_weight:
             raise InputError("--teacher was given, but kd_weight is 0: nothing is distilled. Leave out one of them.")
+        if request.soft_labels is not None:
+            if request.teacher is not None:
+                raise InputError("--soft-labels FILE holds a teacher's answers already. Leave out --teacher.")
+            if not request.config.kd_weight:
+                raise InputError("--soft-labels was given, but kd_weight is 0: nothing is distilled. Leave out one.")
         return request
 
     @property
@@ -98,11 +104,20 @@ def run_train(setup: Setup, request: TrainRequest) -> None:
         raise InputError("training needs labels, of the training and of the validation images.")
     total = total_steps(config, train.images, accelerator.num_processes)
     teacher, teacher_sha256 = _teacher(opened, request)
+    soft_labels = None
+    if request.soft_labels is not None:
+        soft_labels = open_soft_labels(request.soft_labels, opened, train, config)
+    elif config.crops_per_image > 1 and config.crop_area == 1 and not config.horizontal_flip:
+        raise InputError(
+            f"crops_per_image={config.crops_per_image}, but all would be the whole image. Give --soft-labels, or set "
+            "crop_area below 1."
+        )
     text = plan.to_json() if isinstance(plan, BitPlan) else plan
     inputs = {
         "val_images": val.images, "val_sha256": val.sha256, "teacher_sha256": teacher_sha256, "layout": request.layout,
         "plan": None if text is None else text if isinstance(plan, str) else hashlib.sha256(text.encode()).hexdigest(),
         **{f"config.{key}": value for key, value in asdict(config).items()},
+        **({} if soft_labels is None else {"soft_labels_sha256": soft_labels.sha256}),
     }  # fmt: skip
     if opened.run.is_done(request.folder, opened.inputs(train) | inputs) and not setup.overwrite:
         say(f"{folder} holds this training already; --overwrite trains anew.", quiet=setup.quiet)
@@ -111,6 +126,8 @@ def run_train(setup: Setup, request: TrainRequest) -> None:
     check_trainable(opened.model, config, torch.cat((image, image.flip(-1))))
     files, temporary = ([f"{request.folder}/{name}" for name in names] for names in (_FILES, _TEMPORARY))
     options = {name: value for name, value in asdict(request).items() if name != "config"}
+    if soft_labels is not None:
+        options["soft_labels_header"] = asdict(soft_labels.header)
     step: AbstractContextManager[None] = nullcontext()
     if main:
         step = opened.step(request.folder, train, files, options, inputs, seed=config.seed, temporary=temporary,
@@ -122,7 +139,7 @@ def run_train(setup: Setup, request: TrainRequest) -> None:
             opened.run.write_json(f"{request.folder}/config", asdict(config))
         accelerator.wait_for_everyone()  # what --overwrite removes is gone before anyone looks for a checkpoint
         plan, calibration = _prepare_(opened, plan, request)
-        logits, labels = _train(opened, teacher, request, train, val, total, accelerator, calibration)
+        logits, labels = _train(opened, teacher, soft_labels, request, train, val, total, accelerator, calibration)
         if main:
             _finish(opened, plan, request, logits, labels)
     if main:
@@ -130,8 +147,8 @@ def run_train(setup: Setup, request: TrainRequest) -> None:
         say(f"the model and its history are in {folder}", quiet=setup.quiet)
 
 
-_FILES = ("config.json", "history.parquet", "oscillation.parquet", "model.safetensors", "plan.json")
-_TEMPORARY = ("checkpoints", "history.partial.jsonl", "oscillation.partial.jsonl")
+_FILES = ("config.json", *TABLES, "model.safetensors", "plan.json")
+_TEMPORARY = ("checkpoints", *LOGS)
 
 
 def _accelerator(device: str) -> Accelerator:
@@ -156,7 +173,7 @@ def _plan(opened: Opened, request: TrainRequest) -> BitPlan | str | None:
 
 def _teacher(opened: Opened, request: TrainRequest) -> tuple[nn.Module | None, str | None]:
     """The network whose logits are distilled, and its hash; checked against the student on one image."""
-    if not request.config.kd_weight:
+    if not request.config.kd_weight or request.soft_labels is not None:
         return None, None
     if request.teacher is None:
         teacher, name = copy.deepcopy(opened.model), opened.name
@@ -203,7 +220,10 @@ def _prepare_(
     made = calibrated(
         opened, plan, layout=request.layout, calibration_images=config.calibration_images, estimator=config.estimator
     )
-    prepare_qat_(opened.model, made.quantizers, trace=opened.trace, sites=opened.by_site, image=opened.probe_image())
+    prepare_qat_(
+        opened.model, made.quantizers, trace=opened.trace, sites=opened.by_site, image=opened.probe_image(),
+        gradient_scale=config.gradient_scale, compiled=config.compile,
+    )  # fmt: skip
     reestimate_batchnorm_(opened.model, made.images)
     return made.plan, made.images
 
@@ -211,6 +231,7 @@ def _prepare_(
 def _train(
     opened: Opened,
     teacher: nn.Module | None,
+    soft_labels: SoftLabels | None,
     request: TrainRequest,
     train: ImageData,
     val: ImageData,
@@ -220,18 +241,11 @@ def _train(
 ) -> tuple[Tensor, Tensor]:
     """Run the loop, its rows on the disk as they come; logits and labels of the trained model's validation."""
     folder, config, setup = opened.run.path / request.folder, request.config, opened.setup
-    images = TrainingImages(train, config, opened.input_config)
+    images = TrainingImages(train, config, opened.input_config, soft_labels)
     first = last_step(folder / "checkpoints")
-    history, oscillation = (RowLog(folder / f"{name}.partial.jsonl") for name in ("history", "oscillation"))
+    rows = TrainingRows(folder)
     if accelerator.is_main_process:
-        steps = {row["step"] for row in history.keep(first if first else -1) if row.get("split") == "train"}
-        observed = {row["step"] for row in oscillation.keep(first if first else -1)}
-        expected = {step for step in logged_steps(config, total) if step <= first}
-        if steps != expected or (observed and observed != expected | {0}):
-            raise InputError(
-                f"{folder} lacks rows of its history up to the checkpoint of step {first}. Put its files "
-                "*.partial.jsonl back, or start anew with --overwrite."
-            )
+        rows.keep(first, config, total)
 
     latest: list[tuple[Tensor, Tensor]] = []
 
@@ -252,10 +266,7 @@ def _train(
             say(f"goes on from the checkpoint of step {first} of {total}", quiet=quiet)
         for report in reports:
             if accelerator.is_main_process:
-                if report.history:
-                    history.append(report.history)
-                if report.oscillation:
-                    oscillation.append(report.oscillation)
+                rows.append(report)
             bar.update(report.step - bar.n)
     return latest[0]  # the loop ends with a validation
 
@@ -263,9 +274,7 @@ def _train(
 def _finish(opened: Opened, plan: BitPlan | None, request: TrainRequest, logits: Tensor, labels: Tensor) -> None:
     """Write the tables, the model and its row of verify.parquet."""
     run, name = opened.run, request.folder
-    for table, columns in (("history", HISTORY_COLUMNS), ("oscillation", OSCILLATION_COLUMNS)):
-        rows = RowLog(run.path / name / f"{table}.partial.jsonl").read()
-        run.write_table(f"{name}/{table}", pd.DataFrame(rows, columns=list(columns)))
+    TrainingRows(run.path / name).write(run, opened.by_site)
     history = run.read_table(f"{name}/history")
     loss = history[history["split"] == "val"]["loss"]
     if loss.iloc[-1] > loss.iloc[0]:

@@ -8,6 +8,8 @@ from torch import Tensor
 from quant.attention import AttentionForm
 
 NO_SCORES = "its softmax is not of a product of query and key"
+KNOWN_LAYOUTS = "three equal parts, query, key and value, each head after head (ViT, Swin, BEiT, EVA, SwinV2)"
+"""The layouts of a fused qkv weight's rows that `equal_parts_by_head` finds."""
 
 
 @dataclass(eq=False)
@@ -74,17 +76,33 @@ def why_not_attention(softmax: SoftmaxResult, weights: Tensor, running: list[Cal
 
 
 def equal_parts_by_head(output: Tensor, query: Tensor, key: Tensor, value: Tensor) -> dict[str, tuple[int, int]] | None:
-    """Rows of query, key, value where `output` (batch, tokens, 3 heads d) holds `value` as its last third, by head.
+    """Rows of query, key, value where the last third of `output` (..., 3 heads d) is `value`, head by head.
 
-    Query and key may have been normalised or rotated since, so they are only checked not to have changed places.
+    `value` is (batch, heads, tokens, d), or has windows beside the heads, or d before the tokens: only its values are
+    compared, in any order. Query and key may have been normalised, rotated or pooled since, so they are only checked
+    not to have changed places.
     """
-    if value.ndim != 4:
+    width = output.shape[-1] // 3
+    if output.shape[-1] != 3 * width or output.numel() != 3 * value.numel():
         return None
-    batch, heads, tokens, d = value.shape
-    width = heads * d
-    if output.shape[-1] != 3 * width or output.numel() != batch * tokens * 3 * width:
+    thirds = output.split(width, dim=-1)
+    if not torch.equal(_sorted(thirds[2]), _sorted(value)):
         return None
-    thirds = output.reshape(batch, tokens, 3, heads, d).permute(2, 0, 3, 1, 4)
-    if not torch.equal(thirds[2], value) or torch.equal(thirds[0], key) or torch.equal(thirds[1], query):
+    if torch.equal(_sorted(thirds[0]), _sorted(key)) or torch.equal(_sorted(thirds[1]), _sorted(query)):
+        return None
+    if not any(_is_by_head(thirds[2], value, axis) for axis in range(1, value.ndim - 2)):
         return None
     return {"query": (0, width), "key": (width, 2 * width), "value": (2 * width, 3 * width)}
+
+
+def _is_by_head(columns: Tensor, value: Tensor, axis: int) -> bool:
+    """Whether equal consecutive parts of the last axis of `columns` are the slices of `value` along `axis`."""
+    heads = value.shape[axis]
+    if columns.shape[-1] % heads:
+        return False
+    parts = columns.split(columns.shape[-1] // heads, dim=-1)
+    return all(torch.equal(_sorted(x), _sorted(y)) for x, y in zip(parts, value.unbind(axis), strict=True))
+
+
+def _sorted(x: Tensor) -> Tensor:
+    return x.flatten().sort().values

@@ -5,17 +5,20 @@ import json
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
-from quant.choices import ALLOWED_BIT_WIDTHS, Granularity, Layout
+from quant.choices import ALLOWED_BIT_WIDTHS, GRANULARITIES, Granularity, Layout
 from quant.errors import InputError
 from quant.scheme import QuantScheme
 from quant.site import Site
 
 FORMAT: Literal["qvw-bit-plan"] = "qvw-bit-plan"
 VERSION: Literal[1] = 1
+
+# No network comes near these; far beyond them sums and differences would overflow.
+_MOST_BITS, _MOST_COUNT, _MOST_MS, _MOST_LOSS = 32, 10**21, 1e12, 1e200
 
 
 def _allowed(bit_width: int) -> int:
@@ -30,6 +33,11 @@ BitWidth = Annotated[int, AfterValidator(_allowed), Field(json_schema_extra={"en
 TensorName = Literal[
     "weight", "weight.query", "weight.key", "weight.value", "input", "query", "key", "value", "attention"
 ]
+
+MeanBits = Annotated[float, Field(ge=0, le=_MOST_BITS)]
+Count = Annotated[int, Field(ge=0, le=_MOST_COUNT)]
+Milliseconds = Annotated[float, Field(ge=0, le=_MOST_MS)]
+Score = Annotated[float, Field(ge=-_MOST_LOSS, le=_MOST_LOSS)]
 
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -46,6 +54,15 @@ class PlannedSite:
     granularity: Granularity
     signed: bool
     offset: bool
+
+    def __post_init__(self) -> None:
+        """Refuse bits that no quantizer has, and a tensor or granularity that there is not."""
+        for name, value, known in (
+            ("tensor", self.tensor, get_args(TensorName)), ("bit_width", self.bit_width, ALLOWED_BIT_WIDTHS),
+            ("granularity", self.granularity, GRANULARITIES),
+        ):  # fmt: skip
+            if value not in known:
+                raise InputError(f"The {name} of {self.site} is {value!r}. Choose from {', '.join(map(str, known))}.")
 
     @classmethod
     def of(cls, site: Site, scheme: QuantScheme) -> "PlannedSite":
@@ -71,6 +88,15 @@ class PlanModel:
     kwargs: dict[str, JsonValue]
     weights_sha256: str | None
 
+    def __post_init__(self) -> None:
+        """Refuse what no file of JSON can say: NaN among the arguments, bytes of a path that are no text."""
+        try:
+            json.dumps(asdict(self), ensure_ascii=False, allow_nan=False).encode()
+        except ValueError as error:
+            raise InputError(
+                f"A plan cannot name the model {self.name!a}: {error}. Give it another name, or other arguments."
+            ) from error
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanBudget:
@@ -78,18 +104,22 @@ class PlanBudget:
 
     __pydantic_config__ = _CONFIG
 
-    weight_bits: Annotated[float, Field(gt=0)] | None = None
-    activation_bits: Annotated[float, Field(gt=0)] | None = None
-    size_bytes: Annotated[int, Field(gt=0)] | None = None
-    activation_bytes: Annotated[int, Field(gt=0)] | None = None
-    bitops: Annotated[int, Field(gt=0)] | None = None
-    latency_ms: Annotated[float, Field(gt=0)] | None = None
+    weight_bits: Annotated[float, Field(gt=0, le=_MOST_BITS)] | None = None
+    activation_bits: Annotated[float, Field(gt=0, le=_MOST_BITS)] | None = None
+    size_bytes: Annotated[int, Field(gt=0, le=_MOST_COUNT)] | None = None
+    activation_bytes: Annotated[int, Field(gt=0, le=_MOST_COUNT)] | None = None
+    bitops: Annotated[int, Field(gt=0, le=_MOST_COUNT)] | None = None
+    latency_ms: Annotated[float, Field(gt=0, le=_MOST_MS)] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a budget that no plan can have."""
         for name, value in asdict(self).items():
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise InputError(f"The budget {name}={value} is not a positive number. Give one above 0.")
+            most = _MOST_BITS if name.endswith("_bits") else _MOST_MS if name == "latency_ms" else _MOST_COUNT
+            if value is not None and not 0 < value <= most:
+                raise InputError(
+                    f"The budget {name}={str(value)[:60]} is not a positive number of at most {most:g}. "
+                    "Give one that is."
+                )
 
     def as_dict(self) -> dict[str, float]:
         """The budgets that are set, by name."""
@@ -107,12 +137,12 @@ class PlanTotals:
 
     __pydantic_config__ = _CONFIG
 
-    weight_bits: float | None
-    activation_bits: float | None
-    size_bytes: Annotated[int, Field(ge=0)]
-    bitops: Annotated[int, Field(ge=0)]
-    activation_bytes: Annotated[int, Field(ge=0)] | None = None
-    latency_ms: Annotated[float, Field(ge=0)] | None = None
+    weight_bits: MeanBits | None
+    activation_bits: MeanBits | None
+    size_bytes: Count
+    bitops: Count
+    activation_bytes: Count | None = None
+    latency_ms: Milliseconds | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +157,8 @@ class PlanSolver:
 
     name: str
     status: str
-    gap: float | None = None
-    lower_bound: float | None = None
+    gap: Annotated[float, Field(ge=0)] | None = None
+    lower_bound: Score | None = None
     objective: str | None = None
 
 
@@ -148,7 +178,7 @@ class BitPlan:
     budget: PlanBudget
     sites: tuple[PlannedSite, ...]
     totals: PlanTotals
-    predicted_delta_loss: float | None
+    predicted_delta_loss: Score | None
     solver: PlanSolver
 
     def __post_init__(self) -> None:
@@ -209,15 +239,15 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def check_known_sites(sites: Iterable[Site], known: Collection[Site]) -> None:
-    """Raise InputError, naming the nearest known site, if one of `sites` is not in `known`."""
+def check_known_sites(sites: Iterable[Site], known: Collection[Site], what: str = "the plan") -> None:
+    """Raise InputError, naming the nearest known site, if one of `sites`, which `what` names, is not in `known`."""
     unknown = [site for site in sites if site not in known]
     if not unknown:
         return
     more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
     close = difflib.get_close_matches(str(unknown[0]), [str(site) for site in known], n=1, cutoff=0.0)
     nearest = f"the nearest is {close[0]}" if close else "it has none"
-    raise InputError(f"The model has no site {unknown[0]}{more}; {nearest}. Check that the plan is for this model.")
+    raise InputError(f"The model has no site {unknown[0]}{more}; {nearest}. Check that {what} is for this model.")
 
 
 def _one_per_line(items: Iterable[dict[str, Any]]) -> str:
@@ -253,6 +283,9 @@ def _describe(error: ValidationError) -> str:
     got = "" if not first["loc"] or isinstance(first["input"], dict | list) else f", got {str(first['input'])[:60]!r}"
     more = f" (and {len(others)} more)" if others else ""
     wrong = first["msg"].removeprefix("Value error, ")
+    limit = first.get("ctx", {}).get("le", first.get("ctx", {}).get("ge"))
+    if limit is not None:  # pydantic writes all digits of 1e200
+        wrong = f"{wrong.rpartition(' ')[0]} {limit:g}"
     return f"{place}: {wrong[0].lower()}{wrong[1:]}{got}{more}"
 
 

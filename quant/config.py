@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from quant.choices import Estimator
+from quant.choices import Estimator, GradientScale
 
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -23,18 +23,20 @@ class QATConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    epochs: Count = 1
+    epochs: Count = 1  # each of as many crops as there are images, whatever crops_per_image
     steps: Count | None = None  # optimizer steps in all; given, it takes the place of epochs
-    batch_size: Count = 64  # images of one optimizer step, over all processes
+    batch_size: Count = 64  # images of one optimizer step, over all processes; crops, where an image gives several
+    crops_per_image: Count = 1  # views of an image in one step (Shen and Xing, ECCV 2022, arXiv:2112.01528)
     optimizer: str = "adamw"  # timm's name
     learning_rate: Positive = 2e-4  # peak; for a trained network: at 1e-3 one that has lost little loses more
     scale_learning_rate: Positive = 1e-2  # peak, of scales and offsets, as a share of the scale that each starts at
+    gradient_scale: GradientScale = "lsq"  # of weights' scales, 1/sqrt(N Q_P); module: 1/sqrt(Q_P ||w||_1), TMLR 2024
     weight_decay: NotNegative = 1e-4  # of weights; biases, norms and scales have none
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up; the first two go down to 0
     warmup: Share = 0.05  # share of the steps in which the rates rise from 0
     clip_grad_norm: Positive | None = None
     task_weight: NotNegative = 1.0  # cross-entropy with the labels
-    kd_weight: NotNegative = 1.0  # distillation from the teacher (Hinton et al., 2015, arXiv:1503.02531)
+    kd_weight: NotNegative = 1.0  # distillation from the teacher or its stored labels (arXiv:1503.02531, 2112.01528)
     kd_temperature: Positive = 1.0
     obr_weight: NotNegative = 0.01  # oscillation-aware bin regularization (Huang et al., TMLR 2024, arXiv:2307.00331)
     dampening_weight: NotNegative = 0.0  # Nagel et al., ICML 2022, arXiv:2203.11086
@@ -43,6 +45,7 @@ class QATConfig:
     crop_area: Annotated[float, Field(gt=0, le=1)] = 1.0  # smallest share of an image that a random crop keeps
     horizontal_flip: Share = 0.0  # probability; photographs: 0.5, while digits, text and signs must not be mirrored
     precision: Literal["fp32", "bf16"] = "fp32"  # autocast; scales and quantization stay in float32
+    compile: bool = False  # fake quantization by torch.compile; a minute at the start, and the same but for last bits
     calibration_images: Count = 256  # set the start of the scales, and BatchNorm's statistics
     estimator: Estimator = "mse"  # of the start of the scales
     reestimate_batchnorm: bool = True  # on the calibration images, after the last step

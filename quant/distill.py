@@ -23,3 +23,23 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, *, tempera
     student = F.log_softmax(student_logits.to(dtype) / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.detach().to(dtype) / temperature, dim=1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def soft_cross_entropy(student_logits: Tensor, teacher_probabilities: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """-T^2 sum_c p_T log p_S, p_S the softmax of the student's logits over T, in nats, mean over the batch.
+
+    Logits and probabilities: (batch, classes); the crops of one image are rows of their own, so that the mean is that
+    over images and crops, -1/(NM) sum_i sum_j p_T(x_ij) . log p_S(x_ij). It never falls below the teacher's entropy;
+    its gradient is that of `distillation_loss`. Half-precision logits are computed in float32. Shen and Xing, ECCV
+    2022, arXiv:2112.01528. Raises ValueError for other shapes, and for T <= 0.
+    """
+    if student_logits.ndim != 2 or student_logits.shape != teacher_probabilities.shape:
+        raise ValueError(
+            "`student_logits` and `teacher_probabilities` must both be (batch, classes), "
+            f"got {tuple(student_logits.shape)} and {tuple(teacher_probabilities.shape)}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be > 0, got {temperature:g}.")
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    student = F.log_softmax(student_logits.to(dtype) / temperature, dim=1)
+    return -(temperature**2) * (teacher_probabilities.detach().to(dtype) * student).sum(dim=1).mean()

@@ -3,10 +3,18 @@
 Every function takes `x` in the canonical form (outer, groups, inner) of `to_groups`, and one scale a group.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from quant.compiled import compiled_once
+from quant.errors import InputError
+
+_AT_ONCE = 2**16
+"""Elements of one block: what a CPU's second cache holds, with the temporaries, is computed several times as fast."""
 
 
 def quant_range(bit_width: int, signed: bool) -> tuple[int, int]:
@@ -46,10 +54,8 @@ def quantize(x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, si
     `x`: (outer, groups, inner); `scale`, `offset`: (groups,). Rounds half to even, as torch does.
     Esser et al., ICLR 2020, arXiv:1902.08153; the offset: Bhalgat et al., CVPRW 2020, arXiv:2004.09576.
     """
-    centred = x if offset is None else x - offset[:, None]
-    if signed and bit_width == 1:
-        return torch.where(centred >= 0, 1.0, -1.0).to(x.dtype)
-    return (centred / scale[:, None]).clamp(*quant_range(bit_width, signed)).round()
+    v = (x if offset is None else x - offset[:, None]) / scale[:, None]
+    return _signs(v) if signed and bit_width == 1 else v.clamp_(*quant_range(bit_width, signed)).round_()
 
 
 def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
@@ -58,8 +64,10 @@ def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     return values if offset is None else values + offset[:, None]
 
 
-def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool) -> Tensor:
-    """Quantize, then dequantize; shapes as in `quantize`. Differentiable in `x`, `scale` and `offset`.
+def fake_quantize(
+    x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool, *, compiled: bool = False
+) -> Tensor:
+    """Quantize, then dequantize; shapes as in `quantize`. Differentiable in `x`, `scale` and `offset`, once.
 
     With v = (x - offset) / scale, and inside meaning Q_N < v < Q_P strictly, before rounding:
 
@@ -70,18 +78,54 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: in
     Esser et al., ICLR 2020, arXiv:1902.08153 (LSQ); the offset: Bhalgat et al., CVPRW 2020, arXiv:2004.09576 (LSQ+).
     One signed bit is scale * sign(x): the gradient of x passes where |x| <= scale (Hubara et al., NeurIPS 2016,
     arXiv:1602.02830), that of scale is sign(x).
+
+    `compiled` runs the same formulas through torch.compile (`check_compiler` says whether that works). On a CPU the
+    value and the gradient of `x` are the same to the bit; those of scale and offset are summed in float64 in another
+    order, which now and then changes the last bit of their float32.
     """
-    return _FakeQuantize.apply(x, scale, offset, bit_width, signed)
+    return _FakeQuantize.apply(x, scale, offset, bit_width, signed, compiled)
 
 
-def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """`x` itself, bit for bit, whose gradient is multiplied by `factor`."""
+def check_compiler(device: torch.device) -> None:
+    """Compile `fake_quantize` for the device, which takes up to a minute; InputError where that does not work."""
+    try:
+        for groups in (1, 2):  # per tensor and with several scales: other forms to torch.compile
+            x = torch.zeros(1, groups, 64, device=device, requires_grad=True)
+            scale = torch.ones(groups, device=device, requires_grad=True)
+            fake_quantize(x, scale, None, 4, True, compiled=True).sum().backward()
+    except Exception as error:  # whatever a compiler that is missing, or too old, raises
+        raise InputError(
+            f"torch.compile does not work here: {str(error).strip().partition(chr(10))[0]}. "
+            "Install a C++ compiler, or train without (--set compile=false): slower, and otherwise the same."
+        ) from error
+
+
+def scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
+    """`x` itself, bit for bit, whose gradient is multiplied by `factor`, a constant."""
     return _ScaleGradient.apply(x, factor)
+
+
+def blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of each block in which (rows, columns) is best computed; on a GPU the whole is one block."""
+    rows, columns = x.shape
+    at_once = _AT_ONCE * torch.get_num_threads() if x.device.type == "cpu" else x.numel()
+    tall = max(1, at_once // columns)
+    for top in range(0, rows, tall):
+        for left in range(0, columns, at_once):
+            yield slice(top, top + tall), slice(left, left + at_once)
+
+
+def in_rows(x: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`x` as (outer * groups, inner), with scale and offset of each row: a form that `quantize` takes as well."""
+    outer, _, inner = x.shape
+    if outer == 1:
+        return x[0], scale, offset
+    return x.reshape(-1, inner), scale.repeat(outer), None if offset is None else offset.repeat(outer)
 
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: float | Tensor) -> Tensor:
         ctx.factor = factor
         return x.view_as(x)
 
@@ -94,23 +138,95 @@ class _FakeQuantize(torch.autograd.Function):
     """The value and gradients of `fake_quantize`; the codes are computed again in backward rather than kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool, compiled: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, scale, offset)
-        ctx.bit_width, ctx.signed = bit_width, signed
-        return dequantize(quantize(x, scale, offset, bit_width, signed), scale, offset)
+        ctx.binary, ctx.range, ctx.compiled = signed and bit_width == 1, quant_range(bit_width, signed), compiled
+        rows, *grid = in_rows(x, scale, offset)
+        (values,) = _computed(_binary_values if ctx.binary else _values, (rows,), grid, ctx.range, compiled)
+        return values.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
         x, scale, offset = ctx.saved_tensors
-        v = (x if offset is None else x - offset[:, None]) / scale[:, None]
-        codes = quantize(x, scale, offset, ctx.bit_width, ctx.signed)
-        low, high = quant_range(ctx.bit_width, ctx.signed)
-        inside = (v > low) & (v < high)  # by comparison: clamp's own gradient at the bounds depends on torch's version
-        by_scale = torch.where(inside, codes - v, codes)
-        if ctx.signed and ctx.bit_width == 1:
-            inside, by_scale = v.abs() <= 1, codes
-        to_x = gradient * inside if ctx.needs_input_grad[0] else None
-        to_scale = (gradient * by_scale).sum(dim=(0, 2)) if ctx.needs_input_grad[1] else None
-        to_offset = (gradient * ~inside).sum(dim=(0, 2)) if offset is not None and ctx.needs_input_grad[2] else None
-        return to_x, to_scale, to_offset, None, None
+        rows, *grid = in_rows(x, scale, offset)
+        formula = _binary_gradients if ctx.binary else _gradients
+        both = (gradients[0].reshape(rows.shape), rows)
+        to_x, *of_rows = _computed(formula, both, grid, ctx.range, ctx.compiled)
+        by_group = [total.view(-1, scale.numel()).sum(dim=0).to(scale.dtype) for total in of_rows]
+        return to_x.view(x.shape), by_group[0], None if offset is None else by_group[1], None, None, None
+
+
+def _values(x: Tensor, scale: Tensor, offset: Tensor | None, low: Any, high: Any) -> tuple[Tensor]:
+    """x_q; rows as in `in_rows`, and the bounds as numbers or, compiled, as 0-d tensors."""
+    v = (x if offset is None else x - offset[:, None]) / scale[:, None]
+    values = v.clamp_(low, high).round_().mul_(scale[:, None])
+    return (values if offset is None else values.add_(offset[:, None]),)
+
+
+def _gradients(
+    gradient: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, low: Any, high: Any
+) -> tuple[Tensor, ...]:
+    """Of x, and summed over each row in float64: of scale and, where there is one, of offset."""
+    v = (x if offset is None else x - offset[:, None]) / scale[:, None]
+    # Compared explicitly: clamp's own gradient at the bounds depends on torch's version. Masks of 0.0 and 1.0: those of
+    # booleans take five times as long on a CPU.
+    inside = v.clone().gt_(low).mul_(v.clone().lt_(high))
+    clipped = v.clamp_(low, high)
+    by_scale = clipped.round().sub_(clipped.mul_(inside))
+    return _with_sums(gradient, inside, by_scale, offset)
+
+
+def _binary_values(x: Tensor, scale: Tensor, offset: Tensor | None, low: Any, high: Any) -> tuple[Tensor]:
+    """As `_values`, of one signed bit."""
+    values = _signs(x if offset is None else x - offset[:, None]).mul_(scale[:, None])
+    return (values if offset is None else values.add_(offset[:, None]),)
+
+
+def _binary_gradients(
+    gradient: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, low: Any, high: Any
+) -> tuple[Tensor, ...]:
+    """As `_gradients`, of one signed bit."""
+    v = (x if offset is None else x - offset[:, None]) / scale[:, None]
+    return _with_sums(gradient, v.abs().le_(high), _signs(v), offset)
+
+
+def _with_sums(gradient: Tensor, inside: Tensor, by_scale: Tensor, offset: Tensor | None) -> tuple[Tensor, ...]:
+    to_x = inside.mul_(gradient)
+    to_scale = by_scale.mul_(gradient).sum(dim=1, dtype=torch.float64)
+    if offset is None:
+        return to_x, to_scale
+    return to_x, to_scale, (gradient - to_x).sum(dim=1, dtype=torch.float64)
+
+
+def _signs(v: Tensor) -> Tensor:
+    """1 where `v` is at least 0, else -1, in its float type."""
+    return v.clone().ge_(0).mul_(2).sub_(1)
+
+
+def _computed(
+    formula: Callable[..., tuple[Tensor, ...]],
+    tensors: tuple[Tensor, ...],
+    grid: Sequence[Tensor | None],
+    bounds: tuple[int, int],
+    compiled: bool,
+) -> tuple[Tensor, ...]:
+    """What `formula` gives of tensors (rows, columns): one of that shape, and sums (rows,). `grid`: scale, offset."""
+    first = tensors[0]
+    if compiled:
+        # One form for all: contiguous, always an offset, bounds that are no constants of the graph, no autocast.
+        inputs = (*tensors, *(first.new_zeros(len(first)) if t is None else t for t in grid))
+        with torch.autocast(first.device.type, enabled=False):
+            return compiled_once(formula)(
+                *(t.detach().contiguous() for t in inputs), *(torch.tensor(float(bound)) for bound in bounds)
+            )
+    whole, sums = torch.empty_like(first, memory_format=torch.contiguous_format), list[Tensor]()
+    for block in blocks(first):
+        row_grid = (None if t is None else t[block[0]] for t in grid)
+        whole[block], *of_rows = formula(*(t[block] for t in tensors), *row_grid, *bounds)
+        sums = sums or [of_row.new_zeros(len(whole)) for of_row in of_rows]
+        for total, of_row in zip(sums, of_rows, strict=True):
+            total[block[0]] += of_row
+    return whole, *sums

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.config import QATConfig
-from quant.distill import distillation_loss
+from quant.distill import distillation_loss, soft_cross_entropy
 from quant.functional import to_groups
 from quant.quantizer import LSQQuantizer
 from quant.regularizers import cosine_ramp, dampening_loss, kurtosis_loss, oscillation_bin_loss
 from quant.site import Site
 
-TERMS = ("task", "kd", "obr_distance", "obr_variance", "dampening", "kurtosis")
+TERMS = ("task", "kd", "soft", "obr_distance", "obr_variance", "dampening", "kurtosis")
 """Every term that a training can have: columns of history.parquet, each with the norm of its gradient, `grad_TERM`."""
 LOW_BITS = 4
 """Sites above it oscillate too little to matter, and bin regularization harms them at 8 bit."""
@@ -27,36 +27,47 @@ def low_bit(weights: Weights) -> Weights:
     return {site: part for site, part in weights.items() if part[1].scheme.bit_width <= LOW_BITS}
 
 
-def image_terms(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, config: QATConfig) -> dict[str, Tensor]:
+def image_terms(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor | None,
+    config: QATConfig,
+    soft_labels: Tensor | None = None,
+) -> dict[str, Tensor]:
     """The weighted terms of a batch of images: cross-entropy with the labels, and distillation from a teacher.
 
-    Logits: (batch, classes) float32.
+    Logits: (batch, classes) float32. A teacher that runs beside the student gives logits, for the term `kd`; one that
+    was asked before gives `soft_labels`, its probabilities, for `soft`. The two differ by the teacher's entropy, hence
+    two names; kd_weight is the weight of either.
     """
     terms = {}
     if config.task_weight:
         terms["task"] = config.task_weight * F.cross_entropy(logits, labels)
     if config.kd_weight and teacher_logits is not None:
         terms["kd"] = config.kd_weight * distillation_loss(logits, teacher_logits, temperature=config.kd_temperature)
+    if config.kd_weight and soft_labels is not None:
+        terms["soft"] = config.kd_weight * soft_cross_entropy(logits, soft_labels, temperature=config.kd_temperature)
     return terms
 
 
 def weight_terms(weights: Weights, config: QATConfig, progress: float) -> dict[str, Tensor]:
     """The weighted terms of the weights at a share `progress` of the training; 0 while their ramp is."""
-    ramp = cosine_ramp(progress, config.ramp_start)
+    ramp, sites = cosine_ramp(progress, config.ramp_start), low_bit(weights)
     grids = [
         (to_groups(w, q.axis, q.groups), q.scale, q.offset, q.scheme.bit_width, q.scheme.signed)
-        for w, q in low_bit(weights).values()
+        for w, q in sites.values()
+        if ramp
     ]
     terms: dict[str, Tensor] = {}
-    if config.obr_weight and grids:
-        nothing = grids[0][0].new_zeros(())
-        parts = [oscillation_bin_loss(*grid) for grid in grids] if ramp else []
+    nothing = next((w.new_zeros(()) for w, _ in sites.values()), None)
+    if config.obr_weight and nothing is not None:
+        parts = [oscillation_bin_loss(*grid) for grid in grids]
         factor = config.obr_weight * ramp
         terms["obr_distance"] = sum((factor * part.distance for part in parts), nothing)
         terms["obr_variance"] = sum((factor * part.variance for part in parts), nothing)
-    if config.dampening_weight and grids:
-        losses = [dampening_loss(*grid) for grid in grids] if ramp else []
-        terms["dampening"] = sum((config.dampening_weight * ramp * x for x in losses), grids[0][0].new_zeros(()))
+    if config.dampening_weight and nothing is not None:
+        losses = [dampening_loss(*grid) for grid in grids]
+        terms["dampening"] = sum((config.dampening_weight * ramp * x for x in losses), nothing)
     if config.kurtosis_weight and weights:
         terms["kurtosis"] = config.kurtosis_weight * kurtosis_loss([w for w, _ in weights.values()])
     return terms

@@ -1,4 +1,4 @@
-"""Oscillating weights: which integer codes go back and forth during training."""
+"""Oscillating weights: which integer codes go back and forth during training, and how near the edges weights lie."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,10 +6,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.functional import quant_range, to_groups
+from quant.quantizer import LSQQuantizer
 from quant.site import Site
 
+POSITIONS = 20
+"""Equal parts of the way from a bin's centre to the next, in which latent weights are counted; halfway is the edge."""
 _UNSEEN = -128  # no code of at most 4 bits
 _NEVER = -(2**30)  # a step before every window
+
+
+@torch.no_grad()
+def edge_counts(x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool) -> Tensor:
+    """How many values lie in each of `POSITIONS` parts of the way between neighbouring bin centres: (POSITIONS,) int64.
+
+    An edge is where the code changes, halfway between two centres; a weight that oscillates goes back and forth across
+    one. Clipped values, at and beyond the outermost centres, are left out. `x`: (outer, groups, inner), `scale` and
+    `offset`: (groups,), as in `quant.functional`.
+    """
+    v = (x if offset is None else x - offset[:, None]) / scale[:, None]
+    low, high = quant_range(bit_width, signed)
+    inside = v[(v > low) & (v < high)]
+    step = 2 if signed and bit_width == 1 else 1  # between the codes -1 and 1
+    way = (inside - low).div_(step).frac_()
+    return torch.bincount((way * POSITIONS).long().clamp_(max=POSITIONS - 1), minlength=POSITIONS)
+
+
+def edge_rows(weights: Mapping[Site, tuple[Tensor, LSQQuantizer]], step: int) -> list[dict[str, Any]]:
+    """`POSITIONS` rows a site, of latent weights and their quantizers: step, module, tensor, position, weights.
+
+    `position` is the middle of a part, in steps of the quantizer from the nearest edge: -0.5 and 0.5 are bin centres.
+    """
+    rows = []
+    for site, (weight, q) in weights.items():
+        grouped = to_groups(weight.detach(), q.axis, q.groups)
+        counts = edge_counts(grouped, q.scale, q.offset, q.scheme.bit_width, q.scheme.signed).tolist()
+        for part, count in enumerate(counts):
+            position = round((part + 0.5) / POSITIONS - 0.5, 6)
+            rows.append(
+                {"step": step, "module": site.module, "tensor": site.tensor, "position": position, "weights": count}
+            )
+    return rows
 
 
 class OscillationTracker(nn.Module):

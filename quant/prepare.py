@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from quant.attention import close_attention_, open_attention_
+from quant.attention_search import KNOWN_LAYOUTS
+from quant.choices import GradientScale
 from quant.errors import InputError
-from quant.functional import dequantize
+from quant.functional import check_compiler, dequantize
 from quant.intercept import intercept
 from quant.layers import is_quantized, quantize_layer_, restore_layer_, weight_parts
 from quant.quantizer import LSQQuantizer, Quantizer
@@ -62,21 +64,26 @@ def prepare_qat_(
     trace: Trace,
     sites: Mapping[Site, SiteInfo],
     image: Tensor,
+    gradient_scale: GradientScale = "lsq",
+    compiled: bool = False,
 ) -> None:
     """Quantize the sites of `quantizers` from now on, each with learned scales that start at the given ones.
 
     `trace` and `sites` are those of the floating-point model on one image. A forward pass of `image` (1, channels,
     height, width) then proves that every site was executed as it was traced: as many elements, each on its grid.
-    Raises InputError with all sites that were not, the model restored. `restore_float_` undoes it.
+    Raises InputError with all sites that were not, the model restored, and for a fused qkv weight whose layout is not
+    known. `restore_float_` undoes it. `gradient_scale` is that of weights; activations keep LSQ's.
+    `compiled` fake-quantizes through torch.compile; InputError where that does not work.
     """
-    unseen = sorted({site.module for site in quantizers if site.module in trace.functional and site.tensor == "input"})
-    if unseen:
-        raise InputError(
-            f"{unseen[0]} is used without being called ({len(unseen)} such layers), so its input cannot be quantized "
-            f"in training yet. Leave them out, --exclude '{unseen[0]}', and plan again."
-        )
+    _refuse_unknown_layouts(quantizers, sites)
+    if compiled:
+        check_compiler(image.device)
     learned = {
-        site: LSQQuantizer(start, elements_per_scale=max(1, sites[site].numel // start.groups)).to(image.device)
+        site: LSQQuantizer(
+            start,
+            elements_per_scale=max(1, sites[site].numel // start.groups),
+            gradient_scale=gradient_scale if site.is_weight else "lsq",
+        ).to(image.device)
         for site, start in quantizers.items()
     }
     by_module: dict[str, dict[str, LSQQuantizer]] = {}
@@ -85,10 +92,27 @@ def prepare_qat_(
     try:
         for name, by_tensor in by_module.items():
             _attach_(model, name, by_tensor, trace, sites)
-        _check_execution(model, learned, sites, image)
+        _check_execution(model, learned, sites, image)  # to the bit, which a GPU's compiler does not promise
+        for quantizer in learned.values():
+            quantizer.compiled = compiled
     except BaseException:
         restore_float_(model)
         raise
+
+
+def _refuse_unknown_layouts(quantizers: Mapping[Site, Quantizer], sites: Mapping[Site, SiteInfo]) -> None:
+    """Raise InputError where rows of a fused qkv weight are to share a scale, and whose rows they are is not known."""
+    unknown = [
+        site.module
+        for site, start in quantizers.items()
+        if site.tensor == "weight" and sites[site].kind == "attn.qkv" and start.scheme.granularity != "per_channel"
+    ]
+    if unknown:
+        raise InputError(
+            f"{unknown[0]} makes query, key and value in a layout that is not known ({len(unknown)} such layers). "
+            f"Known: {KNOWN_LAYOUTS}. Plan their weights per_channel, which needs no layout "
+            "(`qvw sensitivity --granularity per_channel`), or leave them out by --exclude."
+        )
 
 
 def _attach_(
@@ -110,7 +134,7 @@ def _attach_(
             for tensor, quantizer in outside.items()
             if tensor != "input"
         }
-        quantize_layer_(module, weights, outside.get("input"))
+        quantize_layer_(module, weights, outside.get("input"), called=name not in trace.functional)
 
 
 def restore_float_(model: nn.Module) -> None:

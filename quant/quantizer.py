@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from quant.choices import GradientScale
 from quant.functional import fake_quantize, quantize, scale_gradient, to_groups
 from quant.scheme import QuantScheme
 
@@ -39,10 +40,20 @@ class LSQQuantizer(nn.Module):
 
     `scale` is the paper's step size s, `offset` LSQ+'s beta (Bhalgat et al., CVPRW 2020, arXiv:2004.09576); both have
     one float32 value a group, start at those of a calibrated quantizer, and have their gradient multiplied by
-    1 / sqrt(N Q_P). `elements_per_scale` is the paper's N, how many elements share one scale, of one image.
+    1 / sqrt(N Q_P), or with `gradient_scale="module"`, for weights, by 1 / sqrt(Q_P ||x||_1) of the group's values as
+    they are at each step (Huang et al., TMLR 2024, arXiv:2307.00331; 0 where they are all 0). `elements_per_scale` is
+    the paper's N, how many elements share one scale, of one image. `compiled` may be changed at any time: it is that
+    of `quant.functional.fake_quantize`.
     """
 
-    def __init__(self, start: Quantizer, *, elements_per_scale: int) -> None:
+    def __init__(
+        self,
+        start: Quantizer,
+        *,
+        elements_per_scale: int,
+        gradient_scale: GradientScale = "lsq",
+        compiled: bool = False,
+    ) -> None:
         super().__init__()
         if not (torch.isfinite(start.scale) & (start.scale > 0)).all():
             raise ValueError(f"A scale must start finite and above 0, got a minimum of {start.scale.min().item():g}.")
@@ -52,15 +63,23 @@ class LSQQuantizer(nn.Module):
         self.scale = nn.Parameter(start.scale.detach().float().clone())
         self.offset = None if start.offset is None else nn.Parameter(start.offset.detach().float().clone())
         self.register_buffer("min_scale", MIN_SCALE_RATIO * self.scale.detach())
-        self.grad_factor = (elements_per_scale * start.scheme.quant_max) ** -0.5
+        self.elements_per_scale, self.gradient_scale, self.compiled = elements_per_scale, gradient_scale, compiled
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` on the grid, in its own shape and type; the arithmetic is float32, under autocast too."""
-        scale = scale_gradient(self.scale, self.grad_factor)
-        offset = None if self.offset is None else scale_gradient(self.offset, self.grad_factor)
-        grouped = to_groups(x, self.axis, self.groups).float()
-        quantized = fake_quantize(grouped, scale, offset, self.scheme.bit_width, self.scheme.signed)
+        grouped, scheme = to_groups(x, self.axis, self.groups).float(), self.scheme
+        factor = self.gradient_factor(grouped.detach()) if torch.is_grad_enabled() else 1.0
+        scale = scale_gradient(self.scale, factor)
+        offset = None if self.offset is None else scale_gradient(self.offset, factor)
+        quantized = fake_quantize(grouped, scale, offset, scheme.bit_width, scheme.signed, compiled=self.compiled)
         return quantized.reshape(x.shape).to(x.dtype)
+
+    def gradient_factor(self, grouped: Tensor) -> float | Tensor:
+        """What the gradients of scale and offset are multiplied by, for values in canonical form; a tensor by group."""
+        if self.gradient_scale == "lsq":
+            return (self.elements_per_scale * self.scheme.quant_max) ** -0.5
+        norm = torch.linalg.vector_norm(grouped, ord=1, dim=(0, 2))
+        return torch.where(norm > 0, (self.scheme.quant_max * norm).rsqrt(), 0.0)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:

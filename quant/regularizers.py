@@ -6,13 +6,14 @@ tensor, not means (they differ by a factor of 1e4 to 1e5), unless the function s
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from quant.functional import dequantize, quant_range, quantize
+from quant.functional import blocks, dequantize, in_rows, quant_range, quantize
 
 UNIFORM_KURTOSIS = 1.8
 """Raw kurtosis of a uniform distribution, the one that a uniform quantizer harms least; a Gaussian has 3."""
@@ -35,24 +36,7 @@ def oscillation_bin_loss(weight: Tensor, scale: Tensor, offset: Tensor | None, b
     of one group that share an integer code; a bin of one weight gives 0. The gradient is 0 at and beyond the clip.
     Huang et al., TMLR 2024, arXiv:2307.00331.
     """
-    residual, codes = _residual(weight, scale, offset, bit_width, signed)
-    low, high = quant_range(bit_width, signed)
-    groups, levels = weight.shape[1], high - low + 1
-    # Bins by integer code: comparing w_q / s with n in floating point loses whole bins.
-    first_bin = torch.arange(groups, device=weight.device, dtype=torch.int32)[:, None] * levels - low
-    bins = (codes.int() + first_bin).flatten()
-    bins.clamp_(0, groups * levels - 1)  # NaN has no code: the loss shall be NaN, for the loop to stop on, not an error
-    with torch.no_grad():
-        # Within a bin w_q is constant, so the residuals have the bin's variance, and are small: less is rounded away.
-        # float64: a sum of float32 values added one by one is off by 2e-4.
-        count = torch.bincount(bins, minlength=groups * levels).clamp(min=1)
-        mean = torch.bincount(bins, residual.flatten().double(), minlength=groups * levels) / count
-        mean_of_bin = mean.to(weight.dtype).index_select(0, bins)  # ten times as fast as mean[bins]
-        share = count.to(weight.dtype).reciprocal().index_select(0, bins)
-    # The mean is a constant here, and the gradient is exact all the same: the deviations of a bin sum to 0, so what
-    # would flow through its mean cancels and 2 (w - mean) / |bin| remains.
-    deviation = residual.flatten() - mean_of_bin
-    return BinLoss(residual.square().sum(), (deviation.square() * share).sum())
+    return BinLoss(*_BinLoss.apply(weight, scale, offset, bit_width, signed))
 
 
 def dampening_loss(weight: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool) -> Tensor:
@@ -60,7 +44,7 @@ def dampening_loss(weight: Tensor, scale: Tensor, offset: Tensor | None, bit_wid
 
     The gradient is 0 at and beyond the clip. Nagel et al., ICML 2022, arXiv:2203.11086.
     """
-    return _residual(weight, scale, offset, bit_width, signed)[0].square().sum()
+    return _Distance.apply(weight, scale, offset, bit_width, signed)
 
 
 def kurtosis_loss(weights: Sequence[Tensor]) -> Tensor:
@@ -71,7 +55,7 @@ def kurtosis_loss(weights: Sequence[Tensor]) -> Tensor:
     """
     if not weights:
         raise ValueError("`weights` is empty: the kurtosis term needs at least one weight tensor.")
-    return torch.stack([(_kurtosis(weight) - UNIFORM_KURTOSIS).square() for weight in weights]).mean()
+    return torch.stack([(_Kurtosis.apply(weight) - UNIFORM_KURTOSIS).square() for weight in weights]).mean()
 
 
 def cosine_ramp(progress: float, start: float = 0.25) -> float:
@@ -87,25 +71,144 @@ def cosine_ramp(progress: float, start: float = 0.25) -> float:
     return 0.5 * (1 - math.cos(math.pi * (progress - start) / (1 - start)))
 
 
-def _residual(
+class _Distance(torch.autograd.Function):
+    """The value and gradient of `dampening_loss`, block by block: large temporaries would cost more than the term."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool) -> Tensor:
+        ctx.save_for_backward(weight, scale, offset)
+        ctx.scheme = bit_width, signed
+        total = weight.new_zeros((), dtype=torch.float64)
+        for _, residual, _, _ in _residuals(weight, scale, offset, bit_width, signed):
+            total += residual.square_().sum(dtype=torch.float64)
+        return total.to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, offset = ctx.saved_tensors
+        to_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        rows, factor = to_weight.view(-1, weight.shape[2]), 2 * gradients[0]
+        for block, residual, _, _ in _residuals(weight, scale, offset, *ctx.scheme):
+            torch.mul(residual, factor, out=rows[block])
+        return to_weight, None, None, None, None
+
+
+class _BinLoss(torch.autograd.Function):
+    """The values and gradients of `oscillation_bin_loss`, block by block, from three sums a bin.
+
+    Within a bin w_q is constant, so the residuals have the bin's variance, and are small: their squares lose nothing in
+    float64. A sum of float32 values added one by one would be off by 2e-4.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool
+    ) -> tuple[Tensor, Tensor]:
+        low, high = quant_range(bit_width, signed)
+        levels = high - low + 1
+        count, total, squares = weight.new_zeros(3, scale.numel() * levels, dtype=torch.float64)
+        for (rows, _), residual, codes, _ in _residuals(weight, scale, offset, bit_width, signed):
+            bins, groups = _bins(codes, rows, scale.numel(), low, levels)
+            here = slice(groups.start * levels, groups.stop * levels)
+            exact = residual.flatten().double()
+            size = here.stop - here.start
+            count[here] += torch.bincount(bins, minlength=size)
+            total[here] += torch.bincount(bins, exact, minlength=size)
+            squares[here] += torch.bincount(bins, exact.square_(), minlength=size)
+        count.clamp_(min=1)
+        ctx.save_for_backward(weight, scale, offset, count, total / count)
+        ctx.scheme = bit_width, signed
+        variance = ((squares - total.square() / count) / count).clamp_(min=0).sum()
+        return squares.sum().to(weight.dtype), variance.to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """2 (w - w_q) of the distance, 2 (w - mean) / |bin| of the variance, inside the clip.
+
+        The bin's mean is no constant, but what flows through it cancels: the deviations of a bin sum to 0.
+        """
+        weight, scale, offset, count, mean = ctx.saved_tensors
+        to_distance, to_variance = gradients
+        slope = (2 * to_distance + 2 * to_variance / count).to(weight.dtype)
+        shift = (2 * to_variance / count * mean).to(weight.dtype)
+        low, high = quant_range(*ctx.scheme)
+        levels = high - low + 1
+        to_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        result = to_weight.view(-1, weight.shape[2])
+        for block, residual, codes, inside in _residuals(weight, scale, offset, *ctx.scheme):
+            bins, groups = _bins(codes, block[0], scale.numel(), low, levels)
+            here = slice(groups.start * levels, groups.stop * levels)
+            residual.mul_(slope[here].index_select(0, bins).view_as(residual))  # ten times as fast as slope[bins]
+            inside.mul_(shift[here].index_select(0, bins).view_as(residual))
+            torch.sub(residual, inside, out=result[block])
+        return to_weight, None, None, None, None
+
+
+def _residuals(
     weight: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool
-) -> tuple[Tensor, Tensor]:
-    """clip(w) - w_q, differentiable in the weight alone, and the integer codes; both in the weight's shape.
+) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, Tensor]]:
+    """Each block of `in_rows`, with clip(w) - w_q, the integer codes, and 1.0 inside the clip.
 
     A weight at or beyond the clip lies on the grid point at its end: the residual is 0 there, and so is its gradient.
     That is decided by comparison, as in `quant.functional.fake_quantize`, and not by clamp's own gradient.
     """
-    with torch.no_grad():
-        codes = quantize(weight, scale, offset, bit_width, signed)
-        on_grid = dequantize(codes, scale, offset)
-        v = (weight if offset is None else weight - offset[:, None]) / scale[:, None]
-        low, high = quant_range(bit_width, signed)
-        inside = (v > low) & (v < high)
-    return (weight - on_grid) * inside, codes
+    rows, scales, offsets = in_rows(weight, scale, offset)
+    low, high = quant_range(bit_width, signed)
+    for block in blocks(rows):
+        w, s, o = rows[block], scales[block[0]], None if offsets is None else offsets[block[0]]
+        codes = quantize(w, s, o, bit_width, signed)
+        v = (w if o is None else w - o[:, None]) / s[:, None]
+        inside = v.clone().gt_(low).mul_(v.lt_(high))
+        yield block, (w - dequantize(codes, s, o)).mul_(inside), codes, inside
 
 
-def _kurtosis(weight: Tensor) -> Tensor:
+def _bins(codes: Tensor, rows: slice, groups: int, low: int, levels: int) -> tuple[Tensor, range]:
+    """The bin of each code of some rows, flat, counted from the first of the groups that they belong to; those groups.
+
+    By integer code: comparing w_q / s with n in floating point loses whole bins. Row r is of group r % groups.
+    """
+    group = torch.arange(rows.start, rows.start + len(codes), device=codes.device) % groups
+    first, last = (rows.start, rows.start + len(codes)) if rows.start + len(codes) <= groups else (0, groups)
+    bins = codes.add_(((group - first) * levels - low)[:, None]).flatten().int()
+    # NaN has no code: the loss shall be NaN, for the loop to stop on, not an error.
+    return bins.clamp_(0, (last - first) * levels - 1), range(first, last)
+
+
+class _Kurtosis(torch.autograd.Function):
     """Raw kurtosis of all values, dividing by their number; 0 where they are all the same."""
-    squares = (weight - weight.mean()).square()
-    variance = squares.mean()
-    return (squares / torch.where(variance > 0, variance, 1.0)).square().mean()
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        mean = weight.mean(dtype=torch.float64)
+        variance, third, fourth = weight.new_zeros(3, dtype=torch.float64)
+        for _, centred in _standardized(weight, mean, torch.ones_like(mean)):
+            variance += centred.square_().sum(dtype=torch.float64) / weight.numel()
+        std = torch.where(variance > 0, variance, 1.0).sqrt()
+        for _, z in _standardized(weight, mean, std):
+            squares = z.square()
+            third += z.mul_(squares).sum(dtype=torch.float64) / weight.numel()
+            fourth += squares.square_().sum(dtype=torch.float64) / weight.numel()
+        ctx.save_for_backward(weight, mean, std, third, fourth)
+        return fourth.to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """4 (z^3 - kurtosis z - mean of z^3) / (N std), z the standardized weight."""
+        weight, mean, std, third, fourth = ctx.saved_tensors
+        factor = (4 * gradients[0] / (weight.numel() * std)).to(weight.dtype)
+        to_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        result = to_weight.view(1, -1)
+        for block, z in _standardized(weight, mean, std):
+            slope = z.square().sub_(fourth.to(weight.dtype))
+            torch.mul(z.mul_(slope).sub_(third.to(weight.dtype)), factor, out=result[block])
+        return to_weight
+
+
+def _standardized(weight: Tensor, mean: Tensor, std: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Each block of the flat weight, with (w - mean) / std."""
+    flat, mean, std = weight.reshape(1, -1), mean.to(weight.dtype), std.to(weight.dtype)
+    for block in blocks(flat):
+        yield block, (flat[block] - mean).div_(std)

@@ -9,7 +9,8 @@ from torch.utils.data import Sampler
 class StepBatches(Sampler[list[tuple[int, int]]]):
     """The (epoch, index) of the images of each step, from `first_step` on; one process's part of each batch.
 
-    Every epoch is a new permutation of all images; the last ones that make no full batch are left out.
+    Every epoch is a new permutation of all images; the last ones that make no full batch are left out. `batch_size` are
+    images: where each gives several crops, an epoch here is a pass over the images, of as many epochs counted in crops.
     """
 
     def __init__(

@@ -164,7 +164,7 @@ class _Probe(TorchFunctionMode):
             self.record(name, "output", result)
         for frame in self.frames:
             if frame.name != name:
-                frame.linears[name] = result
+                frame.linears[name] = result if weight.ndim == 2 else result.movedim(1, -1)  # channels last
 
     def _note_weights(self, func: Any, args: tuple[Any, ...]) -> None:
         """Say which layers give their weight to another function than a layer's own, without running."""

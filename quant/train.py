@@ -20,7 +20,7 @@ from quant.checkpoints import last_step, load_checkpoint_, save_checkpoint
 from quant.config import QATConfig
 from quant.errors import InputError
 from quant.loss_terms import Weights, gradient_norms, image_terms, low_bit, weight_terms
-from quant.oscillation import OscillationTracker
+from quant.oscillation import OscillationTracker, edge_rows
 from quant.prepare import latent_weights
 from quant.quantizer import LSQQuantizer
 from quant.site import Site
@@ -32,11 +32,12 @@ _SCHEDULES = {"cosine": "cosine", "linear": "poly", "constant": "step"}  # timm'
 
 
 class StepReport(NamedTuple):
-    """What one optimizer step leaves to be written: rows of history.parquet and of oscillation.parquet, mostly none."""
+    """What one optimizer step leaves to be written: rows of history, oscillation and bins.parquet, mostly none."""
 
     step: int
     history: list[dict[str, Any]]
     oscillation: list[dict[str, Any]]
+    bins: list[dict[str, Any]]
 
 
 class DivergedError(InputError):
@@ -49,7 +50,7 @@ def train_qat(
     *,
     config: QATConfig,
     images: int,
-    load: Callable[[StepBatches], Iterable[tuple[Tensor, Tensor]]],
+    load: Callable[[StepBatches], Iterable[tuple[Tensor, ...]]],
     validate: Callable[[nn.Module], dict[str, float]],
     calibration: Sequence[Tensor],
     accelerator: Accelerator,
@@ -57,7 +58,8 @@ def train_qat(
 ) -> Iterator[StepReport]:
     """Train `model` in place, from `quant.prepare.prepare_qat_` or in floating point; yields a report a step.
 
-    `images` is how many there are to train on, `load` gives the batches (images, labels) of a sampler of them,
+    `images` is how many there are to train on, `load` gives the batches (images, labels) of a sampler of them, or where
+    a teacher was asked before (images, labels, its probabilities); `config.crops_per_image` rows for each image drawn,
     `validate` gives `loss` and `top1` of the network as it stands, `calibration` are batches of images from which
     BatchNorm takes its statistics after the last step. `teacher` gives the logits to be distilled. Where
     `checkpoints` holds one the training goes on from there, to the same weights on the CPU as if it had not stopped.
@@ -86,15 +88,15 @@ def train_qat(
     else:
         tracker.update(_codes(weights), 0)
         row = {"step": 0, "epoch": 0, "images": 0, "split": "val", "seconds": 0.0, **validate(model)}
-        yield StepReport(0, [row], tracker.rows(0))
+        yield StepReport(0, [row], tracker.rows(0), edge_rows(low_bit(weights), 0))
     batches = StepBatches(
-        images, batch_size=config.batch_size, steps=total, seed=config.seed, first_step=first,
+        images, batch_size=config.batch_size // config.crops_per_image, steps=total, seed=config.seed, first_step=first,
         rank=accelerator.process_index, world=accelerator.num_processes,
     )  # fmt: skip
     mean = partial(accelerator.reduce, reduction="mean")
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     trained.train()
-    for step, (x, labels) in enumerate(load(batches), start=first + 1):
+    for step, (x, labels, *stored) in enumerate(load(batches), start=first + 1):
         x, labels = x.to(device), labels.to(device)
         set_rates(step)
         with bf16:
@@ -102,7 +104,9 @@ def train_qat(
             with torch.no_grad():
                 teacher_logits = None if teacher is None or not config.kd_weight else teacher(x).float()
         logits = logits.float()
-        terms = image_terms(logits, labels, teacher_logits, config) | weight_terms(weights, config, step / total)
+        soft_labels = stored[0].to(device) if stored else None
+        terms = image_terms(logits, labels, teacher_logits, config, soft_labels)
+        terms |= weight_terms(weights, config, step / total)
         loss = torch.stack(list(terms.values())).sum()
         with_norms = _due(step, total, config.gradient_norms_every)
         norms = gradient_norms(terms, multiplied, mean) if with_norms else {}
@@ -130,7 +134,8 @@ def train_qat(
                 reestimate_batchnorm_(model.eval(), calibration)
             rows.append({**place, "split": "val", "seconds": time.monotonic() - started, **validate(model)})
             trained.train()
-        yield StepReport(step, rows, tracker.rows(step) if logged else [])
+        bins = edge_rows(low_bit(weights), step) if step in binned_steps(total) else []
+        yield StepReport(step, rows, tracker.rows(step) if logged else [], bins)
         if step % config.checkpoint_every == 0 and step < total:
             save_checkpoint(checkpoints, step, seconds=time.monotonic() - started, **state)
     model.eval()
@@ -140,9 +145,12 @@ def total_steps(config: QATConfig, images: int, processes: int = 1) -> int:
     """Optimizer steps of a training on so many images; InputError where they make no batch."""
     if config.batch_size > images:
         raise InputError(f"batch_size={config.batch_size}, but there are {images} images to train on. Lower it.")
-    if config.batch_size % processes:
+    crops = config.crops_per_image
+    if config.batch_size % (crops * processes):
+        parts = f" in images of crops_per_image={crops}" if crops > 1 else ""
         raise InputError(
-            f"batch_size={config.batch_size} cannot be shared equally by {processes} processes. Change it by --set."
+            f"batch_size={config.batch_size} cannot be shared equally by {processes} processes{parts}: it must be a "
+            f"multiple of {crops * processes}. Change it by --set."
         )
     return config.steps or config.epochs * (images // config.batch_size)
 
@@ -154,6 +162,11 @@ def logged_steps(config: QATConfig, total: int) -> list[int]:
         for step in range(1, total + 1)
         if _due(step, total, config.log_every) or _due(step, total, config.gradient_norms_every)
     ]
+
+
+def binned_steps(total: int) -> tuple[int, ...]:
+    """The steps after which the places of latent weights in their bins are kept: before, halfway, and at the end."""
+    return (0, total // 2, total)
 
 
 def _due(step: int, total: int, every: int) -> bool:
@@ -213,7 +226,7 @@ def _codes(weights: Weights) -> dict[Site, Tensor]:
 
 def _refuse_divergence(step: int, measured: dict[str, float], config: QATConfig, checkpoints: Path) -> None:
     """Raise DivergedError before a step that would spoil the weights; the figures are the same in all processes."""
-    weights = {"task": config.task_weight, "kd": config.kd_weight}
+    weights = {"task": config.task_weight, "kd": config.kd_weight, "soft": config.kd_weight}
     large = [name for name in weights if name in measured and not measured[name] <= weights[name] * LARGEST_LOSS]
     if not large and math.isfinite(measured["norm"]):
         return

@@ -142,5 +142,5 @@ def test_a_site_that_the_model_lacks_is_refused():
         accounting.totals([planned("conv2:weight", 4)], COST, 100)
     with pytest.raises(InputError, match="conv:weight has no heads"):
         accounting.totals([planned("conv:weight", 4, "per_head")], COST, 100)
-    with pytest.raises(ValueError, match="is 7 less than"):
+    with pytest.raises(InputError, match=r"has 20 parameters by run\.json, which is 7 less than the planned weights"):
         accounting.totals([planned("conv:weight", 4)], COST, 20)

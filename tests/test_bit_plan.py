@@ -61,7 +61,8 @@ sites = st.builds(
     offset=st.booleans(),
 )
 positive = st.floats(min_value=1e-3, max_value=16)
-counts = st.integers(min_value=1, max_value=10**15)
+counts = st.integers(min_value=1, max_value=10**21)
+losses = st.floats(min_value=-1e200, max_value=1e200)
 plans = st.builds(
     BitPlan,
     model=st.builds(
@@ -90,13 +91,13 @@ plans = st.builds(
         activation_bytes=st.none() | counts,
         latency_ms=st.none() | positive,
     ),
-    predicted_delta_loss=st.none() | finite,
+    predicted_delta_loss=st.none() | losses,
     solver=st.builds(
         PlanSolver,
         name=st.text(max_size=8),
         status=st.text(max_size=8),
-        gap=st.none() | finite,
-        lower_bound=st.none() | finite,
+        gap=st.none() | st.floats(min_value=0, allow_infinity=False),
+        lower_bound=st.none() | losses,
     ),
 )
 
@@ -159,7 +160,31 @@ def test_the_published_schema_is_the_one_of_the_code():
         ('"zero_init_last": false', '"x": [1e999]', "1e999 is not a number"),
         ('"size_bytes": 1234', '"size_bytes": -1', r"totals\.size_bytes: .*greater than or equal to 0"),
         ('"size_bytes": 1234', '"size_bytes": ' + "9" * 5000, "not readable as JSON"),
+        (
+            '"size_bytes": 1234',
+            '"size_bytes": 1' + "0" * 400,
+            r"totals\.size_bytes: .*less than or equal to 1e\+21, got",
+        ),
+        ('"bitops": 56789', '"bitops": 1e300', r"totals\.bitops: .*valid integer"),
+        (
+            '"weight_bits": 2.5',
+            '"weight_bits": 1e300',
+            r"totals\.weight_bits: .*less than or equal to 32, got '1e\+300'",
+        ),
+        ('"weight_bits": 2.5', '"weight_bits": -2.5', r"totals\.weight_bits: .*greater than or equal to 0"),
+        ('"activation_bytes": null', '"activation_bytes": 1' + "0" * 30, r"totals\.activation_bytes: .*less than or"),
+        ('"latency_ms": null', '"latency_ms": 1e99', r"totals\.latency_ms: .*less than or equal to 1e\+12, got"),
+        ('"predicted_delta_loss": -0.01', '"predicted_delta_loss": -1e308', r"predicted_delta_loss: .*greater than or"),
+        ('"gap": 0.0', '"gap": -0.5', r"solver\.gap: .*greater than or equal to 0, got '-0\.5'"),
+        ('"lower_bound": -0.01', '"lower_bound": 1e308', r"solver\.lower_bound: .*less than or equal to 1e\+200"),
         ('"weight_bits": 3.0', '"weight_bits": 0', r"budget\.weight_bits: .*greater than 0"),
+        ('"weight_bits": 3.0', '"weight_bits": 33', r"budget\.weight_bits: .*less than or equal to 32, got '33'"),
+        (
+            '"weight_bits": 3.0',
+            '"size_bytes": 1' + "0" * 400,
+            r"budget\.size_bytes: .*less than or equal to 1e\+21, got",
+        ),
+        ('"weight_bits": 3.0', '"latency_ms": 1e300', r"budget\.latency_ms: .*less than or equal to"),
         ('"weight_bits": 3.0', '"weights": 3.0', r"budget\.weights: "),
         ('"layout": "paper"', '"layout": "Paper"', r"layout: .*'paper' or 'strict', got 'Paper'"),
         ('"format": "qvw-bit-plan"', '"format": "other"', "not a bit plan"),
@@ -233,18 +258,41 @@ def test_what_the_schema_refuses_the_reader_refuses(data, value):
 
 
 def test_a_plan_of_ours_that_breaks_the_schema_is_a_defect():
-    """`to_json` checks what it writes, and a site named twice cannot even be made."""
-    with pytest.raises(ValueError, match="bit_width"):
-        replace(PLAN, sites=(planned(bit_width=9),)).to_json()
+    """`to_json` checks what it writes."""
+    with pytest.raises(ValueError, match="size_bytes"):
+        replace(PLAN, totals=replace(PLAN.totals, size_bytes=-1)).to_json()
+
+
+def test_a_site_that_cannot_be_planned_cannot_be_made():
+    """Bits, a tensor or a granularity that there is not, and a site named twice, are refused where they are made."""
+    with pytest.raises(
+        InputError, match=r"The bit_width of fc1:weight is 9\. Choose from 1, 2, 3, 4, 5, 6, 7, 8, 16\."
+    ):
+        planned(bit_width=9)
+    with pytest.raises(InputError, match=r"The tensor of fc1:output is 'output'\. Choose from weight, weight\.query"):
+        planned(tensor="output")
+    with pytest.raises(InputError, match=r"The granularity of fc1:weight is 'per_row'\. Choose from per_tensor"):
+        replace(planned(), granularity="per_row")
     with pytest.raises(InputError, match="fc1:weight is named twice"):
         replace(PLAN, sites=(planned(), planned(bit_width=2)))
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 32.5])
 def test_a_budget_is_a_positive_number(value):
-    """A budget that is no positive number is refused where it is made."""
-    with pytest.raises(InputError, match=r"weight_bits=.* is not a positive number"):
+    """A budget that is no positive number, or more than floating point takes, is refused where it is made."""
+    with pytest.raises(InputError, match=r"weight_bits=.* is not a positive number of at most 32\. Give one"):
         PlanBudget(weight_bits=value)
+    with pytest.raises(InputError, match=r"bitops=10+ is not a positive number of at most 1e\+21\."):
+        PlanBudget(bitops=10**400)
+
+
+@pytest.mark.parametrize(
+    "model", [{"kwargs": {"drop": [float("nan")]}}, {"name": "\udcff"}, {"weights_sha256": "\ud800"}]
+)
+def test_a_model_that_json_cannot_name_is_refused(model):
+    """NaN among its arguments, and bytes of a path that are no text, are told before a file is written."""
+    with pytest.raises(InputError, match=r"A plan cannot name the model '.*': .*Give it another name, or other arg"):
+        PlanModel(**({"name": "a", "kwargs": {}, "weights_sha256": None} | model))
 
 
 def test_unknown_sites_are_named_with_the_nearest():

@@ -10,7 +10,8 @@ from quant.errors import InputError
 from quant.functional import dequantize, fake_quantize, quant_range, quantize, to_groups
 from quant.scheme import QuantScheme
 
-BIT_WIDTHS = [1, 2, 3, 4, 8]
+BIT_WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8, 16]
+LEARNED = [(b, signed) for b in BIT_WIDTHS for signed in (True, False) if (b, signed) != (1, True)]
 
 
 @pytest.mark.parametrize(
@@ -23,8 +24,7 @@ def test_quant_range_is_the_two_complement_range(bit_width, signed, expected):
     assert quant_range(bit_width, signed) == expected
 
 
-@pytest.mark.parametrize("bit_width", [2, 3, 4, 8])
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("bit_width", "signed"), LEARNED)
 def test_fake_quantize_equals_the_closed_form_in_float64(bit_width, signed):
     """The formula s * round(clip((x - o) / s, Q_N, Q_P)) + o, as numpy computes it in float64."""
     generator = torch.Generator().manual_seed(0)
@@ -115,8 +115,7 @@ def reference(x, scale, offset, bit_width, signed):
     return torch.where(inside, rounded, bound) * scale[:, None] + offset[:, None]
 
 
-@pytest.mark.parametrize("bit_width", [2, 3, 4, 8])
-@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("bit_width", "signed"), LEARNED)
 def test_gradients_of_x_scale_and_offset_are_those_of_lsq(bit_width, signed):
     """Against torch's own derivative of the straight-through formula in float64, values on the bounds included."""
     generator = torch.Generator().manual_seed(3)
@@ -143,3 +142,48 @@ def test_the_scale_gradient_in_closed_form():
     fake_quantize(x, scale, None, 4, True).backward(torch.tensor([[[1.0, 10.0, 100.0]]]))
     assert scale.grad.item() == pytest.approx((1 - 1.2) * 1 + (-8) * 10 + 7 * 100, rel=1e-6)
     assert x.grad.flatten().tolist() == [1, 0, 0]
+
+
+def test_one_signed_bit_in_closed_form():
+    """The sign times the scale, 0 to the positive side; x passes up to the scale and no further, the scale gets signs.
+
+    Exactly at the scale the gradient passes, |x| <= scale (Hubara et al., NeurIPS 2016, arXiv:1602.02830).
+    """
+    x = torch.tensor([[[-3.0, -0.75, -0.25, 0.25, 0.5, 1.25, 1.5]]], requires_grad=True)
+    scale, offset = (torch.tensor([value], requires_grad=True) for value in (1.0, 0.25))
+    out = fake_quantize(x, scale, offset, 1, True)
+    assert out.flatten().tolist() == [-0.75, -0.75, -0.75, 1.25, 1.25, 1.25, 1.25]
+    out.backward(torch.tensor([[[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]]]))
+    assert x.grad.flatten().tolist() == [0, 2, 4, 8, 16, 32, 0]
+    assert scale.grad.item() == -1 - 2 - 4 + 8 + 16 + 32 + 64
+    assert offset.grad.item() == 1 + 64
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 300_000), (1, 400, 500), (300, 3, 200), (3, 2, 90_000)])
+def test_blocks_leave_no_trace(shape):
+    """The number of threads decides how large a block is: the same value and gradients to the bit, strided or not."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(*shape[:2], 2 * shape[2], generator=generator)[..., ::2]
+    weight = torch.randn(shape, generator=generator)
+    results = []
+    try:
+        for threads, values in ((1, x), (1, x.contiguous()), (7, x)):
+            torch.set_num_threads(threads)
+            scale, offset = torch.linspace(0.25, 0.75, shape[1]), torch.linspace(-1, 1, shape[1])
+            leaves = [t.detach().requires_grad_() for t in (values, scale, offset)]
+            out = fake_quantize(*leaves, 4, True)
+            out.backward(weight)
+            results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    finally:
+        torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+    assert torch.equal(results[0][0], dequantize(quantize(x, scale, offset, 4, True), scale, offset))
+
+
+def test_its_gradients_have_no_gradient():
+    """A second derivative is refused rather than wrong."""
+    x, scale = torch.randn(1, 1, 5, requires_grad=True), torch.ones(1, requires_grad=True)
+    (first,) = torch.autograd.grad(fake_quantize(x, scale, None, 4, True).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

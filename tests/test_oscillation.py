@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quant.config import QATConfig
 from quant.functional import fake_quantize, quantize
 from quant.oscillation import OscillationTracker
 from quant.site import Site
+from tests.test_train import dropping_vit, prepared, reports
 
 FIRST, SECOND = Site("layer1.conv", "weight"), Site("blocks.0.attn.qkv", "weight.query")
 SIZES = {FIRST: 7, SECOND: 5}
@@ -200,6 +202,22 @@ def test_tracking_does_not_change_training():
 
     assert torch.equal(train(tracked=True), train(tracked=False))
     assert shares[-1] > 0.2
+
+
+def test_the_training_loop_ends_with_the_same_bits_untracked(tmp_path, monkeypatch):
+    """With dropout and all terms of the loss, weights and scales are those of a loop whose tracker looks at nothing."""
+    config = QATConfig(epochs=2, batch_size=16, log_every=1, learning_rate=1e-3, obr_weight=0.1)
+    tracked, teacher = prepared(dropping_vit())
+    done = list(reports(tracked, teacher, config, tmp_path / "tracked"))
+    assert any(row["oscillating_ema"] > 0 for report in done for row in report.oscillation)
+    monkeypatch.setattr(OscillationTracker, "update", lambda self, codes, step: None)
+    monkeypatch.setattr("quant.train._codes", lambda weights: None)
+    monkeypatch.setattr("quant.train.edge_rows", lambda weights, step: [])
+    untracked, teacher = prepared(dropping_vit())
+    done = list(reports(untracked, teacher, config, tmp_path / "untracked"))
+    assert not any(row["oscillating_ema"] > 0 for report in done for row in report.oscillation)
+    state = tracked.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in untracked.state_dict().items())
 
 
 def test_other_sites_are_refused():

@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 
 from analysis import accounting, pareto
 from analysis.pareto import PARETO_COLUMNS, TOTALS, UNIFORM_COLUMNS, knee, pareto_front, uniform_points
-from analysis.pareto_plots import pareto_figure, plot_pareto
+from analysis.pareto_plots import budget_words, pareto_figure, plot_pareto
 from analysis.planner import plan_bits
 from quant.bit_plan import PlanBudget, PlannedSite
 from quant.errors import InputError
@@ -177,16 +177,43 @@ def test_uniform_bits_lie_on_the_front_or_above():
 
 
 def test_a_latency_budget_stays_in_force():
-    """Every point of every curve is within the time that the user's table gives it."""
+    """Every point of every curve but that of the latency is within the time that the user's table gives it."""
     options, cost, parameters = chain(3)
     latency = options[["module", "tensor", "bit_width"]].assign(milliseconds=options["bit_width"] / 4)
     budget = PlanBudget(latency_ms=6.0)
     front = pareto_front(options, cost, parameters=parameters, budget=budget, latency=latency, points=3)
     free = pareto_front(options, cost, parameters=parameters, points=3)
+    assert front["budget_kind"].drop_duplicates().tolist() == [*TOTALS, "latency_ms"]
+    front = front[front["budget_kind"] != "latency_ms"]
     assert (front.groupby("budget_kind")["predicted_delta_loss"].min() > free["predicted_delta_loss"].min()).all()
     best = plan_bits(options, cost, budget=budget, parameters=parameters, latency=latency)
     last = front.groupby("budget_kind").last()
     assert last["predicted_delta_loss"].tolist() == pytest.approx([best.objective] * 4)
+
+
+@pytest.mark.parametrize("kind", ["activation_bytes", "latency_ms"])
+def test_a_budget_of_bytes_or_time_has_its_own_curve(kind):
+    """From the fastest (smallest) plan, which may have more bits, to the best; each point as enumeration has it."""
+    options, cost, parameters = chain(2, bit_widths=(2, 4, 8))
+    generator = np.random.default_rng(0)
+    latency = options[["module", "tensor", "bit_width"]].assign(milliseconds=generator.uniform(0.1, 2, len(options)))
+    plans = []
+    for choice in itertools.product(*(list(rows.index) for _, rows in options.groupby(["module", "tensor"]))):
+        one = options.loc[list(choice)]
+        spent = plan_bits(one, cost, budget=PlanBudget(**{kind: 10**9}), parameters=parameters, latency=latency)
+        plans.append((getattr(spent.totals, kind), spent.objective))
+    least = min(spent for spent, _ in plans)
+    front = pareto_front(
+        options, cost, parameters=parameters, budget=PlanBudget(**{kind: 10**9}), latency=latency, points=6
+    )
+    own = front[front["budget_kind"] == kind]
+    assert own["budget"].iloc[0] == least
+    for row in own.itertuples():
+        assert row.predicted_delta_loss == pytest.approx(min(loss for spent, loss in plans if spent <= row.budget))
+    uniform = uniform_points(options, cost, parameters=parameters, kinds=[kind], latency=latency)
+    assert uniform["bit_width"].tolist() == [2, 4, 8]
+    ax = plot_pareto(front, kind=kind, uniform=uniform)
+    assert ax.get_xlabel() == {"activation_bytes": "activations (MiB)", "latency_ms": "latency (ms)"}[kind]
 
 
 def test_a_pinned_network_has_one_plan():
@@ -211,6 +238,8 @@ def test_wrong_requests_are_refused():
         pareto_front(weights, cost, parameters=parameters, kinds=["activation_bits"])
     with pytest.raises(InputError, match="no budget 'watts'"):
         pareto_front(options, cost, parameters=parameters, kinds=["watts"])
+    with pytest.raises(InputError, match="needs a latency table"):
+        pareto_front(options, cost, parameters=parameters, kinds=["latency_ms"])
     with pytest.raises(InputError, match="1 points has no two ends"):
         pareto_front(options, cost, parameters=parameters, points=1)
     with pytest.raises(InputError, match=r"No plan is within 1\.5 mean weight bits"):
@@ -254,9 +283,20 @@ def test_the_figure_holds_the_points():
         for label, frame in (("best plan", front), ("uniform bits", uniform), ("knee", knee(front))):
             rows = frame[frame["budget_kind"] == kind]
             np.testing.assert_allclose(lines[label], np.c_[rows[kind] / unit, rows["predicted_delta_loss"]])
+        marks = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert marks[-1].endswith("(on linear axes)")  # of the chord; the figure's are not
         box = ax.get_tightbbox()
         assert min(box.x0, box.y0) >= 0
         assert (box.x1, box.y1) <= (figure.bbox.x1, figure.bbox.y1)
+
+
+def test_budgets_are_said_in_units_that_people_read():
+    """Each kind in its unit, those that are set alone."""
+    budget = PlanBudget(weight_bits=3.0698123, size_bytes=3 * 2**19, bitops=538541800)
+    assert budget_words(budget) == "3.07 mean weight bits, 1.5 MiB and 0.5385 GBitOps"
+    assert budget_words(PlanBudget(latency_ms=12.5)) == "12.5 ms"
+    assert budget_words(PlanBudget(activation_bytes=2**20)) == "1 MiB of activations"
+    assert budget_words(PlanBudget()) == ""
 
 
 def test_the_scale_fits_the_sign_of_the_loss():

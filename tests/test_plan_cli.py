@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis import verify_step
+from analysis.interactions import SHARE
 from analysis.runs import Run
 from tests.digits_vit import DATA, MODEL, qvw
 
@@ -100,6 +101,7 @@ def test_a_proxy_or_own_scores_can_be_minimised(run, tmp_path, capfd):
         (["--like", "w3a4"], "leave out --weight-bits"),
         (["--objective", "speed"], "choose from kl, loss"),
         (["--scores", "none.csv"], "cannot be read"),
+        (["--interactions", "--objective", "loss"], "--interactions are in nats of KL"),
         (["--scores", "none.csv", "--objective", "loss"], "--scores takes the place of --objective"),
     ],
 )
@@ -136,6 +138,47 @@ def test_verify_measures_every_plan_at_the_budget(run, capfd):
     assert "is of an earlier plan" not in capfd.readouterr().err
     assert qvw("plan", "--run", run, "--weight-bits", 2.7) == 0
     assert "verification.parquet is of an earlier plan" in capfd.readouterr().err
+
+
+def test_interactions_are_counted_and_compared_with_the_sum_alone(run):
+    """The plan's value is no larger than that of the plan of the sum, whose row stands beside it."""
+    budget = ["--weight-bits", 3.2, "--activation-bits", 3.9]
+    assert qvw("plan", "--run", run, *budget) == 0
+    alone, bits = plan_of(run)
+    assert qvw("plan", "--run", run, *budget, "--interactions", "--verify", "--images", 20, "--num-workers", 0) == 0
+    plan, others = plan_of(run)
+    assert plan["solver"] == {"name": "highs", "status": "local_search", "gap": None, "lower_bound": None,
+                              "objective": "kl, with interactions"}  # fmt: skip
+    for name, limit in plan["budget"].items():
+        assert plan["totals"][name] <= limit
+    products = {
+        (row.module, row.tensor, row.bit_width): row.products
+        for row in pd.read_parquet(run / "proxy_images.parquet").itertuples()
+    }
+    scores = pd.read_parquet(run / "sensitivity.parquet").set_index(["module", "tensor", "bit_width"])["kl"]
+
+    def value(chosen):
+        table = np.array([products[*site, width] for site, width in chosen.items()], dtype=float)
+        pairs = np.mean(table.sum(axis=0) ** 2) - np.mean(table**2, axis=1).sum()
+        return scores[[(*site, width) for site, width in chosen.items()]].sum() + SHARE * pairs / 2
+
+    assert value(others) <= value(bits) + 1e-5  # scores were evened out
+    table = pd.read_parquet(run / "verification.parquet")
+    assert table["plan"].tolist()[:2] == ["planned", "additive"]
+    assert table["predicted_kl"].iloc[1] == pytest.approx(scores[[(*s, b) for s, b in bits.items()]].sum())
+    assert alone["totals"]["weight_bits"] == pytest.approx(table["weight_bits"].iloc[1])
+
+
+def test_interactions_need_products_of_this_treatment_of_batchnorm(run, capfd):
+    """Products of stored statistics say nothing of re-estimated ones; without products the step to make is named."""
+    rows = pd.read_parquet(run / "sensitivity.parquet")
+    rows.assign(batchnorm="re_estimated").to_parquet(run / "sensitivity.parquet")
+    assert qvw("plan", "--run", run, "--weight-bits", 3.5, "--interactions") == 2
+    assert "know nothing of re-estimated BatchNorm" in capfd.readouterr().err
+    rows.to_parquet(run / "sensitivity.parquet")
+    (run / "proxy_images.parquet").unlink()
+    assert qvw("plan", "--run", run, "--weight-bits", 3.5, "--interactions") == 2
+    assert "--proxies" in capfd.readouterr().err
 
 
 def test_a_verification_goes_on_where_it_was_interrupted(run, monkeypatch, capfd):

@@ -176,6 +176,31 @@ def test_what_is_no_plan_is_an_error(tmp_path):
     assert read_plan_file(tmp_path) == plan(3)
 
 
+@pytest.mark.parametrize("field", ["size_bytes", "bitops", "activation_bytes", "latency_ms"])
+def test_the_largest_numbers_of_a_file_are_compared(tmp_path, capsys, field):
+    """Whatever a plan file may hold has a finite difference; what is larger is an error that names the place."""
+    largest = {"latency_ms": 1e12}.get(field, 10**21)
+    a = replace(plan(3), totals=replace(plan(3).totals, **{field: largest}), predicted_delta_loss=-1e200)
+    b = replace(plan(3), totals=replace(plan(3).totals, **{field: 0}), predicted_delta_loss=1e200)
+    table = totals_diff(a, b)
+    assert np.isfinite(table["change"].dropna()).all()
+    (tmp_path / "a.json").write_text(a.to_json())
+    run_plan_diff(tmp_path / "a.json", folder(tmp_path / "b", b))
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 120
+    absurd = json.loads(a.to_json())
+    absurd["totals"][field] = 10**400
+    (tmp_path / "a.json").write_text(json.dumps(absurd))
+    with pytest.raises(InputError, match=rf"a\.json: totals\.{field}: "):
+        run_plan_diff(tmp_path / "a.json", tmp_path / "b")
+
+
+def test_damaged_costs_beside_a_plan_are_told(tmp_path):
+    """The bytes of sites are not made of nonsense: the table is named, and what is wrong with it."""
+    one, two = folder(tmp_path / "a", plan(3)), folder(tmp_path / "b", plan(5), COST.assign(numel=-1))
+    with pytest.raises(InputError, match=r"b/cost\.parquet, row 0 \(fc0:weight\): numel is -1 \(and 7 more"):
+        run_plan_diff(one, two)
+
+
 def test_the_table_of_a_plan_has_every_site():
     """In network order, whatever the file's; bits as planned; bytes that add up with the parameters outside."""
     whole = plan(3)

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from analysis.models import ModelSource, load_model
@@ -20,6 +21,7 @@ from quant.prepare import latent_weights, prepare_qat_, quantized, restore_float
 from quant.quantizer import LSQQuantizer
 from quant.site import Site
 from tests.test_sensitivity import IMAGES, model_of
+from tests.test_trace import small
 
 IMAGE = IMAGES[:1]
 
@@ -43,8 +45,21 @@ def same_padding():
     return timm.create_model("tf_mobilenetv3_small_minimal_100", num_classes=10).eval()
 
 
-NETWORKS = {"resnet": lambda: model_of("resnet"), "vit": lambda: model_of("vit"), "swin": lambda: model_of("swin"),
-            "same padding": same_padding}  # fmt: skip
+def grouped():
+    """A small ResNeXt, whose 3 x 3 convolutions have four groups, with BatchNorm that is not trivial."""
+    torch.manual_seed(0)
+    model = ResNet(Bottleneck, layers=(1, 1, 1, 1), channels=(8, 16, 16, 16), cardinality=4, base_width=32,
+                   stem_width=8, num_classes=10, zero_init_last=False).train()  # fmt: skip
+    with torch.no_grad():
+        model(IMAGES)
+    return model.eval()
+
+
+NETWORKS = {
+    "resnet": lambda: model_of("resnet"), "vit": lambda: model_of("vit"), "swin": lambda: model_of("swin"),
+    "beit": lambda: small("beit_base_patch16_224"), "eva": lambda: small("eva02_tiny_patch14_224"),
+    "swinv2": lambda: small("swinv2_tiny_window8_256"), "same padding": same_padding, "grouped": grouped,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -97,26 +112,11 @@ def test_every_site_is_quantized_and_learns(name):
     assert len(learned) == len(quantizers)
     model(IMAGES).square().sum().backward()
     assert all(q.scale.grad is not None and torch.isfinite(q.scale.grad).all() for q in learned)
-    assert sum(bool(q.scale.grad.any()) for q in learned) > 0.95 * len(learned)
+    assert not [q for q in learned if not q.scale.grad.any()]
     assert set(latent_weights(model)) == {site for site in quantizers if site.is_weight}
     for site in quantizers:
         if site.is_weight:
-            assert model.get_submodule(site.module)._parameters["weight"].grad is not None
-
-
-def test_heads_have_scales_of_their_own():
-    """A fused qkv weight has three quantizers with a scale a head; so have the four tensors inside attention."""
-    model = model_of("swin")
-    trace, infos, quantizers = opened(model)
-    prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
-    attention = model.layers[1].blocks[0].attn
-    assert list(attention.qkv.weight_quantizers) == ["query", "key", "value"]
-    assert all(len(q.scale) == 4 for q in attention.qkv.weight_quantizers.values())
-    assert {t: len(q.scale) for t, q in attention.attention_quantizers.items()} == dict.fromkeys(
-        ("query", "key", "value", "attention"), 4
-    )
-    by_head = attention.qkv.weight.detach().reshape(3, 4, -1)
-    assert all(len(by_head[part, head].unique()) <= 16 for part in range(3) for head in range(4))
+            assert model.get_submodule(site.module)._parameters["weight"].grad.any()
 
 
 def test_a_part_of_a_fused_weight_can_be_quantized_alone():
@@ -165,19 +165,6 @@ def test_a_quantizer_that_does_nothing_is_found(monkeypatch):
     trace, infos, quantizers = opened(model)
     monkeypatch.setattr(LSQQuantizer, "forward", lambda self, x: x + 0)
     with pytest.raises(InputError, match=rf"{len(quantizers)} of {len(quantizers)} planned sites were not executed"):
-        prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
-
-
-def test_layers_used_without_being_called_are_refused():
-    """BEiT computes with qkv.weight and never calls qkv: no input quantizer would see its input."""
-    torch.manual_seed(0)
-    model = timm.create_model("beit_base_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=4,
-                              num_classes=10).eval()  # fmt: skip
-    trace, infos, quantizers = opened(model)
-    weights = {site: q for site, q in quantizers.items() if site.is_weight}
-    prepare_qat_(model, weights, trace=trace, sites=infos, image=IMAGE)  # a weight alone is seen: it is a property
-    restore_float_(model)
-    with pytest.raises(InputError, match=r"blocks\.0\.attn\.qkv is used without being called .* and plan again"):
         prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
 
 

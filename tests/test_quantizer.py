@@ -1,6 +1,7 @@
 """The learned quantizer: its start, its two gradients with their factor, and what training and copying leave of it."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from quant.functional import quant_range
+from quant.prepare import latent_weights, prepare_qat_
 from quant.quantizer import MIN_SCALE_RATIO, LSQQuantizer, Quantizer
 from quant.range_estimators import estimate_range
 from quant.scheme import QuantScheme
+from tests.test_prepare import opened
+from tests.test_sensitivity import IMAGES, model_of
 
 
 def calibrated(x, *, bit_width, signed=True, offset=False, axis=0, groups=1, granularity="per_tensor"):
@@ -39,8 +43,8 @@ def by_hand(x, g, scale, offset, bit_width, signed, factor):
 
 
 @given(
-    seed=st.integers(0, 2**31), bit_width=st.sampled_from([2, 3, 4, 8]), signed=st.booleans(), offset=st.booleans(),
-    exponent=st.integers(-6, 3), elements=st.integers(1, 10**6),
+    seed=st.integers(0, 2**31), bit_width=st.sampled_from([2, 3, 4, 5, 6, 7, 8]), signed=st.booleans(),
+    offset=st.booleans(), exponent=st.integers(-6, 3), elements=st.integers(1, 10**6),
 )  # fmt: skip
 def test_value_and_gradients_are_those_of_the_papers(seed, bit_width, signed, offset, exponent, elements):
     """Forward and the gradients of x, scale and offset equal the closed form in float64; 1/sqrt(N Q_P) on the last two.
@@ -163,6 +167,72 @@ def test_copies_and_loaded_states_are_the_same_quantizer():
     twin.load_state_dict(quantizer.state_dict())
     assert torch.equal(twin(x), quantizer(x))
     assert set(quantizer.state_dict()) == {"scale", "offset", "min_scale"}
+
+
+def test_it_goes_through_pickle():
+    """As a process that is started, or a whole saved model, needs it."""
+    x = torch.rand(64) - 0.05
+    start = calibrated(x, bit_width=4, signed=False, offset=True)
+    quantizer = LSQQuantizer(start, elements_per_scale=64, gradient_scale="module", compiled=True)
+    twin = pickle.loads(pickle.dumps(quantizer))
+    twin.compiled = False
+    assert torch.equal(twin(x), start(x))
+    assert (twin.gradient_scale, quantizer.compiled) == ("module", True)
+
+
+def test_distributed_training_averages_the_gradients_of_scales(tmp_path):
+    """DistributedDataParallel takes a quantizer as any module: in a group of one the gradients are those without."""
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(5))
+    quantizer = LSQQuantizer(calibrated(x, bit_width=3), elements_per_scale=16)
+    twin = copy.deepcopy(quantizer)
+    twin(x).square().sum().backward()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(quantizer)(x).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(quantizer.scale.grad, twin.scale.grad)
+
+
+@given(seed=st.integers(0, 2**31), bit_width=st.sampled_from([1, 2, 4, 8]), spread=st.floats(1e-3, 1e3))
+def test_module_dependent_gradients_are_those_of_lsq_times_a_factor(seed, bit_width, spread):
+    """1 / sqrt(Q_P ||w||_1) of each channel in place of 1 / sqrt(N Q_P): of scales alone, the weight's is the same."""
+    weight = torch.randn(3, 20, generator=torch.Generator().manual_seed(seed)) * torch.tensor([[1], [spread], [3.0]])
+    start = calibrated(weight, bit_width=bit_width, groups=3, granularity="per_channel")
+    gradients = {}
+    for name in ("lsq", "module"):
+        leaf, quantizer = (
+            weight.clone().requires_grad_(),
+            LSQQuantizer(start, elements_per_scale=20, gradient_scale=name),
+        )
+        quantizer(leaf).square().sum().backward()
+        gradients[name] = leaf.grad, quantizer.scale.grad
+    factor = torch.sqrt(20 / weight.double().abs().sum(dim=1)).float()
+    assert torch.equal(gradients["module"][0], gradients["lsq"][0])
+    torch.testing.assert_close(gradients["module"][1], gradients["lsq"][1] * factor, rtol=1e-4, atol=0)
+
+
+def test_the_module_dependent_factor_follows_the_weight():
+    """The norm is that of the step's own weight, a constant to its gradient; a channel of zeros gives no NaN."""
+    weight = torch.tensor([[1.0, -3.0], [0.0, 0.0]])
+    scheme = QuantScheme(bit_width=3, signed=True, granularity="per_channel")
+    start = Quantizer(scheme=scheme, scale=torch.tensor([1.0, 1.0]), offset=None, axis=0, groups=2)
+    quantizer = LSQQuantizer(start, elements_per_scale=2, gradient_scale="module")
+    assert quantizer.gradient_factor(weight[None]).tolist() == pytest.approx([1 / np.sqrt(3 * 4), 0])
+    assert quantizer.gradient_factor(4 * weight[None]).tolist() == pytest.approx([1 / np.sqrt(3 * 16), 0])
+    quantizer(weight).sum().backward()
+    assert quantizer.scale.grad.tolist() == [0, 0]  # both weights lie on the grid
+
+
+def test_module_dependent_gradients_are_for_weights():
+    """`prepare_qat_` gives them to weights alone; activations keep LSQ's."""
+    model = model_of("vit")
+    trace, infos, quantizers = opened(model)
+    prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1], gradient_scale="module")
+    weights = [id(quantizer) for _, quantizer in latent_weights(model).values()]
+    learned = [module for module in model.modules() if isinstance(module, LSQQuantizer)]
+    assert len(learned) > len(weights) > 0
+    assert all((q.gradient_scale == "module") == (id(q) in weights) for q in learned)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])

@@ -126,8 +126,9 @@ def test_the_page_holds_all_that_it_needs(page):
     assert not [a for _, a in reader.elements if "src" in a and not a["src"].startswith("data:image/png;base64,")]
     assert {a["href"] for a in reader.all("a")} == {f"#{a['id']}" for a in reader.all("h2")}
     assert [a["href"] for a in reader.all("link")] == ["data:,"]
-    # 2 over depth, 2 by kind, channels; 2 distributions; sensitivity, SQNR, ranks, proxies; plan; 2 of the trainings
-    assert len(reader.all("img")) == 14
+    # 2 over depth, 2 by kind, channels; 2 distributions; sensitivity, SQNR, ranks, proxies; plan; 2 of the trainings,
+    # and for each that quantizes one of its oscillation
+    assert len(reader.all("img")) == 16
     for section in SECTIONS:
         assert f">{section}</h2>" in text
 

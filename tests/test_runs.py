@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from analysis.files import RowLog, write_atomic, write_bytes
-from analysis.runs import ModelRecord, Run
+from analysis.run_record import ModelRecord
+from analysis.runs import Run
 from quant.errors import InputError
 
 MODEL = ModelRecord(typed="resnet18", name="resnet18", weights_sha256="aa", parameters=11, kwargs={"num_classes": 10})
@@ -116,8 +117,8 @@ def test_tables_and_json_round_trip(tmp_path):
     """What is read equals what was written, to the last bit, with NaN; NumPy scalars become numbers."""
     run = Run(tmp_path / "run")
     frame = pd.DataFrame({"module": ["a", "b"], "std": [0.1 + 0.2, math.nan], "shape": [[1, 2], [3]]})
-    run.write_table("stats", frame)
-    read = run.read_table("stats")
+    run.write_table("mine", frame)
+    read = run.read_table("mine")
     pd.testing.assert_frame_equal(read[["module", "std"]], frame[["module", "std"]], check_exact=True)
     assert [list(shape) for shape in read["shape"]] == [[1, 2], [3]]
     run.write_json("variation", {"sdam": np.float32(0.1), "n": np.int64(3), "path": Path("x")})

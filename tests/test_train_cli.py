@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from analysis.columns import HISTORY_COLUMNS, OSCILLATION_COLUMNS
+from analysis.columns import BINS_COLUMNS, HISTORY_COLUMNS, OSCILLATION_COLUMNS
 from analysis.locks import exclusive
 from quant.bit_plan import BitPlan
 from quant.config import QATConfig
@@ -59,6 +59,10 @@ def test_a_training_leaves_the_files_of_the_design(trained):
         oscillation = pd.read_parquet(folder / "oscillation.parquet")
         assert list(oscillation.columns) == list(OSCILLATION_COLUMNS)
         assert (len(oscillation) > 0) == (name == "qat")  # nothing of at most 4 bits in the others
+        bins = pd.read_parquet(folder / "bins.parquet")
+        assert list(bins.columns) == list(BINS_COLUMNS)
+        assert set(bins["step"]) == ({0, 5, 10} if name == "qat" else set())
+        assert set(bins["kind"]) == ({"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"} if name == "qat" else set())
         config = json.loads((folder / "config.json").read_text())
         assert (config["batch_size"], config["learning_rate"]) == (20, 2e-4)
         assert load_file(folder / "model.safetensors")["blocks.0.attn.qkv.weight"].shape == (96, 32)
@@ -135,7 +139,7 @@ def test_killed_trainings_end_with_the_same_weights(trained, tmp_path):
     state, expected = (load_file(folder / "qat" / "model.safetensors") for folder in (run, trained))
     assert state.keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in state.items())
-    for table in ("history", "oscillation"):
+    for table in ("history", "oscillation", "bins"):
         one, other = (pd.read_parquet(folder / "qat" / f"{table}.parquet") for folder in (run, trained))
         columns = one.columns.drop("seconds", errors="ignore")
         pd.testing.assert_frame_equal(one[columns], other[columns], check_exact=True)

@@ -46,17 +46,17 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image(kind, folder):
     """The same key gives the same bits, in any order and beside other draws; another epoch or seed another view."""
     spec = f"folder:{folder}" if kind == "folder" else "digits"
     images, _ = images_of(spec, QATConfig(crop_area=0.3))
-    first, label, _ = images[(0, 3)]
+    first, label = images[(0, 3)].views[0], images[(0, 3)].label
     torch.manual_seed(5)
     state = torch.get_rng_state()
     images[(0, 1)]
-    again = images[(0, 3)].image
+    again = images[(0, 3)].views[0]
     assert torch.equal(first, again)
     assert torch.equal(torch.get_rng_state(), state)  # dropout, which draws from it, is not disturbed
     assert first.shape == images.images[3][0].shape
     assert label == images.images[3][1]
-    assert not torch.equal(first, images[(1, 3)].image)
-    assert not torch.equal(first, images_of(spec, QATConfig(crop_area=0.3, seed=1))[0][(0, 3)].image)
+    assert not torch.equal(first, images[(1, 3)].views[0])
+    assert not torch.equal(first, images_of(spec, QATConfig(crop_area=0.3, seed=1))[0][(0, 3)].views[0])
 
 
 @pytest.mark.parametrize("kind", ["folder", "digits"])
@@ -64,7 +64,7 @@ def test_without_augmentation_images_are_those_of_evaluation(kind, folder):
     """Whole images, no flip: bit for bit what evaluation sees."""
     spec = f"folder:{folder}" if kind == "folder" else "digits"
     images, _ = images_of(spec, QATConfig(crop_area=1.0, horizontal_flip=0.0))
-    assert torch.equal(images[(4, 2)].image, images.images[2][0])
+    assert torch.equal(images[(4, 2)].views[0], images.images[2][0])
 
 
 def test_worker_processes_change_nothing(folder):

@@ -1,0 +1,28 @@
+"""`qvw ablate`: the command line of ablations."""
+
+from pathlib import Path
+
+import click
+
+from analysis.options import quiet_option
+
+
+@click.command(short_help="Train several arms with several seeds; what is each worth?")
+@click.argument("config", type=click.Path(path_type=Path), metavar="CONFIG.yaml")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True,
+              help="Folder of the tables, with a run folder for each network.")  # fmt: skip
+@click.option("--only", multiple=True, metavar="NETWORK", help="Train this one of the file alone; may be repeated.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps.")
+@click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Decoding processes.")
+@quiet_option
+def ablate(config: Path, out: Path, only: tuple[str, ...], device: str, num_workers: int, quiet: bool) -> None:
+    """Quantization-aware training of every arm on every network with every seed, and what each arm is worth.
+
+    CONFIG.yaml names networks, arms and seeds; reports/ablation/cifar10.yaml is one. Interrupted and started again it
+    goes on; a training that is finished is kept, so seeds and arms can be added. Writes ablation.csv (a row a
+    training), summary.csv (means with 95 % intervals over seeds, differences from the baseline seed by seed) and
+    ablation.png.
+    """
+    from analysis.ablation_step import run_ablation
+
+    run_ablation(config, out, only=only, device=device, num_workers=num_workers, quiet=quiet)

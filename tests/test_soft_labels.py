@@ -1,0 +1,293 @@
+"""The store of soft labels: what is written is read again, what is damaged is refused, what was stopped goes on."""
+
+import math
+import pickle
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from quant.choices import COMPRESSIONS
+from quant.distill import distillation_loss, soft_cross_entropy
+from quant.errors import InputError
+from quant.label_compression import compress, expand
+from quant.soft_labels import (
+    Crop,
+    SoftLabelHeader,
+    SoftLabels,
+    SoftLabelWriter,
+    is_soft_labels,
+    partial_of,
+)
+
+HEADER = SoftLabelHeader(
+    images=7, crops=3, classes=10, compression="marginal_smoothing", top_k=5, temperature=1.0, teacher="teacher",
+    teacher_sha256="ab" * 32, split="train", data_sha256="cd" * 32, skip_broken=False, input_size=(3, 32, 32),
+    mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616), interpolation="bicubic", scale=(0.08, 0.936),
+    ratio=(0.75, 1.3333), flip=0.5, seed=0, batch_size=4, device="cpu",
+)  # fmt: skip
+
+
+def logits_of(count, classes=10, seed=0, spread=3.0):
+    """Random logits (count, classes)."""
+    return spread * torch.randn(count, classes, generator=torch.Generator().manual_seed(seed))
+
+
+def crops_of(count, seed=0):
+    """Random boxes, among them the largest that there can be."""
+    rows = torch.randint(0, 2**15, (count, 5), generator=torch.Generator().manual_seed(seed)).tolist()
+    crops = [Crop(top, left, max(height, 1), max(width, 1), flip % 2 == 1) for top, left, height, width, flip in rows]
+    return [Crop(2**15 - 1, 2**15 - 1, 2**15 - 1, 2**15 - 1, True), *crops[1:]]
+
+
+def write(path, header, *, stop=None):
+    """Write random labels by the header's batches; the crops, and what was kept of them. `stop`: crops before it."""
+    logits, crops = logits_of(header.records, header.classes), crops_of(header.records)
+    kept, classes = compress(logits, compression=header.compression, top_k=header.top_k)
+    writer = SoftLabelWriter(path, header)
+    for start in range(writer.done, stop or header.records, header.batch_size):
+        part = slice(start, min(start + header.batch_size, header.records))
+        fingerprints = [2**32 - 1 - n // header.crops for n in range(header.records)[part]]
+        writer.append(fingerprints, crops[part], kept[part], classes[part])
+    if stop is None:
+        writer.finish()
+    writer.close()
+    return crops, kept, classes
+
+
+def by_definition(row, compression, top_k):
+    """The label of one row of logits, in plain Python."""
+    powers = [math.exp(value - max(row)) for value in row]
+    p = [power / sum(powers) for power in powers]
+    order = sorted(range(len(row)), key=lambda c: -p[c])
+    if compression == "full":
+        return p
+    if compression == "hard":
+        return [float(c == order[0]) for c in range(len(row))]
+    kept = order[: 1 if compression == "smoothing" else top_k]
+    total = sum(p[c] for c in kept)
+    if compression == "marginal_renorm":
+        return [p[c] / total if c in kept else 0.0 for c in range(len(row))]
+    rest = (1 - total) / (len(row) - len(kept)) if len(kept) < len(row) else 0.0
+    return [p[c] if c in kept else rest for c in range(len(row))]
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("top_k", [1, 5, 10])
+def test_a_compressed_label_is_its_definition(compression, top_k):
+    """To the rounding of float16; every label is a distribution, whatever was rounded."""
+    logits = logits_of(20)
+    kept, classes = compress(logits, compression=compression, top_k=top_k)
+    labels = expand(kept, classes, compression=compression, classes=10)
+    expected = torch.tensor([by_definition(row, compression, top_k) for row in logits.tolist()])
+    torch.testing.assert_close(labels, expected, rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(labels.sum(dim=1), torch.ones(20))
+    assert (labels >= 0).all()
+    assert kept.dtype == torch.float16
+
+
+def test_the_temperature_softens_what_is_kept():
+    """Probabilities are those of the logits over T; the classes stay the likeliest ones."""
+    logits = logits_of(20)
+    kept, classes = compress(logits, compression="marginal_smoothing", top_k=3, temperature=4.0)
+    expected, indices = (logits / 4).softmax(dim=1).topk(3)
+    assert torch.equal(kept, expected.half())
+    assert torch.equal(classes, indices)
+
+
+def test_classes_that_vanish_in_float32_keep_their_order():
+    """A teacher that is sure gives the others a probability of 0, but still the next best class is the next."""
+    _, classes = compress(torch.tensor([[900.0, 300.0, 0.0, 400.0]]), compression="marginal_renorm", top_k=3)
+    assert classes.tolist() == [[0, 3, 1]]
+
+
+def test_the_loss_is_the_mean_cross_entropy_over_images_and_crops():
+    """-1/(NM) sum_i sum_j p_T . log p_S, in plain Python."""
+    student, teacher = logits_of(6, seed=1), logits_of(6, seed=2).softmax(dim=1)
+    total = 0.0
+    for row, p in zip(student.tolist(), teacher.tolist(), strict=True):
+        normalizer = math.log(sum(map(math.exp, row)))
+        total -= sum(p_c * (value - normalizer) for p_c, value in zip(p, row, strict=True))
+    assert soft_cross_entropy(student, teacher).item() == pytest.approx(total / 6, rel=1e-6)
+
+
+@given(seed=st.integers(0, 100), temperature=st.floats(0.2, 10))
+def test_the_gradient_is_that_of_distillation_from_the_same_teacher(seed, temperature):
+    """The two terms differ by T^2 times the teacher's entropy, in which the student does not appear."""
+    student, teacher = logits_of(4, seed=seed).double().requires_grad_(), logits_of(4, seed=seed + 1).double()
+    p = (teacher / temperature).softmax(dim=1)
+    soft = soft_cross_entropy(student, p, temperature=temperature)
+    kd = distillation_loss(student, teacher, temperature=temperature)
+    entropy = -(p * p.log()).sum(dim=1).mean()
+    torch.testing.assert_close(soft - temperature**2 * entropy, kd, rtol=1e-6, atol=1e-9)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (soft, kd)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+
+
+def test_hard_labels_give_the_ordinary_cross_entropy():
+    """With the likeliest class alone the term is cross-entropy with the teacher's decision."""
+    student, teacher = logits_of(8, seed=3), logits_of(8, seed=4)
+    labels = expand(*compress(teacher, compression="hard"), compression="hard", classes=10)
+    torch.testing.assert_close(soft_cross_entropy(student, labels), F.cross_entropy(student, teacher.argmax(dim=1)))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "temperature", "message"),
+    [((4, 9), 1.0, r"must both be \(batch, classes\)"), ((1, 10), 1.0, r"must both be \(batch, classes\)"),
+     ((4, 10), 0.0, "`temperature` must be > 0"), ((4, 10), -1.0, "`temperature` must be > 0")],
+)  # fmt: skip
+def test_what_is_no_distillation_is_refused(teacher, temperature, message):
+    """Labels of other classes do not broadcast in silence; a temperature is above 0."""
+    with pytest.raises(ValueError, match=message):
+        soft_cross_entropy(torch.zeros(4, 10), torch.full(teacher, 0.1), temperature=temperature)
+
+
+@settings(max_examples=30)
+@given(
+    images=st.integers(1, 6), crops=st.integers(1, 5), batch=st.integers(1, 9), seed=st.integers(0, 100),
+    compression=st.sampled_from(COMPRESSIONS), classes=st.sampled_from([6, 300, 70_000]),
+)  # fmt: skip
+def test_what_is_written_is_read_again(images, crops, batch, compression, classes, seed):
+    """Every crop to the bit, in any order, whatever the batches and however many classes."""
+    if compression == "full":
+        classes = min(classes, 300)
+    top_k = 5 if compression.startswith("marginal") else 0
+    header = replace(HEADER, images=images, crops=crops, classes=classes, compression=compression, top_k=top_k,
+                     batch_size=batch, seed=seed)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "labels"
+        written, kept, indices = write(path, header)
+        labels = SoftLabels(path)
+        assert labels.header == header
+        order = torch.randperm(header.records, generator=torch.Generator().manual_seed(seed)).tolist()
+        stored = {n: labels.crop(*divmod(n, crops)) for n in order}
+        for n, each in stored.items():
+            assert each.crop == written[n]
+            assert torch.equal(torch.tensor(each.probabilities, dtype=torch.float16), kept[n])
+            assert list(each.classes) == indices[n].tolist()
+            assert labels.fingerprint(n // crops) == 2**32 - 1 - n // crops
+        expected = expand(kept, indices, compression=compression, classes=classes)
+        assert torch.equal(labels.distributions([stored[n] for n in range(header.records)]), expected)
+        assert not partial_of(path).exists()
+
+
+@pytest.mark.parametrize("crops", [1, 4, 500])
+def test_a_crop_takes_at_most_32_bytes(crops, tmp_path):
+    """At K = 5 and ImageNet's classes, its image's fingerprint counted in; header and checksum aside."""
+    header = replace(HEADER, images=2, crops=crops, classes=1000)
+    write(tmp_path / "labels", header)
+    content = (tmp_path / "labels").stat().st_size - len(header.line) - 32
+    assert content / header.records == 28 + 4 / crops <= 32
+
+
+def test_a_copy_for_a_worker_reads_the_same(tmp_path):
+    """Pickled, it opens the file anew: the memory map itself cannot travel."""
+    write(tmp_path / "labels", HEADER)
+    labels = SoftLabels(tmp_path / "labels")
+    copy = pickle.loads(pickle.dumps(labels))
+    assert copy.crop(6, 2) == labels.crop(6, 2)
+    assert (copy.sha256, copy.header) == (labels.sha256, labels.header)
+
+
+@pytest.mark.parametrize("place", [(7, 0), (0, 3), (-1, 0), (0, -1)])
+def test_a_crop_that_is_not_there_is_no_other_one(place, tmp_path):
+    """An index beyond the end, or below 0, does not read a neighbour."""
+    write(tmp_path / "labels", HEADER)
+    with pytest.raises(IndexError, match="3 of 7 images"):
+        SoftLabels(tmp_path / "labels").crop(*place)
+
+
+@given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_any_flipped_bit_is_found(share, bit):
+    """In the header, a fingerprint, a crop or the checksum itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "labels"
+        write(path, HEADER)
+        content = bytearray(path.read_bytes())
+        content[int(share * len(content))] ^= 1 << bit
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"damaged|is no file of soft labels"):
+            SoftLabels(path)
+
+
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_any_cut_is_found(share):
+    """However much is left of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "labels"
+        write(path, HEADER)
+        content = path.read_bytes()
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(InputError, match=r"cut short|damaged or of another version|is no file of soft labels"):
+            SoftLabels(path)
+
+
+def test_what_is_no_such_file_is_named(tmp_path):
+    """Another file, one of a later version, none at all."""
+    (tmp_path / "other").write_bytes(b"PK\x03\x04" * 100)
+    with pytest.raises(InputError, match="other is no file of soft labels: `qvw soft-labels TEACHER"):
+        SoftLabels(tmp_path / "other")
+    assert not is_soft_labels(tmp_path / "other")
+    write(tmp_path / "later", HEADER)
+    content = (tmp_path / "later").read_bytes()
+    (tmp_path / "later").write_bytes(content.replace(b'"version": 1,', b'"version": 2,', 1))
+    with pytest.raises(InputError, match="damaged or of another version than 1"):
+        SoftLabels(tmp_path / "later")
+    with pytest.raises(InputError, match="absent cannot be read: No such file"):
+        SoftLabels(tmp_path / "absent")
+
+
+@given(left=st.floats(0, 1), spoilt=st.integers(0, 40))
+def test_a_stopped_writer_goes_on_to_the_same_bytes(left, spoilt):
+    """Killed at any byte, within the header too; the last bytes of the last batch may even be wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole, path = Path(folder) / "whole", Path(folder) / "path"
+        write(whole, HEADER)
+        expected = whole.read_bytes()
+        size = int(left * (len(expected) - 1))
+        begun = bytearray(expected[:size])
+        spoilt = min(spoilt, max(0, size - len(HEADER.line)))
+        begun[size - spoilt :] = bytes(spoilt)
+        partial_of(path).write_bytes(begun)
+        write(path, HEADER)
+        assert path.read_bytes() == expected
+
+
+def test_a_stopped_writer_keeps_what_was_done(tmp_path):
+    """It goes on from the last batch but one: nothing before is asked again; until the end there is no file."""
+    path = tmp_path / "labels"
+    write(path, HEADER, stop=16)
+    assert not path.exists()
+    writer = SoftLabelWriter(path, HEADER)
+    writer.close()
+    assert writer.done == 12
+
+
+def test_a_beginning_of_other_labels_is_refused(tmp_path):
+    """With what differs; a file of that name that is none of ours stays as it is."""
+    path = tmp_path / "labels"
+    write(path, HEADER, stop=8)
+    other = replace(HEADER, seed=3, teacher_sha256="ef" * 32)
+    message = (
+        r"labels\.partial was begun with other inputs \(teacher_sha256: (ab){6} -> (ef){6}, seed: 0 -> 3\).*--overwrite"
+    )
+    with pytest.raises(InputError, match=message):
+        SoftLabelWriter(path, other)
+    partial_of(path).write_bytes(b"my notes\n")
+    with pytest.raises(InputError, match=r"begun with other inputs\. Run that command again"):
+        SoftLabelWriter(path, HEADER)
+    assert partial_of(path).read_bytes() == b"my notes\n"
+
+
+def test_an_incomplete_file_is_never_put_in_place(tmp_path):
+    """A writer that ends too early raises: a defect, not a shorter file."""
+    writer = SoftLabelWriter(tmp_path / "labels", HEADER)
+    with pytest.raises(ValueError, match="0 crops were added, `header` says 21"):
+        writer.finish()
+    writer.close()
+    assert not (tmp_path / "labels").exists()
