@@ -1,10 +1,11 @@
 """What an ablation trains: networks, arms and seeds, read from a YAML file."""
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,6 +71,7 @@ class Job:
     arm: str
     seed: int
     config: QATConfig
+    fixed: dict[str, Any]  # all that fixes its result, as JSON has it
 
     @property
     def name(self) -> str:
@@ -100,7 +102,15 @@ class Ablation:
                 seeds = self.seeds if subject.seeds is None else subject.seeds
                 for arm in self.arms if subject.arms is None else subject.arms:
                     if i < len(seeds):
-                        yield Job(subject=name, arm=arm, seed=seeds[i], config=self._config(name, arm, seeds[i]))
+                        config = self._config(name, arm, seeds[i])
+                        fixed = self._fixed(name, arm) | {f"config.{key}": v for key, v in asdict(config).items()}
+                        yield Job(subject=name, arm=arm, seed=seeds[i], config=config, fixed=fixed)
+
+    def _fixed(self, subject: str, arm: str) -> dict[str, Any]:
+        free = {"arms", "seeds", "settings", "title", "against"}
+        both = {"subject": asdict(self.subjects[subject]), "arm": asdict(self.arms[arm])}
+        plain = json.loads(json.dumps(both))
+        return {f"{of}.{key}": value for of, some in plain.items() for key, value in some.items() if key not in free}
 
     def _config(self, subject: str, arm: str, seed: int) -> QATConfig:
         values = self.settings | self.subjects[subject].settings | self.arms[arm].settings | {"seed": seed}

@@ -6,6 +6,7 @@ products of two sites are their interaction, which CLADO (Deng et al., DAC 2025,
 pass for every pair. Here they cost nothing more than the one backward pass of `qvw sensitivity --proxies`.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -61,22 +62,29 @@ def interaction(matrix: NDArray[np.float64], program: Program, choice: Sequence[
 
 
 def improved(
-    program: Program, matrix: NDArray[np.float64], start: Sequence[int], *, relative_gap: float, time_limit: float
+    program: Program, matrix: NDArray[np.float64], start: Sequence[int], *, relative_gap: float, deadline: float
 ) -> list[int]:
     """A choice within the budgets whose scores and interactions add up to less than those of `start`, or `start`.
 
     Exchanges one or two options at a time, the best exchange first, until none helps. Then the program is solved
     exactly with the interactions of the choice added to the scores, and exchanges begin anew from there, for as long
-    as it helps. No proof of optimality: the program with products of all pairs is beyond exact solvers.
+    as it helps, and until `deadline` (of time.monotonic). No proof of optimality: the program with products of all
+    pairs is beyond exact solvers.
     """
     first = _first_options(program)
-    best = _exchanged(program, matrix, list(start))
+    best = _exchanged(program, matrix, list(start), deadline)
     value = program.total(best) + interaction(matrix, program, best)
     for _ in range(ROUNDS):
         extra = matrix[:, first + np.asarray(best)].sum(axis=1)
         score = [own + extra[at : at + len(own)] for own, at in zip(program.score, first, strict=True)]
-        linear = solve(Program(score, program.budgets), relative_gap=relative_gap, time_limit=time_limit)
-        found = _exchanged(program, matrix, linear.choice)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        try:
+            linear = solve(Program(score, program.budgets), relative_gap=relative_gap, time_limit=left)
+        except InputError:  # nothing in time: the best so far stands
+            break
+        found = _exchanged(program, matrix, linear.choice, deadline)
         total = program.total(found) + interaction(matrix, program, found)
         if total >= value - 1e-12 * abs(value):
             break
@@ -84,15 +92,15 @@ def improved(
     return best
 
 
-def _exchanged(program: Program, matrix: NDArray[np.float64], choice: list[int]) -> list[int]:
-    """The choice after the best exchanges of one or two options, none of which helps any more."""
+def _exchanged(program: Program, matrix: NDArray[np.float64], choice: list[int], deadline: float) -> list[int]:
+    """The choice after the best exchanges of one or two options, until none helps or the time is over."""
     first = _first_options(program)
     unit = np.repeat(np.arange(len(program.score)), [len(own) for own in program.score])
     place = np.arange(len(unit)) - first[unit]
     score = np.concatenate(program.score)
     costs = [_with_pairs(np.concatenate(budget.own), budget.pairs, first, len(unit)) for budget in program.budgets]
     other = unit[:, None] != unit[None, :]
-    while True:
+    while time.monotonic() < deadline:
         now = first + np.asarray(choice)
         gain = _changes(score, matrix, now, unit)
         allowed = other | np.eye(len(unit), dtype=bool)
@@ -104,6 +112,7 @@ def _exchanged(program: Program, matrix: NDArray[np.float64], choice: list[int])
             return choice
         choice = list(choice)
         choice[unit[k]], choice[unit[l]] = int(place[k]), int(place[l])
+    return choice
 
 
 def _changes(own: NDArray, pairs: NDArray, now: NDArray[np.int64], unit: NDArray[np.int64]) -> NDArray:

@@ -1,9 +1,11 @@
 """A lock between processes, so that two do not write the same results at once."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from analysis.files import writing
 from quant.errors import InputError
@@ -21,6 +23,8 @@ def exclusive(path: Path, what: str, *, instead: str = "--run") -> Iterator[None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(file, path):  # the holder removed it between our opening and locking: two would hold a lock
+                raise BlockingIOError
         except BlockingIOError as error:
             raise InputError(
                 f"Another process runs {what} at this moment. Wait for it, or choose another `{instead}`."
@@ -29,3 +33,11 @@ def exclusive(path: Path, what: str, *, instead: str = "--run") -> Iterator[None
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether `path` still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

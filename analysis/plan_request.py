@@ -56,6 +56,8 @@ class PlanRequest:
             raise InputError("--scores takes the place of --objective; leave out one of them.")
         if request.interactions and (request.scores is not None or request.minimised not in ("kl", "fisher")):
             raise InputError("--interactions are in nats of KL: plan for --objective kl or fisher, or without them.")
+        if request.interactions and request.pareto:
+            raise InputError("--pareto is of the sum over sites, without interactions: ask for one of the two.")
         return request
 
     @property

@@ -5,7 +5,7 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -83,8 +83,7 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     planned = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(request).items()}
     with run.start_step(
         "plan", command=shlex.join(["qvw", *sys.argv[1:]]), options=planned, inputs=inputs, seed=0, device="cpu",
-        files=("plan.json", "plan.csv", "pareto.parquet", "pareto_uniform.parquet", *figure_files("plan"),
-               *figure_files("pareto")), renew=True,
+        files=(*_own_files(out, run), "pareto.parquet", "pareto_uniform.parquet", *figure_files("pareto")), renew=True,
     ):  # fmt: skip
         write_bytes(out, plan.to_json().encode())
         write_bytes(out.with_suffix(".csv"), plan_frame(plan, cost).to_csv(index=False).encode())
@@ -96,18 +95,17 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     say(f"plan of {len(plan.sites)} sites in {out}", quiet=request.quiet)
     if not request.verify and (run.path / "verification.parquet").exists():
         verified = run.read_table("verification", ("plan_sha256",))["plan_sha256"]
-        if hashlib.sha256(plan.to_json().encode()).hexdigest() not in set(verified):
+        if plan.sha256 not in set(verified):
             warn(f"{run.path / 'verification.parquet'} is of an earlier plan; --verify makes it anew.")
     if request.verify:  # afterwards, for the plan is to be there whatever becomes of the images
         setup = Setup(
             run=path, images=request.images, batch_size=request.batch_size, num_workers=request.num_workers,
             device=request.device, overwrite=True, quiet=request.quiet,
         )  # fmt: skip
-        others = other_plans(plan, options, cost, parameters=model.parameters, ties=ties, latency=latency)
-        if request.interactions:
-            alone = plan_bits(options, cost, budget=budget, parameters=model.parameters, ties=ties, latency=latency)
-            solver = PlanSolver(name="additive", status=alone.status, gap=alone.gap, lower_bound=alone.lower_bound)
-            others.insert(0, replace(plan, sites=alone.sites, totals=alone.totals, solver=solver))
+        others = other_plans(
+            plan, options, cost, parameters=model.parameters, ties=ties, latency=latency,
+            interactions=request.interactions,
+        )  # fmt: skip
         say(run_verify(setup, plan, others, rows), quiet=request.quiet)
 
 
@@ -136,6 +134,12 @@ def plan_options(run: Run, rows: pd.DataFrame, cost: pd.DataFrame, request: Plan
     return restrict(options, bounds, map(parse_kind, request.candidates_of), kept=kept)
 
 
+def _own_files(out: Path, run: Run) -> list[str]:
+    """The plan, its table and its figure, where they lie in the run folder."""
+    inside = out.resolve().parent == run.path.resolve()
+    return [out.with_suffix(suffix).name for suffix in (".json", ".csv", ".png", ".svg")] if inside else []
+
+
 def _check_target(out: Path, run: Run) -> None:
     """InputError for a file that the plan, its table or its figure must not replace."""
     if out.suffix != ".json":
@@ -143,8 +147,8 @@ def _check_target(out: Path, run: Run) -> None:
     if out.resolve().parent != run.path.resolve() and (out.parent / "run.json").exists():
         raise InputError(f"--out {out} lies in the run folder of another model or sweep; choose another folder.")
     others = {file for name, step in run.record.steps.items() if name != "plan" for file in step.files}
-    taken = {out.with_suffix(suffix).name for suffix in (".json", ".csv", ".png", ".svg")} & (others | {"run.json"})
-    if out.resolve().parent == run.path.resolve() and taken:
+    taken = set(_own_files(out, run)) & (others | {"run.json"})
+    if taken:
         raise InputError(f"--out {out} would replace {sorted(taken)[0]} of the run; choose another name.")
     if out.is_file():
         BitPlan.from_json(
@@ -171,7 +175,7 @@ def _front(
             time_limit=FRONT_SECONDS, solved=bar.update,
         )  # fmt: skip
     crosses = uniform_points(options, cost, parameters=parameters, budget=plan.budget, ties=ties, latency=latency)
-    run.write_table("pareto", front.assign(plan_sha256=hashlib.sha256(plan.to_json().encode()).hexdigest()))
+    run.write_table("pareto", front.assign(plan_sha256=plan.sha256))
     run.write_table("pareto_uniform", crosses)
     objective = plan.solver.objective or ""
     figure = pareto_figure(front, name, uniform=crosses, objective=objective, budget=plan.budget)

@@ -27,10 +27,10 @@ from quant.site import Site
 class PlanSolution:
     """The chosen sites in network order, what they cost, and how good the choice is.
 
-    `objective` is the sum of the chosen scores. No plan within the budget has less than `lower_bound`; `gap` is
-    their difference over |objective|. `status` is `optimal` (the gap that was asked for is closed), `time_limit`,
-    `feasible` (the budget had to be narrowed against rounding; the bound is that of the whole budget), or
-    `local_search` (interactions were counted: no bound).
+    `objective` is the sum of the chosen scores, and of their interactions where they were counted. No plan within the
+    budget has less than `lower_bound`; `gap` is their difference over |objective|. `status` is `optimal` (the gap that
+    was asked for is closed), `time_limit`, `feasible` (the budget had to be narrowed against rounding; the bound is
+    that of the whole budget), or `local_search` (interactions were counted: no bound).
     """
 
     sites: tuple[PlannedSite, ...]
@@ -69,8 +69,8 @@ def plan_bits(
     counts the whole model's; `time_limit` is in seconds. A site that no budget reaches gets its least score, the
     larger bit-width of equals. InputError: unusable options, or a budget that no plan can meet.
 
-    With `products` (interactions.interaction_matrix) the objective also counts what pairs of sites cost together. The
-    exact optimum of the sum is then improved by a search, whose status is `local_search`; gap and bound are NaN.
+    With `products` (objectives.site_products) the objective also counts what pairs of sites cost together. The exact
+    optimum of the sum is then improved by a search, whose status is `local_search`; gap and bound are NaN.
     """
     planned, scores = read_options(options, cost)
     units = tied_units(planned, scores, ties)
@@ -86,7 +86,7 @@ def plan_bits(
     choice, together = solved.choice, 0.0
     if products is not None:
         matrix = interaction_matrix(units, products)
-        choice = improved(program, matrix, choice, relative_gap=relative_gap, time_limit=time_limit)
+        choice = improved(program, matrix, choice, relative_gap=relative_gap, deadline=deadline)
         together = interaction(matrix, program, choice)
     bits = {site: unit.bits[k] for unit, k in zip(units, choice, strict=True) for site in unit.sites}
     sites = tuple(by_bits[bits[site]] for site, by_bits in planned.items())

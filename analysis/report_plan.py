@@ -1,9 +1,8 @@
 """What a report says of a plan's Pareto front and of its verification: sentences, tables, definitions."""
 
-import hashlib
 import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from analysis.pareto_plots import AXES, amount
 from analysis.plots import LABELS
 from analysis.report_cells import DASH, Cell, Table, measured, number, text
 from analysis.report_content import RunContent
+from analysis.verdicts import listed, reading, verdict
 from analysis.verification_plots import plan_names
 
 _UNIT_OF = {  # what a shadow price is for
@@ -26,7 +26,6 @@ _UNIT_OF = {  # what a shadow price is for
     "latency_ms": "a ms",
 }
 MOST_ROWS = 20  # of the table of a curve
-ERRORS = 2  # standard errors of a paired difference, within which two plans are equal
 FRONT = (
     ("Pareto front", "For each budget the plan with the least predicted change, all other budgets of the plan kept: no "
                      "plan of less cost predicts less. The prediction adds up what the sites cost alone."),
@@ -58,7 +57,7 @@ def belongs(content: RunContent, table: pd.DataFrame | None) -> bool:
     """Whether a table was made with the plan that the run folder now holds; also False where nothing tells."""
     if content.plan is None or table is None or "plan_sha256" not in table:
         return False
-    return bool(table["plan_sha256"].iloc[0] == hashlib.sha256(content.plan.to_json().encode()).hexdigest())
+    return bool(table["plan_sha256"].iloc[0] == content.plan.sha256)
 
 
 def other_plan(content: RunContent, table: pd.DataFrame | None, what: str, option: str) -> tuple[str, ...]:
@@ -77,7 +76,7 @@ def front_sentences(content: RunContent) -> tuple[str, ...]:
     knees = knee(content.front).to_dict("records")
     places = [amount(row["budget_kind"], row[row["budget_kind"]]) for row in knees]
     sentences = [
-        f"Knee of each curve, beyond which the next unit saves less than the average one: {_listed(places)}."
+        f"Knee of each curve, beyond which the next unit saves less than the average one: {listed(places)}."
         if places else "No curve has a knee: more budget saves at an even pace, or nothing."
     ]  # fmt: skip
     priced, where = _at_plan(content), "At the plan's budget"
@@ -86,7 +85,7 @@ def front_sentences(content: RunContent) -> tuple[str, ...]:
     prices = [f"{row['shadow_price'] * AXES[kind][1]:.3g} {unit} {_UNIT_OF[kind]}".replace("  ", " ")
               for row in priced for kind in [row["budget_kind"]]]  # fmt: skip
     if prices:
-        sentences.append(f"{where} the next unit saves (shadow price): {_listed(prices)}.")
+        sentences.append(f"{where} the next unit saves (shadow price): {listed(prices)}.")
     return tuple(sentences)
 
 
@@ -142,8 +141,8 @@ def verification_sentences(content: RunContent) -> tuple[str, ...]:
     sentences = []
     others = table.assign(name=plan_names(table)).iloc[1:]
     for what, difference in (("top-1", "planned_ahead"), ("KL", "kl_excess")):
-        if difference in others and others[difference].notna().any():
-            sentences.append(_verdict(what, others, difference))
+        if difference in others:
+            sentences.append(verdict(what, others, difference))
     planned = table.iloc[0]
     ratio = planned["measured_kl"] / planned["predicted_kl"] if planned["predicted_kl"] > 0 else float("nan")
     if np.isfinite(ratio):
@@ -152,7 +151,7 @@ def verification_sentences(content: RunContent) -> tuple[str, ...]:
             f"{planned['measured_kl']:.3g} ± {planned['measured_kl_se']:.2g} nats, predicted "
             f"{planned['predicted_kl']:.3g})."
         )
-    return (*sentences, *_images(content))
+    return (*filter(None, sentences), *_images(content))
 
 
 def verification_table(content: RunContent) -> Table | None:
@@ -164,7 +163,7 @@ def verification_table(content: RunContent) -> Table | None:
     for name, row in zip(plan_names(table), table.to_dict("records"), strict=True):
         differences = {
             "planned ahead (points)": _difference(row["planned_ahead"], row["planned_ahead_se"], scale=100, digits=2),
-            "the plan is": text(_reading(row["planned_ahead"], row["planned_ahead_se"])),
+            "the plan is": text(reading(row["planned_ahead"], row["planned_ahead_se"]) or DASH),
             "KL above the plan's (nats)": _difference(row.get("kl_excess"), row.get("kl_excess_se"), scale=1, digits=4),
         }
         if not cells:  # the plan itself
@@ -212,30 +211,6 @@ def _unit(label: str) -> str:
     return found[1] if found else ""
 
 
-def _reading(ahead: float, error: float) -> str:
-    """How the plan compares with another whose figure it exceeds by `ahead`."""
-    if not np.isfinite(ahead):
-        return DASH
-    return "equal" if abs(ahead) <= ERRORS * error else "better" if ahead > 0 else "worse"
-
-
-def _verdict(what: str, others: pd.DataFrame, difference: str) -> str:
-    """The plans that the plan is better than, equal to and worse than, in a sentence."""
-    readings: dict[str, list[str]] = {"worse": [], "equal": [], "better": []}
-    for row in others.to_dict("records"):
-        readings.get(_reading(row[difference], row[f"{difference}_se"]), []).append(row["name"])
-    parts = [
-        f"{words} {_listed(readings[reading])}"
-        for reading, words in (
-            ("worse", "worse than"),
-            ("equal", "within two standard errors of"),
-            ("better", "better than"),
-        )
-        if readings[reading]
-    ]
-    return f"By {what} the plan is {'; '.join(parts)}."
-
-
 def _difference(value: float | None, error: float | None, *, scale: float, digits: int) -> Cell:
     """A signed difference with its standard error."""
     cell = measured(value, error, scale=scale, digits=digits)
@@ -253,9 +228,3 @@ def _images(content: RunContent) -> tuple[str, ...]:
         f"Accuracy: {seen.get('images'):,} images, {seen.get('split')} of {data}. KL and loss increase: the "
         f"{swept.get('images'):,} images of the sweep ({swept.get('split')}). Quantized and calibrated, not trained.",
     )
-
-
-def _listed(words: Sequence[str]) -> str:
-    """Words as `a, b and c`."""
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last

@@ -73,11 +73,12 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """What a table holds: its columns, those that together name a row, and laws between them."""
+    """What a table holds: its columns, those that together name a row, laws between them; `filled`: a row at least."""
 
     columns: Mapping[str, Column]
     key: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
+    filled: bool = False
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -98,6 +99,8 @@ def checked(frame: pd.DataFrame, table: Table, required: Collection[str], *, sou
     missing = [name for name in required if name not in frame]
     if missing:
         raise InputError(f"{source} lacks the column {missing[0]!r}: it is of another version or program. {remedy}")
+    if table.filled and frame.empty:
+        raise InputError(f"{source} has no row. {remedy}")
     frame = frame.reset_index(drop=True)  # rows are told apart by their place
     cast = {}
     for name, column in table.columns.items():
@@ -208,7 +211,7 @@ def _told(frame: pd.DataFrame, name: str, wrong: NDArray[np.bool_]) -> str:
 
 def _row(frame: pd.DataFrame, row: int) -> str:
     """`row 3 (conv1:weight)`, of a group its name, or the number alone where the table names neither there."""
-    names = [frame[name].iloc[row] if name in frame else None for name in ("module", "tensor", "group")]
-    module, tensor, group = (name if isinstance(name, str) else None for name in names)
-    who = group or (None if module is None or tensor is None else f"{module}:{tensor}")
+    names = [frame[name].iloc[row] if name in frame else "" for name in ("module", "tensor", "group")]
+    module, tensor, group = (name if isinstance(name, str) else "" for name in names)
+    who = f"{module}:{tensor}" if module and tensor else group
     return f"row {row}" + (f" ({who})" if who else "")

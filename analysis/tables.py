@@ -98,6 +98,7 @@ _COST = Table(
     },
     key=("module", "tensor"),
     rules=COST_RULES,
+    filled=True,
 )  # fmt: skip
 
 _SENSITIVITY = Table(
@@ -120,6 +121,7 @@ _SENSITIVITY = Table(
         Rule(column="rank_high", needs=("rank_low", "rank_high"), expected="rank_low or more",
              broken=lambda table: table["rank_high"] < table["rank_low"]),
     ),
+    filled=True,
 )  # fmt: skip
 
 _STATS_FIGURES = ("mean", "min", "max", "q0001", "q001", "q01", "q50", "q99", "q999", "q9999")

@@ -1,6 +1,5 @@
 """A trained, quantized network on the disk: model.safetensors and plan.json in one folder."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,4 +78,4 @@ def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
 
 
 def _digest(plan: BitPlan | None) -> str:
-    return "none" if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest()
+    return "none" if plan is None else plan.sha256

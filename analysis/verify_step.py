@@ -9,21 +9,28 @@ from typing import Any
 
 import pandas as pd
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from analysis import accounting
 from analysis.baselines import greedy, largest_uniform, lowered, random_choice, worst_first
 from analysis.calibration import Calibrated, calibrated
-from analysis.console import as_text
+from analysis.columns import VERIFY_COLUMNS
+from analysis.console import as_text, progress
 from analysis.data import ImageData
 from analysis.eval_step import keep_row, running_quantized, verify_row
 from analysis.evaluation import compare_logits, logits_of, mean_and_error, scores
 from analysis.files import RowLog
 from analysis.open_run import open_run
 from analysis.opened import Opened
+from analysis.panels import figure_files, save_figure
+from analysis.planner import plan_bits
 from analysis.setup import Setup
+from analysis.verdicts import verdict
+from analysis.verification_plots import plan_names, verification_figure
 from quant.batchnorm import batchnorm_reestimated, batchnorms
 from quant.bit_plan import BitPlan, PlannedSite, PlanSolver
+from quant.choices import Estimator
 from quant.errors import InputError
 from quant.site import Site
 
@@ -45,14 +52,20 @@ def other_plans(
     parameters: int,
     ties: Sequence[Sequence[Site]],
     latency: pd.DataFrame | None = None,
+    interactions: bool = False,
 ) -> list[BitPlan]:
     """Plans to compare with, from the same options: uniform, greedy, worst-first and random ones within the budget.
 
-    The uniform one is the largest that fits, and may cost less than the budget; where none fits it is left out.
+    The uniform one is the largest that fits, and may cost less than the budget; where none fits it is left out. Where
+    `plan` counts interactions the optimum of the sum alone (`additive`) is there too.
     """
-    found: list[tuple[str, Sequence[PlannedSite] | None]] = [
+    found: list[tuple[str, Sequence[PlannedSite] | None]] = []
+    if interactions:
+        alone = plan_bits(options, cost, budget=plan.budget, parameters=parameters, ties=ties, latency=latency)
+        found.append(("additive", alone.sites))
+    found.append(
         ("uniform", largest_uniform(options, cost, budget=plan.budget, parameters=parameters, latency=latency))
-    ]
+    )
     ways = [("greedy", greedy), ("reverse", worst_first), *(("random", random_choice(i)) for i in range(RANDOM_PLANS))]
     for name, choose in ways:
         sites = lowered(options, cost, choose, budget=plan.budget, parameters=parameters, ties=ties, latency=latency)
@@ -78,32 +91,43 @@ def run_verify(setup: Setup, plan: BitPlan, others: Sequence[BitPlan], measured:
     sweep_images = _sweep_images(opened)
     batches, sweep_batches = _Batches(opened, data, "validation"), _Batches(opened, sweep_images, "images of the sweep")
     plans = {"planned": [plan]} | {name: [o for o in others if o.solver.name == name] for name in _names(others)}
-    inputs = {"plan": _digest(plan), "sweep_images": sweep_images.images, "calibration_images": CALIBRATION_IMAGES}
+    estimator, treatment = _treatment(measured)
+    inputs = {"plan": plan.sha256, "sweep_images": sweep_images.images, "calibration_images": CALIBRATION_IMAGES,
+              "estimator": estimator, "batchnorm": treatment}  # fmt: skip
     log = RowLog(opened.run.path / _PARTIAL)
     fixed = hashlib.sha256(json.dumps(opened.inputs(data) | inputs, sort_keys=True).encode()).hexdigest()
-    with opened.step("verify", data, ("verification.parquet",), {"plans": _names(others)}, inputs,
-                     temporary=(_PARTIAL,), renew=True):  # fmt: skip
+    files = ("verification.parquet", *figure_files("verification"))
+    with (
+        opened.step("verify", data, files, {"plans": _names(others)}, inputs, temporary=(_PARTIAL,), renew=True),
+        progress(len(others) + 1, "verify", "plan", quiet=setup.quiet) as bar,
+    ):
         known = {row["bits"]: row for row in log.read(damaged=True) if row and row["inputs"] == fixed}
         clean: Tensor | None = None
         rows = []
         for kind, each in ((kind, each) for kind, some in plans.items() for each in some):
             if _bits(each) not in known:
                 made = calibrated(
-                    opened, each, layout=each.layout, calibration_images=CALIBRATION_IMAGES, estimator="mse"
+                    opened, each, layout=each.layout, calibration_images=CALIBRATION_IMAGES, estimator=estimator
                 )
                 if clean is None:
                     logits, labels = logits_of(opened.model, batches.get())
                     keep_row(opened, verify_row("float", opened, (), logits, labels), tell=False)
-                    clean = _reference(opened, made.images, sweep_batches.get())
-                figures = _measure(opened, made, kind, batches.get(), sweep_batches.get(), clean)
+                    clean = _reference(opened, made.images, sweep_batches.get(), treatment)
+                with running_quantized(opened, made, treatment):
+                    figures = _measured(opened, made, kind, batches.get(), sweep_batches.get(), clean)
                 known[_bits(each)] = figures | {"inputs": fixed, "bits": _bits(each)}
                 log.append([known[_bits(each)]])
             own = known[_bits(each)]
             keep_row(opened, own["verify"] | {"plan": kind}, tell=False)
             row = _row(own, known[_bits(plan)], each.sites, measured)
-            rows.append({"plan": kind, **row, "plan_sha256": _digest(each)})
+            rows.append({"plan": kind, **row, "plan_sha256": each.sha256})
+            bar.update()
         table = pd.DataFrame(rows, columns=list(VERIFICATION_COLUMNS))
         opened.run.write_table("verification", table)
+        verify = opened.run.read_table("verify", VERIFY_COLUMNS)
+        floating = verify.loc[verify["plan"] == "float", "top1"].tolist()
+        figure = verification_figure(table, opened.name, floating=floating[0] if floating else None)
+        save_figure(figure, opened.run.path / "verification")
     return _summary(table)
 
 
@@ -147,23 +171,27 @@ def _names(plans: Sequence[BitPlan]) -> list[str]:
     return list(dict.fromkeys(plan.solver.name for plan in plans))
 
 
-def _digest(plan: BitPlan) -> str:
-    return hashlib.sha256(plan.to_json().encode()).hexdigest()
-
-
 def _bits(plan: BitPlan) -> str:
     """What tells apart plans that quantize differently, whatever made them."""
     return hashlib.sha256(repr(plan.sites).encode()).hexdigest()
 
 
-def _reference(opened: Opened, calibration: Sequence[Tensor], batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def _treatment(measured: pd.DataFrame) -> tuple[Estimator, str]:
+    """Estimator of scales and treatment of BatchNorm in the sweep, so that prediction and measurement are of one."""
+    estimator: Estimator = TypeAdapter(Estimator).validate_python(measured["estimator"].iloc[0])
+    return estimator, "stored" if (measured["batchnorm"] == "stored").all() else "re-estimate"
+
+
+def _reference(
+    opened: Opened, calibration: Sequence[Tensor], batches: Sequence[tuple[Tensor, Tensor]], treatment: str
+) -> Tensor:
     """Logits of the network in floating point; BatchNorm re-estimated on the same images as that of the plans."""
-    anew = bool(batchnorms(opened.model))
+    anew = treatment == "re-estimate" and bool(batchnorms(opened.model))
     with batchnorm_reestimated(opened.model, calibration) if anew else nullcontext():
         return logits_of(opened.model, batches)[0]
 
 
-def _measure(
+def _measured(
     opened: Opened,
     made: Calibrated,
     kind: str,
@@ -171,10 +199,9 @@ def _measure(
     sweep_batches: Sequence[tuple[Tensor, Tensor]],
     clean: Tensor,
 ) -> dict[str, Any]:
-    """Figures of one plan: its row of verify.parquet, those against `clean`, and hits and KL of single images."""
-    with running_quantized(opened, made, "re-estimate"):
-        logits, labels = logits_of(opened.model, batches)
-        noisy, sweep_labels = logits_of(opened.model, sweep_batches)
+    """Figures of one plan, in which the model runs: its row of verify.parquet, the changes, and those of images."""
+    logits, labels = logits_of(opened.model, batches)
+    noisy, sweep_labels = logits_of(opened.model, sweep_batches)
     figures, images = compare_logits(noisy, clean, sweep_labels)
     return {
         "verify": verify_row(kind, opened, made.plan.sites, logits, labels), "figures": figures,
@@ -216,22 +243,14 @@ def _summary(table: pd.DataFrame) -> str:
             "excess_se": table["kl_excess_se"],
         }
     )
-    others = table.iloc[1:]
-    lines = [
-        "Accuracy on validation images without training (points; the difference is paired over images), and the KL on",
-        "the images of the sweep: predicted as a sum over sites, measured of the whole plan, and its excess over that",
-        "of the plan (paired too).",
-        as_text(shown),
-    ]
-    for what, difference, error in (
-        ("accuracy", others["planned_ahead"], others["planned_ahead_se"]),
-        ("KL", others["kl_excess"], others["kl_excess_se"]),
-    ):
-        better, equal = others[difference + 2 * error < 0], others[difference.abs() <= 2 * error]
-        if len(better):
-            lines.append(f"By {what} the plan is WORSE than {', '.join(better['plan'])} by over two standard errors.")
-        if len(equal):
-            lines.append(f"By {what} within two standard errors of the plan: {', '.join(equal['plan'])}.")
-        if len(others) and not len(better) and not len(equal):
-            lines.append(f"By {what} the plan is better than every other by more than two standard errors.")
-    return "\n".join(lines)
+    others = table.assign(name=plan_names(table)).iloc[1:]
+    told = (verdict(what, others, column) for what, column in (("accuracy", "planned_ahead"), ("KL", "kl_excess")))
+    return "\n".join(
+        [
+            "Accuracy on validation images without training (points; the difference is paired over images), and the",
+            "KL on the images of the sweep: predicted as a sum over sites, measured of the whole plan, and its excess",
+            "over that of the plan (paired too).",
+            as_text(shown),
+            *filter(None, told),
+        ]
+    )

@@ -1,6 +1,7 @@
 """The bit plan: how many bits each site gets, as a file that people read, compare and hand on."""
 
 import difflib
+import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable
@@ -34,6 +35,8 @@ TensorName = Literal[
     "weight", "weight.query", "weight.key", "weight.value", "input", "query", "key", "value", "attention"
 ]
 
+_KNOWN = {"tensor": get_args(TensorName), "bit_width": ALLOWED_BIT_WIDTHS, "granularity": GRANULARITIES}
+
 MeanBits = Annotated[float, Field(ge=0, le=_MOST_BITS)]
 Count = Annotated[int, Field(ge=0, le=_MOST_COUNT)]
 Milliseconds = Annotated[float, Field(ge=0, le=_MOST_MS)]
@@ -57,12 +60,10 @@ class PlannedSite:
 
     def __post_init__(self) -> None:
         """Refuse bits that no quantizer has, and a tensor or granularity that there is not."""
-        for name, value, known in (
-            ("tensor", self.tensor, get_args(TensorName)), ("bit_width", self.bit_width, ALLOWED_BIT_WIDTHS),
-            ("granularity", self.granularity, GRANULARITIES),
-        ):  # fmt: skip
-            if value not in known:
-                raise InputError(f"The {name} of {self.site} is {value!r}. Choose from {', '.join(map(str, known))}.")
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                choices = ", ".join(map(str, known))
+                raise InputError(f"The {name} of {self.site} is {getattr(self, name)!r}. Choose from {choices}.")
 
     @classmethod
     def of(cls, site: Site, scheme: QuantScheme) -> "PlannedSite":
@@ -197,6 +198,11 @@ class BitPlan:
     def check_sites(self, known: Collection[Site]) -> None:
         """Raise InputError if the plan names a site that is not in `known`."""
         check_known_sites((planned.site for planned in self.sites), known)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the plan file's text."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         """The text of the plan file: one site a line, so that two plans can be compared line by line."""

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from quant.compiled import compiled_once
 from quant.errors import InputError
 
-_AT_ONCE = 2**16
+_AT_ONCE = 2**17
 """Elements of one block: what a CPU's second cache holds, with the temporaries, is computed several times as fast."""
 
 
@@ -54,8 +54,14 @@ def quantize(x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, si
     `x`: (outer, groups, inner); `scale`, `offset`: (groups,). Rounds half to even, as torch does.
     Esser et al., ICLR 2020, arXiv:1902.08153; the offset: Bhalgat et al., CVPRW 2020, arXiv:2004.09576.
     """
-    v = (x if offset is None else x - offset[:, None]) / scale[:, None]
-    return _signs(v) if signed and bit_width == 1 else v.clamp_(*quant_range(bit_width, signed)).round_()
+    return to_codes_((x if offset is None else x - offset[:, None]) / scale[:, None], bit_width, signed)
+
+
+def to_codes_(v: Tensor, bit_width: int, signed: bool) -> Tensor:
+    """The integer codes of v = (x - offset) / scale, in its place."""
+    if signed and bit_width == 1:
+        return _signs_(v)
+    return v.clamp_(*quant_range(bit_width, signed)).round_()
 
 
 def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
@@ -181,7 +187,7 @@ def _gradients(
 
 def _binary_values(x: Tensor, scale: Tensor, offset: Tensor | None, low: Any, high: Any) -> tuple[Tensor]:
     """As `_values`, of one signed bit."""
-    values = _signs(x if offset is None else x - offset[:, None]).mul_(scale[:, None])
+    values = _signs_(x.clone() if offset is None else x - offset[:, None]).mul_(scale[:, None])
     return (values if offset is None else values.add_(offset[:, None]),)
 
 
@@ -190,7 +196,7 @@ def _binary_gradients(
 ) -> tuple[Tensor, ...]:
     """As `_gradients`, of one signed bit."""
     v = (x if offset is None else x - offset[:, None]) / scale[:, None]
-    return _with_sums(gradient, v.abs().le_(high), _signs(v), offset)
+    return _with_sums(gradient, v.abs().le_(high), _signs_(v), offset)
 
 
 def _with_sums(gradient: Tensor, inside: Tensor, by_scale: Tensor, offset: Tensor | None) -> tuple[Tensor, ...]:
@@ -201,9 +207,9 @@ def _with_sums(gradient: Tensor, inside: Tensor, by_scale: Tensor, offset: Tenso
     return to_x, to_scale, (gradient - to_x).sum(dim=1, dtype=torch.float64)
 
 
-def _signs(v: Tensor) -> Tensor:
-    """1 where `v` is at least 0, else -1, in its float type."""
-    return v.clone().ge_(0).mul_(2).sub_(1)
+def _signs_(v: Tensor) -> Tensor:
+    """1 where `v` is at least 0, else -1, in its place."""
+    return v.ge_(0).mul_(2).sub_(1)
 
 
 def _computed(

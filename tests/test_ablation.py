@@ -155,6 +155,10 @@ def test_what_is_finished_is_kept(ablated, monkeypatch, capfd):
     changed.write_text(file.read_text().replace("- 0\n- 1\n", "- 0\n- 1\n- 2\n"))
     assert qvw("ablate", changed, "--out", out, "--num-workers", 0, "--only", "vit") == 0
     assert [request.name for request in trained] == ["lsq-2", "plan-2"]
+    other = file.with_name("other.yaml")
+    other.write_text(file.read_text().replace("like: w3a3", "like: w4a4"))
+    assert qvw("ablate", other, "--out", out, "--num-workers", 0) == 2
+    assert "holds plan-0 trained with arm.like=w3a3, now it is w4a4" in capfd.readouterr().err
     assert qvw("ablate", file, "--out", out, "--only", "vti") == 2
     assert "no subject 'vti'" in capfd.readouterr().err
 

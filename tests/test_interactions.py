@@ -1,6 +1,7 @@
 """Interactions of sites: the matrix against its definition, and the search against every exchange and enumeration."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_no_exchange_of_one_or_two_options_improves_the_choice(program, seed, sc
     assume(feasible)
     matrix = random_matrix(program, seed, scale)
     start = solve(program, relative_gap=0.0, time_limit=10.0).choice
-    found = improved(program, matrix, start, relative_gap=0.0, time_limit=10.0)
+    found = improved(program, matrix, start, relative_gap=0.0, deadline=time.monotonic() + 10)
     assert program.fits(found)
     best = value(program, matrix, found)
     assert best <= value(program, matrix, start) + 1e-9
@@ -75,7 +76,7 @@ def test_the_search_finds_the_optimum_of_nearly_all_small_programs(program, seed
     assume(feasible)
     matrix = random_matrix(program, seed, 0.3)
     start = solve(program, relative_gap=0.0, time_limit=10.0).choice
-    found = value(program, matrix, improved(program, matrix, start, relative_gap=0.0, time_limit=10.0))
+    found = value(program, matrix, improved(program, matrix, start, relative_gap=0.0, deadline=time.monotonic() + 10))
     optimum = min(value(program, matrix, choice) for choice in feasible)
     if len(program.score) <= 2:
         assert found == pytest.approx(optimum)

@@ -101,6 +101,7 @@ def test_a_proxy_or_own_scores_can_be_minimised(run, tmp_path, capfd):
         (["--like", "w3a4"], "leave out --weight-bits"),
         (["--objective", "speed"], "choose from kl, loss"),
         (["--scores", "none.csv"], "cannot be read"),
+        (["--interactions", "--pareto"], "--pareto is of the sum over sites"),
         (["--interactions", "--objective", "loss"], "--interactions are in nats of KL"),
         (["--scores", "none.csv", "--objective", "loss"], "--scores takes the place of --objective"),
     ],
@@ -184,7 +185,7 @@ def test_interactions_need_products_of_this_treatment_of_batchnorm(run, capfd):
 def test_a_verification_goes_on_where_it_was_interrupted(run, monkeypatch, capfd):
     """The plans that were measured are not measured again, the table is that of an uninterrupted one."""
     arguments = ["plan", "--run", run, "--like", "w3a4", "--verify", "--images", 40, "--num-workers", 0]
-    measure, calls = verify_step._measure, []
+    measure, calls = verify_step._measured, []
 
     def stop_at_the_third(*args):
         calls.append(args)
@@ -192,7 +193,7 @@ def test_a_verification_goes_on_where_it_was_interrupted(run, monkeypatch, capfd
             raise KeyboardInterrupt
         return measure(*args)
 
-    monkeypatch.setattr(verify_step, "_measure", stop_at_the_third)
+    monkeypatch.setattr(verify_step, "_measured", stop_at_the_third)
     assert qvw(*arguments) == 130
     assert Run(run).record.steps["verify"].status == "interrupted"
     interrupted = len(calls)

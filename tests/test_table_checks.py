@@ -237,6 +237,17 @@ def test_repeated_rows_are_told(measured, tmp_path):
             run.read_table(table)
 
 
+def test_tables_without_a_row_are_told(measured, tmp_path):
+    """There is nothing to plan without a site; of other tables no row is no damage."""
+    for name in ("sensitivity", "cost", "oscillation"):
+        run = measured.folder(tmp_path / name, **{name: measured.frames[name].iloc[:0]})
+        if name == "oscillation":
+            assert run.read_table(name).empty
+        else:
+            with pytest.raises(InputError, match=rf"{name}\.parquet has no row\. Make it anew"):
+                run.read_table(name)
+
+
 def test_figures_of_images_are_as_many_in_every_row(measured, tmp_path):
     """Lists of unequal length, or with a value that is no number, are told; losses may lack where labels do."""
     frame = measured.frames["sensitivity_images"]
@@ -284,6 +295,7 @@ def test_an_unknown_table_is_read_as_it_is(tmp_path):
         (10**400, r"run\.json is not a record of a run: model\.parameters: .*less than or equal to"),
         (math.nan, r"run\.json is not a record of a run: model\.parameters"),
     ],
+    ids=["few", "negative", "huge", "nan"],
 )
 def test_parameters_that_no_network_has_are_told(measured, tmp_path, capfd, parameters, message):
     """run.json says how many there are in all: fewer than the planned weights, none, or beyond all counting."""

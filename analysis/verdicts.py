@@ -1,0 +1,36 @@
+"""How a plan compares with the others of its verification, in words: for the terminal and for the page."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+ERRORS = 2  # standard errors within which two plans are told as equal
+
+
+def reading(ahead: float, error: float) -> str:
+    """How the plan compares with another that it is `ahead` of: worse, equal or better; empty where that is NaN."""
+    if not np.isfinite(ahead):
+        return ""
+    return "equal" if abs(ahead) <= ERRORS * error else "better" if ahead > 0 else "worse"
+
+
+def verdict(what: str, others: pd.DataFrame, difference: str) -> str:
+    """The plans that the plan is worse than, equal to and better than, in a sentence; empty where none was measured.
+
+    `others` has `name`, `difference` and its standard error, `difference`_se, positive where the plan is the better.
+    """
+    told: dict[str, list[str]] = {"worse": [], "equal": [], "better": []}
+    for row in others.to_dict("records"):
+        found = reading(row[difference], row[f"{difference}_se"])
+        if found:
+            told[found].append(row["name"])
+    words = {"worse": "worse than", "equal": "within two standard errors of", "better": "better than"}
+    parts = [f"{words[kind]} {listed(names)}" for kind, names in told.items() if names]
+    return f"By {what} the plan is {'; '.join(parts)}." if parts else ""
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words as `a, b and c`."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
