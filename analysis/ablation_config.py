@@ -143,6 +143,9 @@ def read_ablation(path: Path) -> Ablation:
         if name not in found.arms:
             near = difflib.get_close_matches(name, found.arms, n=1, cutoff=0.0)[0]
             raise InputError(f"{path} has no arm {name!r}; the nearest is {near}.")
+    for seeds in (found.seeds, *(s.seeds for s in found.subjects.values() if s.seeds is not None)):
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise InputError(f"{path}: the seeds {list(seeds)} must be one or more, each of them once.")
     for name, arm in found.arms.items():
         if arm.uniform is not None and arm.like is not None:
             raise InputError(f"{path}: arm {name} has both `uniform` and `like`; leave out one of them.")

@@ -26,7 +26,7 @@ class ErrorScores(NamedTuple):
 
         fisher           1/2 (sum g delta)^2           the KL to second order, where the mean is over probes too
         fit              1/2 tr(F) mean(delta^2)       FIT (Zandonati et al. 2022, arXiv:2210.08502), F = E[g g^T]
-        output_gradient  sum (dL/dY)^2 (dY)^2          ModelOpt AutoQuantize; Y is the module's output
+        output_gradient  sum g^2 delta^2 of the output  ModelOpt AutoQuantize (there with the loss's gradient)
         noise            sum delta^2 / sum x^2         of the tensor alone: the inverse of its SQNR
         squared_error    mean(delta^2)                 of an element
 

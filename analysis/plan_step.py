@@ -14,6 +14,7 @@ from analysis.accounting import LATENCY_COLUMNS
 from analysis.console import as_text, progress, say, warn
 from analysis.cost import COST_COLUMNS
 from analysis.files import write_bytes
+from analysis.interactions import FEW_IMAGES
 from analysis.objectives import MEASURED, read_csv, scored, site_products
 from analysis.panels import bits_figure, figure_files, save_figure
 from analysis.pareto import ON_REQUEST, knee, pareto_front, uniform_points
@@ -56,6 +57,10 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     ties = _ties(request.tie, options, cost)
     latency = None if request.latency is None else read_csv(request.latency, LATENCY_COLUMNS)
     products = site_products(run, options) if request.interactions else None
+    if products and len(next(iter(products.values()))) < FEW_IMAGES:
+        warn(
+            f"interactions from fewer than {FEW_IMAGES} images are mostly noise: `qvw sensitivity --proxies --images`."
+        )
     solution = plan_bits(
         options, cost, budget=budget, parameters=model.parameters, ties=ties, latency=latency, products=products
     )
@@ -106,7 +111,7 @@ def run_plan(path: Path, request: PlanRequest) -> None:
             plan, options, cost, parameters=model.parameters, ties=ties, latency=latency,
             interactions=request.interactions,
         )  # fmt: skip
-        say(run_verify(setup, plan, others, rows), quiet=request.quiet)
+        say(run_verify(setup, plan, others, rows, products), quiet=request.quiet)
 
 
 def plan_options(run: Run, rows: pd.DataFrame, cost: pd.DataFrame, request: PlanRequest) -> pd.DataFrame:

@@ -14,7 +14,7 @@ import pandas as pd
 from analysis import accounting
 from analysis.choice_program import NoPlanError, Program
 from analysis.integer_program import solve
-from analysis.interactions import Products, improved, interaction, interaction_matrix
+from analysis.interactions import Products, improved, interactions, total
 from analysis.plan_budgets import binding_limits, tied_units
 from analysis.plan_conflicts import conflict
 from analysis.plan_options import check_scores
@@ -83,22 +83,23 @@ def plan_bits(
     except NoPlanError:
         raise conflict(limits, time_limit=max(deadline - time.monotonic(), 1.0)) from None
 
-    choice, together = solved.choice, 0.0
+    choice, objective, ended = solved.choice, None, True
     if products is not None:
-        matrix = interaction_matrix(units, products)
-        choice = improved(program, matrix, choice, relative_gap=relative_gap, deadline=deadline)
-        together = interaction(matrix, program, choice)
+        found = interactions(units, scores, products)
+        choice, ended = improved(found, program.budgets, choice, relative_gap=relative_gap, deadline=deadline)
+        objective = total(found, choice)
     bits = {site: unit.bits[k] for unit, k in zip(units, choice, strict=True) for site in unit.sites}
     sites = tuple(by_bits[bits[site]] for site, by_bits in planned.items())
     totals = accounting.totals(sites, cost, parameters, latency)
     exceeded = [name for name, limit in budget.as_dict().items() if getattr(totals, name) > limit]
     if exceeded:  # the solver counts in whole numbers, the totals are counted anew
         raise RuntimeError(f"The plan exceeds its budget of {exceeded[0]}: {getattr(totals, exceeded[0])}.")
-    objective = math.fsum(scores[p.site, p.bit_width] for p in sites) + together
-    if products is not None:
+    if objective is not None:
         return PlanSolution(
-            sites=sites, totals=totals, objective=objective, lower_bound=math.nan, gap=math.nan, status="local_search"
-        )
+            sites=sites, totals=totals, objective=objective, lower_bound=math.nan, gap=math.nan,
+            status="local_search" if ended else "time_limit",
+        )  # fmt: skip
+    objective = math.fsum(scores[p.site, p.bit_width] for p in sites)
     lower_bound = min(solved.lower_bound, objective)
     return PlanSolution(
         sites=sites,

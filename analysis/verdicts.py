@@ -9,8 +9,8 @@ ERRORS = 2  # standard errors within which two plans are told as equal
 
 
 def reading(ahead: float, error: float) -> str:
-    """How the plan compares with another that it is `ahead` of: worse, equal or better; empty where that is NaN."""
-    if not np.isfinite(ahead):
+    """How the plan compares with another that it is `ahead` of: worse, equal or better; empty without an error."""
+    if not np.isfinite([ahead, error]).all():
         return ""
     return "equal" if abs(ahead) <= ERRORS * error else "better" if ahead > 0 else "worse"
 

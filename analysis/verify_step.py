@@ -21,6 +21,8 @@ from analysis.data import ImageData
 from analysis.eval_step import keep_row, running_quantized, verify_row
 from analysis.evaluation import compare_logits, logits_of, mean_and_error, scores
 from analysis.files import RowLog
+from analysis.interactions import Products
+from analysis.interactions import predicted as with_interactions
 from analysis.open_run import open_run
 from analysis.opened import Opened
 from analysis.panels import figure_files, save_figure
@@ -38,9 +40,9 @@ RANDOM_PLANS = 3
 CALIBRATION_IMAGES = 256
 _PARTIAL = "verification.partial.jsonl"
 VERIFICATION_COLUMNS = (
-    "plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "predicted_kl", "measured_kl", "measured_kl_se",
-    "kl_excess", "kl_excess_se", "predicted_delta_loss", "measured_delta_loss", "measured_delta_loss_se",
-    "top1", "top1_se", "planned_ahead", "planned_ahead_se", "plan_sha256",
+    "plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "predicted_kl", "predicted_kl_pairs",
+    "measured_kl", "measured_kl_se", "kl_excess", "kl_excess_se", "predicted_delta_loss", "measured_delta_loss",
+    "measured_delta_loss_se", "top1", "top1_se", "planned_ahead", "planned_ahead_se", "plan_sha256",
 )  # fmt: skip
 
 
@@ -79,10 +81,17 @@ def other_plans(
     ]  # fmt: skip
 
 
-def run_verify(setup: Setup, plan: BitPlan, others: Sequence[BitPlan], measured: pd.DataFrame) -> str:
+def run_verify(
+    setup: Setup,
+    plan: BitPlan,
+    others: Sequence[BitPlan],
+    measured: pd.DataFrame,
+    products: Products | None = None,
+) -> str:
     """Measure each plan, add its row to verify.parquet and to verification.parquet; returns the comparison in words.
 
-    `measured` are the rows of sensitivity.parquet whose sums are the predictions. Predictions are compared on the
+    `measured` are the rows of sensitivity.parquet whose sums are the predictions, `products` those of the interactions
+    that the plan counts. Predictions are compared on the
     images of the sweep, accuracy is that of the validation split. Plans of the same bits are measured once, and those
     that were measured before an interrupt are not measured again.
     """
@@ -119,7 +128,7 @@ def run_verify(setup: Setup, plan: BitPlan, others: Sequence[BitPlan], measured:
                 log.append([known[_bits(each)]])
             own = known[_bits(each)]
             keep_row(opened, own["verify"] | {"plan": kind}, tell=False)
-            row = _row(own, known[_bits(plan)], each.sites, measured)
+            row = _row(own, known[_bits(plan)], each, measured, products)
             rows.append({"plan": kind, **row, "plan_sha256": each.sha256})
             bar.update()
         table = pd.DataFrame(rows, columns=list(VERIFICATION_COLUMNS))
@@ -210,17 +219,27 @@ def _measured(
 
 
 def _row(
-    own: Mapping[str, Any], planned: Mapping[str, Any], sites: Sequence[PlannedSite], measured: pd.DataFrame
+    own: Mapping[str, Any],
+    planned: Mapping[str, Any],
+    plan: BitPlan,
+    measured: pd.DataFrame,
+    products: Products | None,
 ) -> dict[str, object]:
     """A row of verification.parquet; differences from what was measured of the `planned` one are paired over images."""
     known = measured.set_index(["module", "tensor", "bit_width"])[["kl", "delta_loss"]]
+    sites = plan.sites
     predicted = known.reindex([(s.module, s.tensor, s.bit_width) for s in sites]).sum(min_count=len(sites))
+    pairs = float("nan")
+    if products is not None:
+        scores = {(Site(module, tensor), bits): kl for (module, tensor, bits), kl in known["kl"].items()}
+        pairs = with_interactions(plan.bits, scores, products)
     figures = own["figures"]
     ahead, ahead_se = mean_and_error(torch.tensor(planned["hit"]).double() - torch.tensor(own["hit"]).double())
     excess, excess_se = mean_and_error(torch.tensor(own["kl"]).double() - torch.tensor(planned["kl"]).double())
     row = {name: own["verify"][name] for name in VERIFICATION_COLUMNS if name in own["verify"] and name != "plan"}
     return row | {
-        "predicted_kl": predicted["kl"], "measured_kl": figures["kl"], "measured_kl_se": figures["kl_se"],
+        "predicted_kl": predicted["kl"], "predicted_kl_pairs": pairs,
+        "measured_kl": figures["kl"], "measured_kl_se": figures["kl_se"],
         "kl_excess": excess, "kl_excess_se": excess_se, "predicted_delta_loss": predicted["delta_loss"],
         "measured_delta_loss": figures["delta_loss"], "measured_delta_loss_se": figures["delta_loss_se"],
         "planned_ahead": ahead, "planned_ahead_se": ahead_se,
@@ -238,11 +257,13 @@ def _summary(table: pd.DataFrame) -> str:
             "planned_ahead": (100 * table["planned_ahead"]).round(2),
             "ahead_se": (100 * table["planned_ahead_se"]).round(2),
             "predicted_kl": table["predicted_kl"],
+            "with_pairs": table["predicted_kl_pairs"],
             "measured_kl": table["measured_kl"],
             "kl_excess": table["kl_excess"],
             "excess_se": table["kl_excess_se"],
         }
     )
+    shown = shown.dropna(axis=1, how="all")  # no labels, or no interactions
     others = table.assign(name=plan_names(table)).iloc[1:]
     told = (verdict(what, others, column) for what, column in (("accuracy", "planned_ahead"), ("KL", "kl_excess")))
     return "\n".join(

@@ -64,6 +64,7 @@ def written(tmp_path, **changes):
         ({"arms.lsq.like": "w3a3"}, "both `uniform` and `like`"),
         ({"subjects.vit.weights": "$QVW_NOT_SET/w"}, "names .QVW_NOT_SET, which the environment does not set"),
         ({"arms": {}}, "has no arm"),
+        ({"seeds": [0, 1, 0]}, "seeds .0, 1, 0. must be one or more, each of them once"),
         ({"arms.a/b": {"title": "x"}}, "no name of a folder"),
     ],
 )  # fmt: skip
@@ -106,6 +107,8 @@ def test_intervals_are_those_of_students_t():
     assert summary.loc["a", ["ahead_low", "ahead_high"]].tolist() == pytest.approx([paired.low, paired.high])
     assert summary.loc["b", "ahead"] == 0
     assert "better: A +" in verdicts(summary.reset_index(), ablation)[0]
+    equal = summarized(rows.assign(top1_last=rows["arm"].map({"a": 0.6, "b": 0.5})), ablation)
+    assert "not to be told apart: A +10.00" in verdicts(equal, ablation)[0]  # no spread is no certainty
     harmful = summarized(rows.assign(top1_last=-rows["top1_last"]), ablation)
     assert "worse: A -" in verdicts(harmful, ablation)[0]
 

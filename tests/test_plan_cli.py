@@ -159,15 +159,18 @@ def test_interactions_are_counted_and_compared_with_the_sum_alone(run):
     scores = pd.read_parquet(run / "sensitivity.parquet").set_index(["module", "tensor", "bit_width"])["kl"]
 
     def value(chosen):
-        table = np.array([products[*site, width] for site, width in chosen.items()], dtype=float)
-        pairs = np.mean(table.sum(axis=0) ** 2) - np.mean(table**2, axis=1).sum()
-        return scores[[(*site, width) for site, width in chosen.items()]].sum() + SHARE * pairs / 2
+        keys = [(*site, width) for site, width in chosen.items()]
+        table = np.array([products[key] for key in keys], dtype=float)
+        alone = scores[keys].clip(lower=0).to_numpy()
+        table *= np.sqrt(2 * alone / np.mean(table**2, axis=1))[:, None]
+        return alone.sum() + SHARE * (np.mean(table.sum(axis=0) ** 2) / 2 - alone.sum())
 
     assert value(others) <= value(bits) + 1e-5  # scores were evened out
     table = pd.read_parquet(run / "verification.parquet")
     assert table["plan"].tolist()[:2] == ["planned", "additive"]
     assert table["predicted_kl"].iloc[1] == pytest.approx(scores[[(*s, b) for s, b in bits.items()]].sum())
     assert alone["totals"]["weight_bits"] == pytest.approx(table["weight_bits"].iloc[1])
+    assert table["predicted_kl_pairs"].iloc[:2].tolist() == pytest.approx([value(others), value(bits)], rel=1e-3)
 
 
 def test_interactions_need_products_of_this_treatment_of_batchnorm(run, capfd):
