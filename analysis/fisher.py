@@ -49,7 +49,8 @@ class _Sums:
     def __init__(self, bit_widths: Iterable[int]) -> None:
         self.gradient = self.signal = 0.0
         self.images = self.elements = 0
-        self.products: dict[int, list[Tensor]] = {bits: [] for bits in bit_widths}
+        # Numbers, not tensors: small ones that live on between large ones keep the heap from shrinking (12 GB seen).
+        self.products: dict[int, list[float]] = {bits: [] for bits in bit_widths}
         self.error = dict.fromkeys(self.products, 0.0)
         self.output = dict.fromkeys(self.products, 0.0)
 
@@ -97,14 +98,14 @@ def fisher_scores(
 
 
 def _scores(sums: _Sums, bits: int) -> ErrorScores:
-    products = torch.cat(sums.products[bits])
+    products = torch.tensor(sums.products[bits], dtype=torch.float64)
     return ErrorScores(
         fisher=power(products) / (2 * sums.images),
         fit=sums.gradient / (2 * sums.images) * sums.error[bits] / sums.elements,
         output_gradient=sums.output[bits] / sums.images,
         noise=sums.error[bits] / sums.signal if sums.signal else float("nan"),
         squared_error=sums.error[bits] / sums.elements,
-        products=products.float().cpu().numpy(),
+        products=products.float().numpy(),
     )
 
 
@@ -192,7 +193,7 @@ class _GradientPass:
             error = quantizer(x) - x
             sums.error[bits] += power(error)
             weighed = rows * error.reshape(self.images, -1)
-            sums.products[bits].append(weighed.sum(dim=1, dtype=torch.float64))
+            sums.products[bits] += weighed.sum(dim=1, dtype=torch.float64).tolist()
             if site.is_attention:  # no layer follows of which this is the input: the tensor is its own output
                 sums.output[bits] += power(weighed)
 
@@ -217,7 +218,7 @@ class _GradientPass:
                     error[rows] = self._errors[info.site, bits]
                     weighed = gradient * _product(layer, error, x)
                     sums.output[bits] += power(weighed)
-                    sums.products[bits].append(weighed.reshape(self.images, -1).sum(dim=1, dtype=torch.float64))
+                    sums.products[bits] += weighed.reshape(self.images, -1).sum(dim=1, dtype=torch.float64).tolist()
         if module in self._weights:
             for image_gradient in _weight_gradients(layer, x.chunk(self.images), gradient.chunk(self.images)):
                 for info in self._weights[module]:
