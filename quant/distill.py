@@ -12,16 +12,8 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, *, tempera
     comparable over temperatures. No gradient reaches the teacher. Half-precision logits are computed in float32.
     Hinton et al., 2015, arXiv:1503.02531. Raises ValueError for logits of different shapes, and for T <= 0.
     """
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            "`student_logits` and `teacher_logits` must both be (batch, classes), "
-            f"got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}."
-        )
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be > 0, got {temperature:g}.")
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    student = F.log_softmax(student_logits.to(dtype) / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits.detach().to(dtype) / temperature, dim=1)
+    student = _log_probabilities(student_logits, teacher_logits, "teacher_logits", temperature)
+    teacher = F.log_softmax(teacher_logits.detach().to(student.dtype) / temperature, dim=1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
@@ -33,13 +25,18 @@ def soft_cross_entropy(student_logits: Tensor, teacher_probabilities: Tensor, *,
     its gradient is that of `distillation_loss`. Half-precision logits are computed in float32. Shen and Xing, ECCV
     2022, arXiv:2112.01528. Raises ValueError for other shapes, and for T <= 0.
     """
-    if student_logits.ndim != 2 or student_logits.shape != teacher_probabilities.shape:
+    student = _log_probabilities(student_logits, teacher_probabilities, "teacher_probabilities", temperature)
+    return -(temperature**2) * (teacher_probabilities.detach().to(student.dtype) * student).sum(dim=1).mean()
+
+
+def _log_probabilities(student_logits: Tensor, teacher: Tensor, name: str, temperature: float) -> Tensor:
+    """Of the student at the temperature, in float32 at least; ValueError where the teacher's shape, or T, cannot be."""
+    if student_logits.ndim != 2 or student_logits.shape != teacher.shape:
         raise ValueError(
-            "`student_logits` and `teacher_probabilities` must both be (batch, classes), "
-            f"got {tuple(student_logits.shape)} and {tuple(teacher_probabilities.shape)}."
+            f"`student_logits` and `{name}` must both be (batch, classes), "
+            f"got {tuple(student_logits.shape)} and {tuple(teacher.shape)}."
         )
     if not temperature > 0:
         raise ValueError(f"`temperature` must be > 0, got {temperature:g}.")
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    student = F.log_softmax(student_logits.to(dtype) / temperature, dim=1)
-    return -(temperature**2) * (teacher_probabilities.detach().to(dtype) * student).sum(dim=1).mean()
+    return F.log_softmax(student_logits.to(dtype) / temperature, dim=1)
