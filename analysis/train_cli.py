@@ -17,6 +17,12 @@ from analysis.options import (
 )
 from quant.choices import ESTIMATORS
 
+uniform_option = click.option("--uniform", metavar="wXaY", help="The same bits everywhere, such as w4a4.")
+layout_option = click.option(
+    "--layout", type=click.Choice(["paper", "strict"]), default="paper", show_default=True,
+    help="Of --uniform: paper keeps first layer and classifier at 8 bit.",
+)  # fmt: skip
+
 
 @click.command(name="eval", short_help="Accuracy of float, plan, uniform bits, trained model.")
 @model_options
@@ -25,12 +31,11 @@ from quant.choices import ESTIMATORS
 @seed_option
 @common_options
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file.")
-@click.option("--uniform", metavar="wXaY", help="The same bits everywhere, such as w4a4.")
+@uniform_option
 @click.option("--checkpoint", type=click.Path(path_type=Path),
               help="A model that `qvw train` has made, RUN/qat, or a file of `qvw export`.")  # fmt: skip
 @click.option("--float", "floating", is_flag=True, help="The model as it is.")
-@click.option("--layout", type=click.Choice(["paper", "strict"]), default="paper", show_default=True,
-              help="Of --uniform: paper keeps first layer and classifier at 8 bit.")  # fmt: skip
+@layout_option
 @click.option("--calibration-images", type=click.IntRange(min=1), default=256, show_default=True,
               help="Training images that set the scales of activations.")  # fmt: skip
 @click.option("--estimator", type=click.Choice(ESTIMATORS), default="mse", show_default=True, help="Of the scales.")
@@ -56,10 +61,9 @@ def evaluate(**options: Any) -> None:
 @run_option
 @common_options
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file; by default RUN/plan.json.")
-@click.option("--uniform", metavar="wXaY", help="The same bits everywhere, such as w4a4.")
+@uniform_option
 @click.option("--float", "floating", is_flag=True, help="No quantization: the fair ceiling of a trained plan.")
-@click.option("--layout", type=click.Choice(["paper", "strict"]), default="paper", show_default=True,
-              help="Of --uniform: paper keeps first layer and classifier at 8 bit.")  # fmt: skip
+@layout_option
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="A YAML file of settings, key: value.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
               help="One setting, such as learning_rate=0.001 or batch_size=128; may be repeated.")  # fmt: skip

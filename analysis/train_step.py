@@ -1,7 +1,6 @@
 """`qvw train`: quantization-aware training from a plan or uniform bits, and the float model trained the same way."""
 
 import copy
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -112,10 +111,9 @@ def run_train(setup: Setup, request: TrainRequest) -> None:
             f"crops_per_image={config.crops_per_image}, but all would be the whole image. Give --soft-labels, or set "
             "crop_area below 1."
         )
-    text = plan.to_json() if isinstance(plan, BitPlan) else plan
     inputs = {
         "val_images": val.images, "val_sha256": val.sha256, "teacher_sha256": teacher_sha256, "layout": request.layout,
-        "plan": None if text is None else text if isinstance(plan, str) else hashlib.sha256(text.encode()).hexdigest(),
+        "plan": plan.sha256 if isinstance(plan, BitPlan) else plan,
         **{f"config.{key}": value for key, value in asdict(config).items()},
         **({} if soft_labels is None else {"soft_labels_sha256": soft_labels.sha256}),
     }  # fmt: skip
