@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from analysis import accounting
 from analysis.plan_budgets import tied_units
 from analysis.planner import read_options
 from quant.bit_plan import PlanBudget, PlannedSite, PlanTotals
-from quant.errors import InputError
+from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.site import Site
 
 Choose = Callable[[Sequence[float]], int]
@@ -74,18 +75,12 @@ def lowered(
 def uniform(options: pd.DataFrame, cost: pd.DataFrame, weight_bits: int, activation_bits: int) -> list[PlannedSite]:
     """One bit-width for the weights of `options` and one for the activations, but for sites with a single option.
 
-    These are pinned. InputError where a site was not measured at the bit-width.
+    These are pinned. What a plan costs needs no score, so the bit-widths need not be among the options.
     """
     plan = []
     for site, open_to in read_options(options, cost)[0].items():
-        bits = weight_bits if site.is_weight else activation_bits
-        bits = next(iter(open_to)) if len(open_to) == 1 else bits
-        if bits not in open_to:
-            raise InputError(
-                f"{site} was not measured at {bits} bits, only at {sorted(open_to)}. Measure it with "
-                "`qvw sensitivity --bits`, or name bit-widths that were measured."
-            )
-        plan.append(open_to[bits])
+        bits, one = weight_bits if site.is_weight else activation_bits, next(iter(open_to.values()))
+        plan.append(one if len(open_to) == 1 else replace(one, bit_width=bits))
     return plan
 
 
@@ -96,16 +91,24 @@ def largest_uniform(
     budget: PlanBudget,
     parameters: int,
     latency: pd.DataFrame | None = None,
+    any_width: bool = False,
 ) -> tuple[PlannedSite, ...] | None:
     """The uniform plan within `budget` with the most weight bits, then the most activation bits; None where none is.
 
-    Of the bit-widths that all sites have which are not pinned.
+    Of the bit-widths that all sites have which are not pinned; with `any_width` of all from the least to the most of
+    these, for which there may be no score.
     """
     free = [(site, set(open_to)) for site, open_to in read_options(options, cost)[0].items() if len(open_to) > 1]
     widths = [
         sorted(set.intersection(*chosen), reverse=True) if chosen else [0]
         for chosen in ([bits for site, bits in free if site.is_weight == weights] for weights in (True, False))
     ]
+    if any_width:
+        widths = [
+            [bits for bits in sorted(ALLOWED_BIT_WIDTHS, reverse=True) if offered and offered[-1] <= bits <= offered[0]]
+            or offered
+            for offered in widths
+        ]
     for weight_bits, activation_bits in itertools.product(*widths):
         plan = uniform(options, cost, weight_bits, activation_bits)
         if not _exceeded(accounting.totals(plan, cost, parameters, latency), budget):

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from analysis.listing import InputConfig, Listing, list_images, read_class_map
-from quant.errors import InputError
+from quant.errors import InputError, first_line
 
+_LARGEST_PIXEL = 4  # far above 1, up to which pixels are, and far below the means of pixels up to 255
 _UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)  # what Pillow raises
 
 
@@ -65,7 +66,7 @@ class ChosenImages(Dataset[tuple[Tensor, int]]):
             return self.read(int(self.indices[i]))
         except _UNREADABLE as error:
             raise InputError(
-                f"The image {self.path(i)} cannot be read: {error}. "
+                f"The image {self.path(i)} cannot be read: {first_line(error)}. "
                 "Replace it, or leave such images out with `--skip-broken`."
             ) from error
 
@@ -287,6 +288,11 @@ def _per_channel(option: str, values: Sequence[float], channels: int) -> tuple[f
         raise InputError(
             f"The images' {option} is {numbers}, expected one number{above} for each of {channels} channels. "
             f"Give `--{option}`, one number or {channels}."
+        )
+    if max(map(abs, numbers)) > _LARGEST_PIXEL:
+        raise InputError(
+            f"The images' {option} is {numbers}, which is of pixels from 0 to 255; here they are from 0 to 1. Divide "
+            f"it by 255: --{option} {','.join(f'{number / 255:.4g}' for number in numbers)}."
         )
     return numbers
 

@@ -80,8 +80,8 @@ def _scaled(site: Site, bits: int, scores: Scores, products: Products) -> NDArra
     found = products.get((site, bits))
     if found is None or not np.isfinite(found).all():
         raise InputError(
-            f"proxy_images.parquet has no finite products of {site} at {bits} bits. Make them with the bits and the "
-            "estimator of the sweep: `qvw sensitivity --proxies`."
+            f"proxy_images.parquet has no finite products of {site} at {bits} bits. Make them with the estimator of "
+            f"the sweep, `qvw sensitivity --bits {bits} --proxies`, or offer fewer bit-widths with --candidates."
         )
     power = float((found**2).mean())
     return found * (2 * max(scores[site, bits], 0.0) / power) ** 0.5 if power > 0 else found

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from analysis.console import warn
 from analysis.proxies import PROXIES, PROXY_COLUMNS, PROXY_IMAGE_COLUMNS
 from analysis.runs import Run
 from quant.bit_plan import check_known_sites
@@ -54,7 +55,14 @@ def scored(run: Run, rows: pd.DataFrame, objective: str, *, robust: bool, scores
     table = table[table["proxy"] == objective]
     if table.empty:
         raise InputError(f"proxies.parquet has no scores of {objective} (it may need labels, or `qvw stats` before).")
-    return rows.merge(table[[*_KEY, *_SCHEME, "score"]].dropna(subset="score"), on=[*_KEY, *_SCHEME])
+    found = rows.merge(table[[*_KEY, *_SCHEME, "score"]].dropna(subset="score"), on=[*_KEY, *_SCHEME])
+    lacking = sorted(set(rows["bit_width"]) - set(found["bit_width"]))
+    if lacking:
+        bits = ",".join(map(str, lacking))
+        warn(f"no {objective} at {bits} bits, which are not offered: `qvw sensitivity --bits {bits} --proxies`.")
+    if (rows["batchnorm"] == "re_estimated").any():
+        warn(f"the sweep re-estimated BatchNorm, of which {objective} knows nothing: on such networks kl ranks better.")
+    return found
 
 
 def site_products(run: Run, options: pd.DataFrame) -> dict[tuple[Site, int], NDArray[np.float64]]:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import accounting
+from analysis.budget_kinds import BUDGET_KINDS
 from analysis.planner import PlanSolution, plan_bits, read_options
 from quant.bit_plan import PlanBudget
 from quant.errors import InputError
@@ -24,10 +25,6 @@ PARETO_COLUMNS = (
     "shadow_price",
 )  # fmt: skip
 UNIFORM_COLUMNS = ("budget_kind", "bit_width", *TOTALS, *ON_REQUEST, "predicted_delta_loss")
-_COUNTS = {
-    "weight_bits": "weights", "size_bytes": "weights", "activation_bits": "activations",
-    "activation_bytes": "activations", "bitops": "all", "latency_ms": "all",
-}  # fmt: skip
 _FLOATS = dict.fromkeys((*TOTALS, *ON_REQUEST), float)
 _WHOLE = ("size_bytes", "activation_bytes", "bitops")
 
@@ -51,8 +48,8 @@ def pareto_front(
     `kinds` are names of TOTALS and ON_REQUEST, by default all of TOTALS that some site counts for, and those of
     ON_REQUEST that `budget` sets. A curve has `points` budgets in equal ratios, from that of the cheapest plan to that
     of the plan with the least score, and the one that `budget` itself sets, if it lies between. Each row is the best of
-    all plans found that are within its budget, the cheaper of equals: so predicted_delta_loss never rises, and a larger
-    budget that buys nothing repeats the row's plan. A bound for a larger budget holds for a smaller one too, so
+    all plans found that are within its budget, the cheaper of equals: so predicted_delta_loss never rises. A larger
+    budget that buys nothing has no row of its own. A bound for a larger budget holds for a smaller one too, so
     lower_bound never rises either.
 
     predicted_delta_loss and lower_bound are sums of the scores of `options`, in their unit. shadow_price is what the
@@ -107,7 +104,8 @@ def uniform_points(
     is_open = options.groupby(["module", "tensor"])["bit_width"].transform("nunique") > 1
     rows = []
     for kind in _applicable(options, kinds, budget, latency):
-        counted = {"weights": is_weight, "activations": ~is_weight}.get(_COUNTS[kind], is_weight | True) & is_open
+        sort = BUDGET_KINDS[kind].counts
+        counted = is_open if sort == "all" else is_open & (is_weight == (sort == "weights"))
         others = replace(budget or PlanBudget(), **{kind: None})
         sites = options.loc[counted, ["module", "tensor"]].drop_duplicates()
         for bit_width, at in options[counted].groupby("bit_width"):
@@ -189,26 +187,27 @@ def _limits(kind: str, low: float, high: float, asked: float | None, points: int
 def _curve(kind: str, limits: list[Any], solutions: Sequence[PlanSolution], relative_gap: float) -> pd.DataFrame:
     """The rows of one kind of budget; `solutions` has the plan of each limit."""
     bounds = np.maximum.accumulate([solution.lower_bound for solution in reversed(solutions)])[::-1]
-    rows = []
+    rows: list[tuple[PlanSolution, dict[str, Any]]] = []
     for limit, own, bound in zip(limits, solutions, bounds, strict=True):
         within = [solution for solution in solutions if getattr(solution.totals, kind) <= limit]
         best = min(within, key=lambda solution: (solution.objective, getattr(solution.totals, kind)))
         lower_bound = min(float(bound), best.objective)
+        if rows and best is rows[-1][0]:  # a larger budget that buys nothing
+            continue
         gap = (
             0.0 if lower_bound == best.objective else (best.objective - lower_bound) / max(abs(best.objective), 1e-300)
         )
-        rows.append(
-            {
-                "budget_kind": kind,
-                "budget": float(limit),
-                **asdict(best.totals),
-                "predicted_delta_loss": best.objective,
-                "lower_bound": lower_bound,
-                "gap": gap,
-                "status": "optimal" if gap <= relative_gap else own.status,
-            }
-        )
-    frame = pd.DataFrame(rows)
+        row = {
+            "budget_kind": kind,
+            "budget": float(limit),
+            **asdict(best.totals),
+            "predicted_delta_loss": best.objective,
+            "lower_bound": lower_bound,
+            "gap": gap,
+            "status": "optimal" if gap <= relative_gap else own.status,
+        }
+        rows.append((best, row))
+    frame = pd.DataFrame([row for _, row in rows])
     loss, budget = frame["predicted_delta_loss"].to_numpy(), frame["budget"].to_numpy()
     frame["shadow_price"] = [*((loss[:-1] - loss[1:]) / np.diff(budget)), 0.0]
     return frame[list(PARETO_COLUMNS)].astype(_FLOATS)

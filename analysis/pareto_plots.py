@@ -11,35 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from analysis.budget_kinds import BUDGET_KINDS, budget_words
 from analysis.pareto import knee
 from analysis.plots import LABELS, PAGE, STYLE, leave_room, new_axes, plain, tick_label
 from quant.bit_plan import PlanBudget
 
-AXES = {  # kind of budget: label of its axis, and what one unit of it is in the frame
-    "weight_bits": ("mean weight bits", 1.0),
-    "activation_bits": ("mean activation bits", 1.0),
-    "size_bytes": ("size (MiB)", 2.0**20),
-    "activation_bytes": ("activations (MiB)", 2.0**20),
-    "bitops": ("GBitOps an image", 1e9),
-    "latency_ms": ("latency (ms)", 1.0),
-}
-_WORDS = {
-    "weight_bits": "mean weight bits", "activation_bits": "mean activation bits", "size_bytes": "MiB",
-    "activation_bytes": "MiB of activations", "bitops": "GBitOps", "latency_ms": "ms",
-}  # fmt: skip
 TITLE_LETTERS = 96  # of 9 pt across a page
 _GAP = 0.01  # a smaller one is thinner than the line
-
-
-def amount(kind: str, value: float) -> str:
-    """A cost in words, such as `3.07 mean weight bits`; `value` is in the unit of the frame."""
-    return f"{value / AXES[kind][1]:.4g} {_WORDS[kind]}"
-
-
-def budget_words(budget: PlanBudget) -> str:
-    """The budgets that are set, such as `3.07 mean weight bits and 0.5 MiB`; empty where none is."""
-    *most, last = [amount(kind, value) for kind, value in budget.as_dict().items()] or [""]
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 @mpl.rc_context(STYLE)
@@ -58,7 +36,7 @@ def plot_pareto(
     else linear near 0 and logarithmic beyond; the knee is that of linear axes all the same, and the legend says so.
     The lower bound is dashed where a gap is wider than 1 %.
     """
-    label, unit = AXES[kind]
+    label, unit = BUDGET_KINDS[kind].label, BUDGET_KINDS[kind].unit
     curve = front[front["budget_kind"] == kind]
     if curve.empty:
         raise ValueError(f"The front has no row of {kind}: there is nothing to draw.")

@@ -11,19 +11,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis import accounting
+from analysis.budget_kinds import BUDGET_KINDS, amount
 from analysis.choice_program import Budget
 from quant.bit_plan import PlanBudget, PlannedSite, check_known_sites
 from quant.errors import InputError
 from quant.site import Site
 
-_UNITS = {  # how a message shows a budget: words, and the divisor of the stored figure
-    "weight_bits": ("mean weight bits", 1),
-    "activation_bits": ("mean activation bits", 1),
-    "size_bytes": ("MiB", 2**20),
-    "activation_bytes": ("MiB of activations", 2**20),
-    "bitops": ("GBitOps", 10**9),
-    "latency_ms": ("ms of latency", 1),
-}
 _OF_ONE_SORT = ("weight_bits", "activation_bits", "activation_bytes")  # these count weights, or activations, alone
 
 
@@ -49,12 +42,11 @@ class PlanLimit:
     @property
     def words(self) -> str:
         """The limit as a message shows it, such as `3 mean weight bits`."""
-        words, unit = _UNITS[self.name]
-        return f"{self.limit / unit:.10g} {words}"
+        return amount(self.name, self.limit, digits=10)
 
     def figure(self, spent: int) -> str:
         """The plan's figure, rounded up, for what `costs` counts: asking for it is asking for enough."""
-        figure = Fraction(self.constant + spent, self.per * _UNITS[self.name][1])
+        figure = Fraction(self.constant + spent, self.per * int(BUDGET_KINDS[self.name].unit))
         return f"{math.ceil(figure * 10**6) / 10**6:.10g}"
 
 

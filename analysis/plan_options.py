@@ -91,8 +91,7 @@ def apply_pins(
         if not kept[site]:
             wanted = f"{bits} bits by {who}" if who else f"one of {sorted(candidates or ())} bits"
             raise InputError(
-                f"{site} is to have {wanted}, but was measured at {sorted(offered)}. "
-                "Measure it with `qvw sensitivity --bits`, or choose a bit-width that was measured."
+                f"{site} is to have {wanted}, but was measured at {sorted(offered)}. " + _advice(who, bits)
             )
     keep = [int(bits) in kept[site] for site, bits in zip(sites, options["bit_width"], strict=True)]
     return options[keep]
@@ -122,7 +121,10 @@ def restrict(
     for pattern, widths in of_kind:
         found = np.array([fnmatchcase(kind, pattern) for kind in kinds])
         if not found.any():
-            raise _no_match("kind", pattern, kinds)
+            known = ", ".join(dict.fromkeys(kinds))
+            raise InputError(
+                f"The kind {pattern!r} matches no measured site. The kinds are {known}. Patterns: * and ?."
+            )
         keep &= ~found | single | np.isin(bits, list(widths))
     left = {site for site, stays in zip(sites, keep, strict=True) if stays}
     empty = next((site for site in sites if site not in left), None)
@@ -183,6 +185,15 @@ def uniform_bits(
     open_to = [site for site, row in accounting.cost_rows(cost).items() if row.quantizable]
     wanted = {site: weight_bits if site.is_weight else activation_bits for site in open_to}
     return {site: pins.get(site, bits) for site, bits in wanted.items() if bits is not None}
+
+
+def _advice(who: str, bits: int) -> str:
+    """What to do about bits that were not measured, by who asks for them."""
+    if who == "the layout":
+        return (
+            f"Measure these with `qvw sensitivity --bits {bits}`, or plan without this exception: --layout strict."
+        )
+    return "Measure it with `qvw sensitivity --bits`, or choose a bit-width that was measured."
 
 
 def _no_match(what: str, pattern: str, names: Sequence[str]) -> InputError:

@@ -61,6 +61,11 @@ class PlanRequest:
         return request
 
     @property
+    def offers_any_width(self) -> bool:
+        """Whether bits are limited by what was measured alone, not by a wish (hardware that has 2, 4 and 8)."""
+        return self.candidates is None and not self.candidates_of and not self.bounds and self.latency is None
+
+    @property
     def minimised(self) -> str:
         """The objective, where no scores take its place."""
         return self.objective or "kl"
@@ -109,8 +114,10 @@ def parse_bound(text: str) -> tuple[str, int, int]:
     """Pattern, lowest and highest bits of `blocks.0.*=4-8`."""
     pattern, _, bits = text.rpartition("=")
     found = re.fullmatch(r"([0-9]{1,2})-([0-9]{1,2})", bits)
-    if not pattern or found is None or int(found[1]) > int(found[2]):
+    if not pattern or found is None:
         raise InputError(f"--bounds {text!r} is not understood; write PATTERN=LOW-HIGH, such as 'blocks.0.*=4-8'.")
+    if int(found[1]) > int(found[2]):
+        raise InputError(f"--bounds {text!r} goes from {found[1]} down to {found[2]}; write the lower bits first.")
     return pattern, int(found[1]), int(found[2])
 
 

@@ -10,16 +10,19 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis import accounting
 from analysis.accounting import LATENCY_COLUMNS
-from analysis.console import as_text, progress, say, warn
+from analysis.budget_kinds import budget_words
+from analysis.console import progress, say, warn
 from analysis.cost import COST_COLUMNS
 from analysis.files import write_bytes
 from analysis.interactions import FEW_IMAGES
 from analysis.objectives import MEASURED, read_csv, scored, site_products
-from analysis.panels import bits_figure, figure_files, save_figure
-from analysis.pareto import ON_REQUEST, knee, pareto_front, uniform_points
-from analysis.pareto_plots import budget_words, pareto_figure
+from analysis.panels import bits_figure, save_figure
+from analysis.pareto import ON_REQUEST, pareto_front, uniform_points
+from analysis.pareto_plots import pareto_figure
 from analysis.plan_csv import plan_frame
+from analysis.plan_files import NAME, PlanFiles
 from analysis.plan_options import (
     apply_pins,
     attention_ties,
@@ -31,7 +34,8 @@ from analysis.plan_options import (
     tied_sites,
 )
 from analysis.plan_request import PlanRequest, parse_bound, parse_kind, parse_pin
-from analysis.planner import PlanSolution, plan_bits
+from analysis.plan_words import knee_words, loose_budgets, plan_words, rising_scores
+from analysis.planner import PlanSolution, plan_bits, read_options
 from analysis.runs import Run
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
 from analysis.setup import Setup
@@ -79,29 +83,38 @@ def run_plan(path: Path, request: PlanRequest) -> None:
             objective=_column(request),
         ),
     )
-    out = path / "plan.json" if request.out is None else request.out
-    _check_target(out, run)
+    files = PlanFiles(run, path / f"{NAME}.json" if request.out is None else request.out)
+    files.check()
     inputs = {
         "weights_sha256": model.weights_sha256,
         "sensitivity_sha256": hashlib.sha256((path / "sensitivity.parquet").read_bytes()).hexdigest(),
     }
     planned = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(request).items()}
     with run.start_step(
-        "plan", command=shlex.join(["qvw", *sys.argv[1:]]), options=planned, inputs=inputs, seed=0, device="cpu",
-        files=(*_own_files(out, run), "pareto.parquet", "pareto_uniform.parquet", *figure_files("pareto")), renew=True,
+        files.name, command=shlex.join(["qvw", *sys.argv[1:]]), options=planned, inputs=inputs, seed=0, device="cpu",
+        files=files.files, renew=True,
     ):  # fmt: skip
-        write_bytes(out, plan.to_json().encode())
-        write_bytes(out.with_suffix(".csv"), plan_frame(plan, cost).to_csv(index=False).encode())
+        json_file, csv_file, *_ = files.beside
+        write_bytes(json_file, plan.to_json().encode())
+        write_bytes(csv_file, plan_frame(plan, cost).to_csv(index=False).encode())
         frame = pd.DataFrame([{"module": s.module, "tensor": s.tensor, "bit_width": s.bit_width} for s in plan.sites])
         chart = bits_figure(bits_frame(frame, cost), model.name, budget=budget_words(budget))
-        save_figure(chart, out.with_suffix(""))
-        front = _front(run, plan, options, cost, ties, latency, request.quiet) if request.pareto else ""
-    say(_summary(plan, solution, request, options) + front, quiet=request.quiet)
-    say(f"plan of {len(plan.sites)} sites in {out}", quiet=request.quiet)
-    if not request.verify and (run.path / "verification.parquet").exists():
-        verified = run.read_table("verification", ("plan_sha256",))["plan_sha256"]
+        save_figure(chart, files.out.with_suffix(""))
+        front = _front(files, plan, options, cost, ties, latency, request.quiet) if request.pareto else ""
+    rising = rising_scores(options, str(plan.solver.objective))
+    if rising:
+        warn(rising)
+    say(plan_words(plan, solution, options, search=request.interactions), quiet=request.quiet)
+    if front:
+        say(front, quiet=request.quiet)
+    _tell_loose_budgets(plan, options, cost, latency, request, model.parameters)
+    say(f"plan of {len(plan.sites)} sites in {files.out}, as a table and a chart in {files.out.stem}.csv and .png",
+        quiet=request.quiet)  # fmt: skip
+    verification = files.in_run("verification.parquet")
+    if not request.verify and (run.path / verification).exists():
+        verified = run.read_table(verification.removesuffix(".parquet"), ("plan_sha256",))["plan_sha256"]
         if plan.sha256 not in set(verified):
-            warn(f"{run.path / 'verification.parquet'} is of an earlier plan; --verify makes it anew.")
+            warn(f"{run.path / verification} is of an earlier plan; --verify makes it anew.")
     if request.verify:  # afterwards, for the plan is to be there whatever becomes of the images
         setup = Setup(
             run=path, images=request.images, batch_size=request.batch_size, num_workers=request.num_workers,
@@ -109,9 +122,9 @@ def run_plan(path: Path, request: PlanRequest) -> None:
         )  # fmt: skip
         others = other_plans(
             plan, options, cost, parameters=model.parameters, ties=ties, latency=latency,
-            interactions=request.interactions,
+            interactions=request.interactions, any_width=request.offers_any_width,
         )  # fmt: skip
-        say(run_verify(setup, plan, others, rows, products), quiet=request.quiet)
+        say(run_verify(setup, plan, others, rows, products, files=files), quiet=request.quiet)
 
 
 def plan_options(run: Run, rows: pd.DataFrame, cost: pd.DataFrame, request: PlanRequest) -> pd.DataFrame:
@@ -124,6 +137,11 @@ def plan_options(run: Run, rows: pd.DataFrame, cost: pd.DataFrame, request: Plan
     pins = [parse_pin(text) for text in request.pin]
     layout = layout_pins(cost, request.layout)
     options = apply_pins(options, pins, layout, candidates=request.candidates)
+    moved = [
+        site for site, bits in layout.items() for pattern, other in pins if matches(pattern, site) and other != bits
+    ]
+    if moved:
+        warn(f"--pin takes {moved[0]} from the {layout[moved[0]]} bits of the layout ({len(set(moved))} such sites).")
     sites = {Site(m, t) for m, t in options[["module", "tensor"]].drop_duplicates().to_numpy()}
     unscored = [site for site in map(Site._make, rows[["module", "tensor"]].drop_duplicates().to_numpy())
                 if site not in sites]  # fmt: skip
@@ -139,30 +157,8 @@ def plan_options(run: Run, rows: pd.DataFrame, cost: pd.DataFrame, request: Plan
     return restrict(options, bounds, map(parse_kind, request.candidates_of), kept=kept)
 
 
-def _own_files(out: Path, run: Run) -> list[str]:
-    """The plan, its table and its figure, where they lie in the run folder."""
-    inside = out.resolve().parent == run.path.resolve()
-    return [out.with_suffix(suffix).name for suffix in (".json", ".csv", ".png", ".svg")] if inside else []
-
-
-def _check_target(out: Path, run: Run) -> None:
-    """InputError for a file that the plan, its table or its figure must not replace."""
-    if out.suffix != ".json":
-        raise InputError(f"--out {out} is no name of a plan; its table and figure lie beside it: end it with .json.")
-    if out.resolve().parent != run.path.resolve() and (out.parent / "run.json").exists():
-        raise InputError(f"--out {out} lies in the run folder of another model or sweep; choose another folder.")
-    others = {file for name, step in run.record.steps.items() if name != "plan" for file in step.files}
-    taken = set(_own_files(out, run)) & (others | {"run.json"})
-    if taken:
-        raise InputError(f"--out {out} would replace {sorted(taken)[0]} of the run; choose another name.")
-    if out.is_file():
-        BitPlan.from_json(
-            out.read_text(encoding="utf-8", errors="replace"), source=str(out)
-        )  # nothing else is replaced
-
-
 def _front(
-    run: Run,
+    files: PlanFiles,
     plan: BitPlan,
     options: pd.DataFrame,
     cost: pd.DataFrame,
@@ -171,6 +167,7 @@ def _front(
     quiet: bool,
 ) -> str:
     """Write the Pareto front and its figure; returns the knee of each curve in words."""
+    run = files.run
     assert run.record.model is not None
     parameters, name = run.record.model.parameters, run.record.model.name
     curves = CURVES + sum(getattr(plan.budget, kind) is not None for kind in ON_REQUEST)
@@ -180,19 +177,28 @@ def _front(
             time_limit=FRONT_SECONDS, solved=bar.update,
         )  # fmt: skip
     crosses = uniform_points(options, cost, parameters=parameters, budget=plan.budget, ties=ties, latency=latency)
-    run.write_table("pareto", front.assign(plan_sha256=plan.sha256))
-    run.write_table("pareto_uniform", crosses)
+    run.write_table(files.in_run("pareto"), front.assign(plan_sha256=plan.sha256))
+    run.write_table(files.in_run("pareto_uniform"), crosses)
     objective = plan.solver.objective or ""
     figure = pareto_figure(front, name, uniform=crosses, objective=objective, budget=plan.budget)
-    save_figure(figure, run.path / "pareto")
-    columns = ["budget_kind", "budget", "predicted_delta_loss", "shadow_price"]
-    if knee(front).empty:
-        return "\nThe front has no knee: every site has one bit-width left."
-    knees = knee(front)[columns].rename(columns={"predicted_delta_loss": f"predicted {plan.solver.objective}"})
-    return (
-        "\nKnee of each curve of pareto.png, other budgets kept; shadow_price: what a bit, byte or BitOp more saves:"
-        f"\n{as_text(knees)}"
-    )
+    save_figure(figure, run.path / files.in_run("pareto"))
+    return knee_words(front, objective)
+
+
+def _tell_loose_budgets(
+    plan: BitPlan,
+    options: pd.DataFrame,
+    cost: pd.DataFrame,
+    latency: pd.DataFrame | None,
+    request: PlanRequest,
+    parameters: int,
+) -> None:
+    """Warn of a budget that even the most bits keep: a slip of the unit, or a wish that nothing fulfils."""
+    if request.like is not None:
+        return  # its means are those of uniform bits, which may well be the most
+    dearest = [by_bits[max(by_bits)] for by_bits in read_options(options, cost)[0].values()]
+    for line in loose_budgets(plan, dearest, accounting.totals(dearest, cost, parameters, latency)):
+        warn(line)
 
 
 def _ties(patterns: Sequence[str], options: pd.DataFrame, cost: pd.DataFrame) -> list[tuple[Site, ...]]:
@@ -236,33 +242,3 @@ def _predicted_loss(solution: PlanSolution, rows: pd.DataFrame) -> float | None:
     measured = rows.set_index(["module", "tensor", "bit_width"])["delta_loss"]
     chosen = measured.reindex([(s.module, s.tensor, s.bit_width) for s in solution.sites])
     return None if chosen.isna().any() else float(chosen.sum())
-
-
-def _over(value: float | None, unit: float) -> float | None:
-    return None if value is None else value / unit
-
-
-def _summary(plan: BitPlan, solution: PlanSolution, request: PlanRequest, options: pd.DataFrame) -> str:
-    totals = plan.totals
-    figures = {
-        "mean weight bits": (totals.weight_bits, plan.budget.weight_bits),
-        "mean activation bits": (totals.activation_bits, plan.budget.activation_bits),
-        "size (MiB)": (totals.size_bytes / 2**20, request.size_mib),
-        "activations (MiB)": (_over(totals.activation_bytes, 2**20), request.activation_mib),
-        "GBitOps": (totals.bitops / 1e9, request.gbitops),
-        "latency (ms)": (totals.latency_ms, request.latency_ms),
-    }
-    lines = [
-        f"  {name:22}{value:10.4f}" + ("" if limit is None else f"   budget {limit:g}")
-        for name, (value, limit) in figures.items()
-        if value is not None
-    ]
-    certificate = "no bound: a search" if request.interactions else f"{solution.status}, gap {solution.gap:.2g}"
-    what = plan.solver.objective
-    title = f"sum of predicted changes of {what}: {solution.objective:.4g} ({certificate})"
-    if plan.predicted_delta_loss is not None and request.minimised != "loss":
-        title += f"; measured loss changes of these bits add up to {plan.predicted_delta_loss:.4g}"
-    moved = int((options["score"] != options["score_measured"]).sum())
-    if moved:
-        lines.append(f"  {moved} of {len(options)} scores were measured to rise with the bits, and were evened out.")
-    return "\n".join([title, *lines])

@@ -53,6 +53,7 @@ class StepRecord:
     started: str  # ISO 8601, UTC
     finished: str | None = None
     seconds: float | None = None  # of the last start, where a step was resumed
+    earlier: list[str] = field(default_factory=list)  # commands before `command` that added to the same results
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 
 from analysis.files import json_scalar, write_atomic, writing
+from analysis.input_changes import input_changes, plain
 from analysis.locks import exclusive
 from analysis.run_record import ModelRecord, RunRecord, StepRecord, git_commit, versions
 from analysis.table_checks import Table, checked
@@ -61,7 +62,7 @@ class Run:
         now = self.record
         if now.model is not None:
             keys = ("name", "kwargs", "parameters", "weights_sha256")
-            changes = _changes({k: getattr(now.model, k) for k in keys}, {k: getattr(record, k) for k in keys})
+            changes = input_changes({k: getattr(now.model, k) for k in keys}, {k: getattr(record, k) for k in keys})
             if changes and now.steps:
                 if not overwrite:
                     raise InputError(
@@ -76,13 +77,13 @@ class Run:
     def set_data(self, options: Mapping[str, Any]) -> None:
         """Note the options that name the images, for later steps that leave them out; none changes nothing."""
         now = self.record
-        if options and now.data != _plain(options):
-            self._write(replace(now, data=_plain(options)))
+        if options and now.data != plain(options):
+            self._write(replace(now, data=plain(options)))
 
     def is_done(self, name: str, inputs: Mapping[str, Any]) -> bool:
         """Whether the step was finished with these inputs and what it wrote is still there."""
         step = self.record.steps.get(name)
-        if step is None or step.status != "done" or _changes(step.inputs, inputs):
+        if step is None or step.status != "done" or input_changes(step.inputs, inputs):
             return False
         return all((self.path / file).exists() for file in step.files)
 
@@ -139,7 +140,7 @@ class Run:
         renew: bool,
     ) -> StepRecord:
         old = self.record.steps.get(name)
-        changes = _changes(old.inputs, inputs) if old is not None else ""
+        changes = input_changes(old.inputs, inputs) if old is not None else ""
         if changes and not (overwrite or renew):
             raise InputError(
                 f"{self.path} holds {name} with other inputs ({changes}). "
@@ -147,11 +148,13 @@ class Run:
             )
         if overwrite:
             self.remove([*files, *(old.files if old is not None else [])])
+        earlier = [] if old is None or overwrite or renew else list(dict.fromkeys([*old.earlier, old.command]))
         now = self.record
         step = StepRecord(
             command=command,
-            options=_plain(options),
-            inputs=_plain(inputs),
+            earlier=[other for other in earlier if other != command],
+            options=plain(options),
+            inputs=plain(inputs),
             files=list(files),
             seed=seed,
             versions=versions(),
@@ -243,21 +246,6 @@ class Run:
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
-
-
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The keys whose values differ, as `key: old -> new`; JSON's eyes see a tuple as a list and NaN as itself."""
-    before, after = ({k: json.dumps(v) for k, v in _plain(x).items()} for x in (old, new))
-    keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]
-    shorten = {k: 20 for k in keys if k.endswith("sha256")}  # enough of a hash to tell two apart
-    return ", ".join(
-        f"{k}: {before.get(k, 'absent')[: shorten.get(k)]} -> {after.get(k, 'absent')[: shorten.get(k)]}" for k in keys
-    )
-
-
-def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The value as JSON reads it back."""
-    return json.loads(json.dumps(dict(value), default=json_scalar))
 
 
 def _remedy(name: str) -> str:

@@ -16,8 +16,8 @@ from analysis.sensitivity_plots import BLOCK_COLUMNS, plot_blocks, plot_costs, p
 from quant.choices import Protocol
 
 STEMS = (
-    "sensitivity", "sensitivity_sqnr", "sensitivity_ranks", "sensitivity_blocks", "sensitivity_groups",
-    "sensitivity_left_out",
+    "sensitivity", "sensitivity_loss", "sensitivity_sqnr", "sensitivity_ranks", "sensitivity_blocks",
+    "sensitivity_groups", "sensitivity_left_out",
 )  # fmt: skip
 _PARTS = {"attn.qkv": "qkv", "attn.query": "query", "attn.key": "key", "attn.value": "value", "attn.softmax": "softmax",
           "attn.proj": "proj", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}  # fmt: skip
@@ -27,8 +27,9 @@ def sensitivity_figures(table: pd.DataFrame, name: str) -> Iterator[tuple[str, F
     """Name and figure of everything that the rows of sensitivity.parquet can show."""
     single = preferred_rows(table)
     if len(single):
-        value = "delta_loss" if single["delta_loss"].notna().any() else "kl"
-        yield "sensitivity", sensitivity_figure(single, name, value=value)
+        yield "sensitivity", sensitivity_figure(single, name, value="kl")  # what plans and ranks go by
+        if single["delta_loss"].notna().any():
+            yield "sensitivity_loss", sensitivity_figure(single, name, value="delta_loss")
         if single["sqnr_db"].notna().any():
             yield "sensitivity_sqnr", sensitivity_figure(single, name, value="sqnr_db")
         bits = int(single["bit_width"].min())

@@ -16,7 +16,7 @@ from analysis import accounting
 from analysis.baselines import greedy, largest_uniform, lowered, random_choice, worst_first
 from analysis.calibration import Calibrated, calibrated
 from analysis.columns import VERIFY_COLUMNS
-from analysis.console import as_text, progress
+from analysis.console import progress
 from analysis.data import ImageData
 from analysis.eval_step import keep_row, running_quantized, verify_row
 from analysis.evaluation import compare_logits, logits_of, mean_and_error, scores
@@ -26,10 +26,11 @@ from analysis.interactions import predicted as with_interactions
 from analysis.open_run import open_run
 from analysis.opened import Opened
 from analysis.panels import figure_files, save_figure
+from analysis.plan_files import PlanFiles
 from analysis.planner import plan_bits
 from analysis.setup import Setup
-from analysis.verdicts import verdict
-from analysis.verification_plots import plan_names, verification_figure
+from analysis.verification_plots import verification_figure
+from analysis.verification_words import verification_words
 from quant.batchnorm import batchnorm_reestimated, batchnorms
 from quant.bit_plan import BitPlan, PlannedSite, PlanSolver
 from quant.choices import Estimator
@@ -38,7 +39,6 @@ from quant.site import Site
 
 RANDOM_PLANS = 3
 CALIBRATION_IMAGES = 256
-_PARTIAL = "verification.partial.jsonl"
 VERIFICATION_COLUMNS = (
     "plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "predicted_kl", "predicted_kl_pairs",
     "measured_kl", "measured_kl_se", "kl_excess", "kl_excess_se", "predicted_delta_loss", "measured_delta_loss",
@@ -55,19 +55,22 @@ def other_plans(
     ties: Sequence[Sequence[Site]],
     latency: pd.DataFrame | None = None,
     interactions: bool = False,
+    any_width: bool = True,
 ) -> list[BitPlan]:
     """Plans to compare with, from the same options: uniform, greedy, worst-first and random ones within the budget.
 
-    The uniform one is the largest that fits, and may cost less than the budget; where none fits it is left out. Where
-    `plan` counts interactions the optimum of the sum alone (`additive`) is there too.
+    The uniform one is the largest that fits, and may cost less than the budget; where none fits it is left out. With
+    `any_width` its bits need not have been measured: a plan that beats what happens to be offered has beaten nothing.
+    Where `plan` counts interactions the optimum of the sum alone (`additive`) is there too.
     """
     found: list[tuple[str, Sequence[PlannedSite] | None]] = []
     if interactions:
         alone = plan_bits(options, cost, budget=plan.budget, parameters=parameters, ties=ties, latency=latency)
         found.append(("additive", alone.sites))
-    found.append(
-        ("uniform", largest_uniform(options, cost, budget=plan.budget, parameters=parameters, latency=latency))
+    uniform = largest_uniform(
+        options, cost, budget=plan.budget, parameters=parameters, latency=latency, any_width=any_width
     )
+    found.append(("uniform", uniform))
     ways = [("greedy", greedy), ("reverse", worst_first), *(("random", random_choice(i)) for i in range(RANDOM_PLANS))]
     for name, choose in ways:
         sites = lowered(options, cost, choose, budget=plan.budget, parameters=parameters, ties=ties, latency=latency)
@@ -87,6 +90,8 @@ def run_verify(
     others: Sequence[BitPlan],
     measured: pd.DataFrame,
     products: Products | None = None,
+    *,
+    files: PlanFiles,
 ) -> str:
     """Measure each plan, add its row to verify.parquet and to verification.parquet; returns the comparison in words.
 
@@ -103,11 +108,13 @@ def run_verify(
     estimator, treatment = _treatment(measured)
     inputs = {"plan": plan.sha256, "sweep_images": sweep_images.images, "calibration_images": CALIBRATION_IMAGES,
               "estimator": estimator, "batchnorm": treatment}  # fmt: skip
-    log = RowLog(opened.run.path / _PARTIAL)
+    partial, verification = files.in_run("verification.partial.jsonl"), files.in_run("verification")
+    step = "verify" if files.is_own else f"verify-{files.name.removeprefix('plan-')}"
+    log = RowLog(opened.run.path / partial)
     fixed = hashlib.sha256(json.dumps(opened.inputs(data) | inputs, sort_keys=True).encode()).hexdigest()
-    files = ("verification.parquet", *figure_files("verification"))
+    made_files = (f"{verification}.parquet", *figure_files(verification))
     with (
-        opened.step("verify", data, files, {"plans": _names(others)}, inputs, temporary=(_PARTIAL,), renew=True),
+        opened.step(step, data, made_files, {"plans": _names(others)}, inputs, temporary=(partial,), renew=True),
         progress(len(others) + 1, "verify", "plan", quiet=setup.quiet) as bar,
     ):
         known = {row["bits"]: row for row in log.read(damaged=True) if row and row["inputs"] == fixed}
@@ -132,12 +139,12 @@ def run_verify(
             rows.append({"plan": kind, **row, "plan_sha256": each.sha256})
             bar.update()
         table = pd.DataFrame(rows, columns=list(VERIFICATION_COLUMNS))
-        opened.run.write_table("verification", table)
+        opened.run.write_table(verification, table)
         verify = opened.run.read_table("verify", VERIFY_COLUMNS)
         floating = verify.loc[verify["plan"] == "float", "top1"].tolist()
         figure = verification_figure(table, opened.name, floating=floating[0] if floating else None)
-        save_figure(figure, opened.run.path / "verification")
-    return _summary(table)
+        save_figure(figure, opened.run.path / verification)
+    return verification_words(table, plan, others)
 
 
 class _Batches:
@@ -244,34 +251,3 @@ def _row(
         "measured_delta_loss": figures["delta_loss"], "measured_delta_loss_se": figures["delta_loss_se"],
         "planned_ahead": ahead, "planned_ahead_se": ahead_se,
     }  # fmt: skip
-
-
-def _summary(table: pd.DataFrame) -> str:
-    shown = pd.DataFrame(
-        {
-            "plan": table["plan"],
-            "weight_bits": table["weight_bits"].round(3),
-            "activation_bits": table["activation_bits"].round(3),
-            "top1_percent": (100 * table["top1"]).round(2),
-            "se": (100 * table["top1_se"]).round(2),
-            "planned_ahead": (100 * table["planned_ahead"]).round(2),
-            "ahead_se": (100 * table["planned_ahead_se"]).round(2),
-            "predicted_kl": table["predicted_kl"],
-            "with_pairs": table["predicted_kl_pairs"],
-            "measured_kl": table["measured_kl"],
-            "kl_excess": table["kl_excess"],
-            "excess_se": table["kl_excess_se"],
-        }
-    )
-    shown = shown.dropna(axis=1, how="all")  # no labels, or no interactions
-    others = table.assign(name=plan_names(table)).iloc[1:]
-    told = (verdict(what, others, column) for what, column in (("accuracy", "planned_ahead"), ("KL", "kl_excess")))
-    return "\n".join(
-        [
-            "Accuracy on validation images without training (points; the difference is paired over images), and the",
-            "KL on the images of the sweep: predicted as a sum over sites, measured of the whole plan, and its excess",
-            "over that of the plan (paired too).",
-            as_text(shown),
-            *filter(None, told),
-        ]
-    )

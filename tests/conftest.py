@@ -1,11 +1,13 @@
 """What every test shares: one thread, no window for figures, trained weights and real images, the demo's folder."""
 
+import shutil
 from pathlib import Path
 
 import hypothesis
 import matplotlib
 import pytest
 import torch
+from filelock import FileLock
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -28,12 +30,26 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demonstrated(tmp_path_factory) -> Path:
-    """The demo's folder after an interruption before the second model's plan, and a second start; not to be changed."""
+def demonstrated(tmp_path_factory, request) -> Path:
+    """The demo's folder after an interruption before the second model's plan, and a second start; not to be changed.
+
+    Test processes that run side by side share one: it takes minutes.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if hasattr(request.config, "workerinput") else base  # that of pytest-xdist's first process
+    folder, done = shared / "demonstrated", shared / "demonstrated.done"
+    with FileLock(shared / "demonstrated.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+            _demonstrate(folder)
+            done.touch()
+    return folder
+
+
+def _demonstrate(folder: Path) -> None:
     from analysis import demo  # late: the tests that need no demo then start sooner
     from analysis.plan_step import run_plan
 
-    folder = tmp_path_factory.mktemp("demo")
     calls = []
 
     def stopped(path, request):
@@ -50,4 +66,3 @@ def demonstrated(tmp_path_factory) -> Path:
     assert len(before) == 2
     demo.run_demo(folder, quiet=True)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # trained once
-    return folder

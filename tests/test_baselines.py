@@ -9,7 +9,6 @@ from analysis import accounting
 from analysis.baselines import greedy, largest_uniform, lowered, random_choice, uniform, worst_first
 from analysis.planner import plan_bits
 from quant.bit_plan import PlanBudget
-from quant.errors import InputError
 from quant.site import Site
 from tests.plan_frames import chain, option_frame
 
@@ -87,12 +86,23 @@ def test_the_largest_uniform_plan_is_the_largest_that_fits(weight_bits, activati
 
 
 def test_pinned_sites_keep_their_bits_in_a_uniform_plan():
-    """A site with one option has it; one that lacks the bit-width is named."""
+    """A site with one option has it; the others have what is asked for, measured or not: a cost needs no score."""
     options, cost, _ = chain(3)
     pinned = options[(options["module"] != "fc0") | (options["bit_width"] == 8)]
     assert [s.bit_width for s in uniform(pinned, cost, 3, 4)] == [8, 8, 3, 4, 3, 4]
-    with pytest.raises(InputError, match=r"fc1:weight was not measured at 5 bits, only at \[2, 3, 4, 8\]"):
-        uniform(pinned, cost, 5, 4)
+    assert [s.bit_width for s in uniform(pinned, cost, 5, 4)] == [8, 8, 5, 4, 5, 4]
+
+
+def test_the_uniform_plan_may_have_bits_that_were_not_measured():
+    """With 2, 4 and 8 offered, 3.5 bits allow 2 of those offered and 3 of all between the least and the most."""
+    options, cost, parameters = chain(3)
+    some = options[options["bit_width"] != 3]
+    found = [
+        largest_uniform(some, cost, budget=PlanBudget(weight_bits=3.5), parameters=parameters, any_width=any_width)
+        for any_width in (False, True)
+    ]
+    assert [{s.bit_width for s in sites if s.tensor == "weight"} for sites in found] == [{2}, {3}]
+    assert [{s.bit_width for s in sites if s.tensor == "input"} for sites in found] == [{8}, {8}]
 
 
 def test_a_plan_covers_only_what_was_measured():

@@ -620,6 +620,7 @@ def test_small_images_are_not_cropped(side, crop):
     [
         ({"mean": (0.5, 0.5)}, r"mean is \(0\.5, 0\.5\), expected one number for each of 3 channels"),
         ({"std": (0.5, 0.0, 0.5)}, r"std is .*expected one number above 0"),
+        ({"mean": (123.7, 116.3, 103.5)}, r"from 0 to 255.*--mean 0\.4851,0\.4561,0\.4059"),
         ({"mean": (float("nan"),)}, r"mean is \(nan"),
         ({"input_size": (3, 0, 32)}, r"`--input-size` \(3, 0, 32\) is not channels, height, width"),
         ({"input_size": (32, 32)}, r"`--input-size` \(32, 32\) is not channels"),

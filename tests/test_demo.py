@@ -39,7 +39,7 @@ def test_every_step_left_its_tables_and_figures(demonstrated, name):
     )
     assert tensors <= set(table["tensor"])
     assert set(table["batchnorm"]) == ({"stored", "re_estimated"} if name == "resnet" else {"none"})
-    sweep = {"sensitivity.png", "sensitivity_sqnr.png", "sensitivity_ranks.png"}
+    sweep = {"sensitivity.png", "sensitivity_loss.png", "sensitivity_sqnr.png", "sensitivity_ranks.png"}
     blocks = {"sensitivity_blocks.png"} if name == "swin" else set()
     assert {path.name for path in folder.glob("*.png")} == sweep | blocks | {"distribution.png", "plan.png"}
     steps = json.loads((folder / "run.json").read_text())["steps"]

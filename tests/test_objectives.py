@@ -12,7 +12,8 @@ ROWS = pd.DataFrame(
     [
         {"module": m, "tensor": t, "bit_width": b, "kl": 1.0 / b, "kl_se": 0.1 / b, "delta_loss": 2.0 / b,
          "delta_loss_se": np.nan, "delta_top1": -0.3 / b, "top1_se": 0.01, "logit_nmse": 0.5, "kind": "conv",
-         "order": 0, "granularity": "per_tensor", "estimator": "mse", "signed": True, "offset": False}
+         "order": 0, "granularity": "per_tensor", "estimator": "mse", "signed": True, "offset": False,
+         "batchnorm": "stored"}
         for m in ("a", "b") for t in ("weight", "input") for b in (2, 4)
     ]
 )  # fmt: skip

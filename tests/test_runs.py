@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from analysis.files import RowLog, write_atomic, write_bytes
+from analysis.input_changes import input_changes
 from analysis.run_record import ModelRecord
 from analysis.runs import Run
 from quant.errors import InputError
@@ -18,10 +19,10 @@ from quant.errors import InputError
 MODEL = ModelRecord(typed="resnet18", name="resnet18", weights_sha256="aa", parameters=11, kwargs={"num_classes": 10})
 
 
-def start(run, name="stats", *, inputs=None, files=("stats.parquet",), overwrite=False):
+def start(run, name="stats", *, inputs=None, files=("stats.parquet",), overwrite=False, command="qvw stats"):
     """Start a step of the run with the arguments that do not matter here filled in."""
     return run.start_step(
-        name, command="qvw stats", options={"images": 4, "mean": (0.5, 0.25)}, inputs=inputs or {"images": 4}, seed=0,
+        name, command=command, options={"images": 4, "mean": (0.5, 0.25)}, inputs=inputs or {"images": 4}, seed=0,
         device="cpu", files=files, overwrite=overwrite,
     )  # fmt: skip
 
@@ -179,7 +180,7 @@ def test_a_run_creates_its_folder_on_the_first_write(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights_sha256": "bb"}, r'weights_sha256: "aa" -> "bb"'),
+        ({"weights_sha256": "bb"}, "other weights"),
         ({"name": "resnet34"}, r'name: "resnet18" -> "resnet34"'),
         ({"kwargs": {"num_classes": 7}}, r'kwargs: \{"num_classes": 10\} -> \{"num_classes": 7\}'),
     ],
@@ -263,6 +264,29 @@ def test_changed_inputs_are_refused_or_overwritten(tmp_path):
         assert not (tmp_path / "stats.parquet").exists()
         assert not (tmp_path / "qat").exists()
     assert run.record.steps["stats"].inputs == {"images": 5}
+
+
+def test_hashes_are_told_in_words():
+    """A person is told what is another one, not by which hash; another number of images says it already."""
+    a, b = "a" * 64, "b" * 64
+    old = {"weights_sha256": a, "images": 4, "images_sha256": a, "plan": "w3a4", "teacher_sha256": None, "bits": (2, 3)}
+    assert input_changes(old, old | {"bits": [2, 3]}) == ""
+    assert input_changes(old, old | {"images_sha256": b, "weights_sha256": b}) == "other weights, other images"
+    assert input_changes(old, old | {"images_sha256": b, "images": 5}) == "images: 4 -> 5"
+    assert input_changes(old, old | {"plan": b, "teacher_sha256": b}) == "another plan, another teacher"
+    assert input_changes(old, old | {"plan": "w2a2"}) == 'plan: "w3a4" -> "w2a2"'
+
+
+def test_commands_that_added_to_a_step_are_kept(tmp_path):
+    """Each once, in their order; those of results that were removed are forgotten."""
+    run = Run(tmp_path)
+    for command in ("qvw a", "qvw a", "qvw a --bits 3", "qvw a"):
+        with start(run, command=command):
+            pass
+    assert (run.record.steps["stats"].earlier, run.record.steps["stats"].command) == (["qvw a --bits 3"], "qvw a")
+    with start(run, command="qvw b", overwrite=True):
+        pass
+    assert run.record.steps["stats"].earlier == []
 
 
 def test_overwrite_deletes_nothing_outside_the_folder(tmp_path):

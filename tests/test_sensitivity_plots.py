@@ -91,7 +91,7 @@ def test_every_figure_that_the_rows_allow_is_drawn():
     """All of them from a whole table; without groups and attention only those of sites; nothing from no rows."""
     assert [stem for stem, _ in sensitivity_figures(table(), "m")] == list(STEMS)
     conv = single().assign(kind="conv")
-    assert [stem for stem, _ in sensitivity_figures(conv, "m")] == list(STEMS[:3])
+    assert [stem for stem, _ in sensitivity_figures(conv, "m")] == list(STEMS[:4])
     assert list(sensitivity_figures(table().iloc[:0], "m")) == []
 
 
