@@ -62,7 +62,7 @@ def plot_pareto(
     note = "" if ax.get_yscale() == "linear" else " (on linear axes)"
     for _, row in knee(curve).iterrows():
         place = row[kind] / unit, row["predicted_delta_loss"]
-        ax.plot(*place, "o", ms=7, mfc="none", mec="black", mew=0.8, label=f"knee at {place[0]:.3g}{note}")
+        ax.plot(*place, "o", ms=7, mfc="none", mec="black", mew=0.8, label=f"knee at {row['budget'] / unit:.4g}{note}")
     leave_room(ax, float(values.min()), float(values.max()), below=0.08, above=0.1)
     ax.margins(x=0.06)
     ax.set(xlabel=label, ylabel=f"predicted {LABELS.get(objective, objective)}")

@@ -17,23 +17,14 @@ from analysis.console import progress, say, warn
 from analysis.cost import COST_COLUMNS
 from analysis.files import write_bytes
 from analysis.interactions import FEW_IMAGES
-from analysis.objectives import MEASURED, read_csv, scored, site_products
+from analysis.objectives import MEASURED, read_csv, site_products
 from analysis.panels import bits_figure, save_figure
 from analysis.pareto import ON_REQUEST, pareto_front, uniform_points
 from analysis.pareto_plots import pareto_figure
 from analysis.plan_csv import plan_frame
 from analysis.plan_files import NAME, PlanFiles
-from analysis.plan_options import (
-    apply_pins,
-    attention_ties,
-    isotonic,
-    layout_pins,
-    matches,
-    restrict,
-    shared_ties,
-    tied_sites,
-)
-from analysis.plan_request import PlanRequest, parse_bound, parse_kind, parse_pin
+from analysis.plan_offer import offered, tied
+from analysis.plan_request import PlanRequest
 from analysis.plan_words import knee_words, loose_budgets, plan_words, rising_scores
 from analysis.planner import PlanSolution, plan_bits, read_options
 from analysis.runs import Run
@@ -55,10 +46,12 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     model = run.record.model
     if model is None:
         raise InputError(f"{path}/run.json names no model; make the run with `qvw sensitivity`.")
+    files = PlanFiles(run, path / f"{NAME}.json" if request.out is None else request.out)
+    files.check()
     rows = preferred_rows(table)
-    options = plan_options(run, rows, cost, request)
+    options = offered(run, rows, cost, request)
     budget = request.budget(options, cost, model.parameters)
-    ties = _ties(request.tie, options, cost)
+    ties = tied(request.tie, options, cost)
     latency = None if request.latency is None else read_csv(request.latency, LATENCY_COLUMNS)
     products = site_products(run, options) if request.interactions else None
     if products and len(next(iter(products.values()))) < FEW_IMAGES:
@@ -83,8 +76,6 @@ def run_plan(path: Path, request: PlanRequest) -> None:
             objective=_column(request),
         ),
     )
-    files = PlanFiles(run, path / f"{NAME}.json" if request.out is None else request.out)
-    files.check()
     inputs = {
         "weights_sha256": model.weights_sha256,
         "sensitivity_sha256": hashlib.sha256((path / "sensitivity.parquet").read_bytes()).hexdigest(),
@@ -125,36 +116,6 @@ def run_plan(path: Path, request: PlanRequest) -> None:
             interactions=request.interactions, any_width=request.offers_any_width,
         )  # fmt: skip
         say(run_verify(setup, plan, others, rows, products, files=files), quiet=request.quiet)
-
-
-def plan_options(run: Run, rows: pd.DataFrame, cost: pd.DataFrame, request: PlanRequest) -> pd.DataFrame:
-    """The options of the integer program: a score for each site and bit-width that the request allows.
-
-    Scores are made non-increasing in bits by isotonic regression: measured changes are noisy, and bits that seem to
-    hurt must not look like a reason to give fewer.
-    """
-    options = isotonic(scored(run, rows, request.minimised, robust=request.robust, scores=request.scores))
-    pins = [parse_pin(text) for text in request.pin]
-    layout = layout_pins(cost, request.layout)
-    options = apply_pins(options, pins, layout, candidates=request.candidates)
-    moved = [
-        site for site, bits in layout.items() for pattern, other in pins if matches(pattern, site) and other != bits
-    ]
-    if moved:
-        warn(f"--pin takes {moved[0]} from the {layout[moved[0]]} bits of the layout ({len(set(moved))} such sites).")
-    sites = {Site(m, t) for m, t in options[["module", "tensor"]].drop_duplicates().to_numpy()}
-    unscored = [site for site in map(Site._make, rows[["module", "tensor"]].drop_duplicates().to_numpy())
-                if site not in sites]  # fmt: skip
-    if unscored:
-        warn(f"{len(unscored)} measured sites have no score and stay in floating point, the first {unscored[0]}.")
-    kept = {site for site in layout if not any(matches(pattern, site) for pattern, _ in pins)}
-    bounds = [parse_bound(text) for text in request.bounds]
-    outside = [site for site in layout if site in kept & sites for pattern, low, high in bounds
-               if matches(pattern, site) and not low <= layout[site] <= high]  # fmt: skip
-    if outside:
-        warn(f"{outside[0]} keeps the {layout[outside[0]]} bits of the layout, outside --bounds ({len(outside)} such "
-             "sites); --pin or --layout strict changes that.")  # fmt: skip
-    return restrict(options, bounds, map(parse_kind, request.candidates_of), kept=kept)
 
 
 def _front(
@@ -199,20 +160,6 @@ def _tell_loose_budgets(
     dearest = [by_bits[max(by_bits)] for by_bits in read_options(options, cost)[0].values()]
     for line in loose_budgets(plan, dearest, accounting.totals(dearest, cost, parameters, latency)):
         warn(line)
-
-
-def _ties(patterns: Sequence[str], options: pd.DataFrame, cost: pd.DataFrame) -> list[tuple[Site, ...]]:
-    """The groups of sites that share their bits; `qkv` stands for those of attention, `shared` for equal inputs."""
-    sites = [Site(m, t) for m, t in options[["module", "tensor"]].drop_duplicates().to_numpy()]
-    ties = tied_sites([pattern for pattern in patterns if pattern not in ("qkv", "shared")], sites)
-    if "qkv" in patterns:
-        found = attention_ties(sites)
-        if not found:
-            raise InputError("--tie qkv: no query, key and value were measured; see --tensors of `qvw sensitivity`.")
-        ties += found
-    if "shared" in patterns:
-        ties += shared_ties(cost, set(sites))
-    return ties
 
 
 def _column(request: PlanRequest) -> str:

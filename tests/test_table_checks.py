@@ -20,8 +20,9 @@ from analysis import plan_step
 from analysis.columns import BINS_COLUMNS, HISTORY_COLUMNS, OSCILLATION_COLUMNS, VERIFY_COLUMNS
 from analysis.cost import COST_COLUMNS, SAME, cost_table
 from analysis.pareto import PARETO_COLUMNS, UNIFORM_COLUMNS, pareto_front, uniform_points
+from analysis.plan_offer import offered
 from analysis.plan_request import PlanRequest
-from analysis.plan_step import plan_options, run_plan
+from analysis.plan_step import run_plan
 from analysis.proxies import PROXIES, PROXY_COLUMNS, PROXY_IMAGE_COLUMNS, proxy_table
 from analysis.proxy_correlation import CORRELATION_COLUMNS, measured_beside, proxy_correlations
 from analysis.run_record import ModelRecord
@@ -441,8 +442,8 @@ def test_options_of_a_plan_come_from_what_is_read(measured, tmp_path):
     """The check changes no score: options from the folder are those of the frames that were measured."""
     run = measured.folder(tmp_path)
     request = PlanRequest(**BUDGET)
-    read = plan_options(run, preferred_rows(run.read_table("sensitivity")), run.read_table("cost"), request)
+    read = offered(run, preferred_rows(run.read_table("sensitivity")), run.read_table("cost"), request)
     frames = measured.frames
-    made = plan_options(run, preferred_rows(frames["sensitivity"]), frames["cost"], request)
+    made = offered(run, preferred_rows(frames["sensitivity"]), frames["cost"], request)
     assert read["score"].tolist() == made["score"].tolist()
     assert asdict(request.budget(read, frames["cost"], measured.parameters))["weight_bits"] == 5.5
