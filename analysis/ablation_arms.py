@@ -14,7 +14,7 @@ from analysis.plan_step import run_plan
 from analysis.sensitivity import SweepConfig
 from analysis.sensitivity_step import run_sensitivity
 from analysis.setup import Setup
-from analysis.train_step import TrainRequest
+from analysis.train_request import TrainRequest
 from quant.bit_plan import BitPlan
 
 CALIBRATION_IMAGES = 256

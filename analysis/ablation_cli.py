@@ -4,16 +4,18 @@ from pathlib import Path
 
 import click
 
-from analysis.options import quiet_option
+from analysis.options import num_workers_option, quiet_option
+from quant.errors import InputError
 
 
 @click.command(short_help="Train several arms with several seeds; what is each worth?")
-@click.argument("config", type=click.Path(path_type=Path), metavar="CONFIG.yaml")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="CONFIG.yaml")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True,
               help="Folder of the tables, with a run folder for each network.")  # fmt: skip
-@click.option("--only", multiple=True, metavar="NETWORK", help="Train this one of the file alone; may be repeated.")
+@click.option("--only", multiple=True, metavar="NETWORK", show_default="all",
+              help="Train this network of the file alone; may be repeated.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps.")
-@click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Decoding processes.")
+@num_workers_option
 @quiet_option
 def ablate(config: Path, out: Path, only: tuple[str, ...], device: str, num_workers: int, quiet: bool) -> None:
     """Quantization-aware training of every arm on every network with every seed, and what each arm is worth.
@@ -23,6 +25,12 @@ def ablate(config: Path, out: Path, only: tuple[str, ...], device: str, num_work
     training), summary.csv (means with 95 % intervals over seeds, differences from the baseline seed by seed) and
     ablation.png.
     """
-    from analysis.ablation_step import run_ablation
+    from analysis.ablation_config import read_ablation
 
-    run_ablation(config, out, only=only, device=device, num_workers=num_workers, quiet=quiet)
+    ablation = read_ablation(config)
+    unknown = [name for name in only if name not in ablation.subjects]
+    if unknown:
+        raise InputError(f"{config} has no subject {unknown[0]!r}; it has {', '.join(ablation.subjects)}.")
+    from analysis.ablation_step import run_ablation  # after the check of the file: it imports torch
+
+    run_ablation(ablation, out, only=only, device=device, num_workers=num_workers, quiet=quiet)

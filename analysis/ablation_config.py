@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from analysis.train_options import checked_config
+from analysis.uniform import parse_uniform
+from analysis.yaml_text import YamlText, read_yaml
 from quant.choices import Layout
 from quant.config import QATConfig
 from quant.errors import InputError, first_line
@@ -114,7 +115,7 @@ class Ablation:
 
     def _config(self, subject: str, arm: str, seed: int) -> QATConfig:
         values = self.settings | self.subjects[subject].settings | self.arms[arm].settings | {"seed": seed}
-        return checked_config(values, f"arm {arm} of {subject}")
+        return checked_config(values, dict.fromkeys(map(str, values), f"arm {arm} of {subject}"))
 
 
 def read_ablation(path: Path) -> Ablation:
@@ -130,12 +131,11 @@ def read_ablation(path: Path) -> Ablation:
     unset = _UNSET.search(expanded)
     if unset:
         raise InputError(f"{path} names ${unset[1]}, which the environment does not set: export {unset[1]}=... first.")
+    file = read_yaml(path, expanded)
     try:
-        found = TypeAdapter(Ablation).validate_python(yaml.safe_load(expanded))
-    except yaml.YAMLError as error:
-        raise InputError(f"The ablation {path} is not YAML: {first_line(error)}.") from error
+        found = TypeAdapter(Ablation).validate_python(file.value)
     except ValidationError as error:
-        raise InputError(f"{path}: {_described(error)}") from error
+        raise InputError(_described(error, file)) from error
     for kind, names in (("subject", found.subjects), ("arm", found.arms)):
         _check_names(path, kind, names)
     against = [arm.against for arm in found.arms.values() if arm.against is not None]
@@ -148,8 +148,16 @@ def read_ablation(path: Path) -> Ablation:
             raise InputError(f"{path}: the seeds {list(seeds)} must be one or more, each of them once.")
     for name, arm in found.arms.items():
         if arm.uniform is not None and arm.like is not None:
-            raise InputError(f"{path}: arm {name} has both `uniform` and `like`; leave out one of them.")
-    list(found.jobs())  # every setting is checked before hours are spent
+            place = file.place("arms", name, "like")
+            raise InputError(f"{place}: arm {name} has both `uniform` and `like`; leave out one of them.")
+        for key in ("uniform", "like"):
+            if getattr(arm, key) is not None:
+                parse_uniform(getattr(arm, key), f"{file.place('arms', name, key)}: {key}")
+    named: list[tuple[tuple[str, ...], Mapping[str, Any]]] = [((), found.settings)]
+    named += [(("subjects", name), subject.settings) for name, subject in found.subjects.items()]
+    named += [(("arms", name), arm.settings) for name, arm in found.arms.items()]
+    for above, settings in named:  # every setting is checked before hours are spent
+        checked_config(settings, {str(key): file.place(*above, "settings", key) for key in settings})
     return found
 
 
@@ -161,9 +169,13 @@ def _check_names(path: Path, kind: str, names: Mapping[str, object]) -> None:
         raise InputError(f"{path}: {kind} {bad[0]!r} is no name of a folder; use letters, digits, - and _.")
 
 
-def _described(error: ValidationError) -> str:
+def _described(error: ValidationError, file: YamlText) -> str:
     first = error.errors(include_url=False)[0]
     place = ".".join(map(str, first["loc"])) or "the file"
+    line = file.place(*first["loc"])
     allowed = {"subjects": Subject, "arms": Arm}.get(str(first["loc"][0]) if first["loc"] else "", Ablation)
     known = ", ".join(f.name for f in fields(allowed))
-    return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}. Known: {known}."
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        near = difflib.get_close_matches(str(first["loc"][-1]), [f.name for f in fields(allowed)], n=1, cutoff=0.0)[0]
+        return f"{line}: {place} is unknown; the nearest is {near}. Known: {known}."
+    return f"{line}: {place}: {first['msg'][0].lower()}{first['msg'][1:]}. Known: {known}."

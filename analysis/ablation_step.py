@@ -9,44 +9,53 @@ import pandas as pd
 
 from analysis.ablation import result, results_frame, summarized, verdicts
 from analysis.ablation_arms import request_of, setup_of
-from analysis.ablation_config import Ablation, Job, read_ablation
+from analysis.ablation_config import Ablation, Job
 from analysis.ablation_plots import ablation_figure
-from analysis.console import as_text, say
+from analysis.console import as_text, resumable, say
 from analysis.files import write_bytes
 from analysis.panels import save_figure
 from analysis.runs import Run
 from analysis.train_step import run_train
+from quant.checkpoints import last_step
 from quant.errors import InputError
 
 _NOTES = "ablation"  # .json in each run folder: what its trainings were made of
 
 
-def run_ablation(path: Path, out: Path, *, only: Sequence[str], device: str, num_workers: int, quiet: bool) -> None:
-    """Make what is missing of the ablation in the YAML file `path`; its trainings lie in run folders OUT/NETWORK.
+def run_ablation(
+    ablation: Ablation, out: Path, *, only: Sequence[str], device: str, num_workers: int, quiet: bool
+) -> None:
+    """Make what is missing of the ablation; its trainings lie in run folders OUT/NETWORK.
 
     A training that is finished is kept, one that was interrupted goes on. After each, ablation.csv (a row a training),
     summary.csv and ablation.png are written anew from all that are finished. `only` names the networks to train, so
     that several processes can share the work.
     """
-    ablation = read_ablation(path)
-    unknown = [name for name in only if name not in ablation.subjects]
-    if unknown:
-        raise InputError(f"{path} has no subject {unknown[0]!r}; it has {', '.join(ablation.subjects)}.")
     jobs = list(ablation.jobs())
     wanted = [job for job in jobs if not only or job.subject in only]
-    for number, job in enumerate(wanted, start=1):
-        subject, arm = ablation.subjects[job.subject], ablation.arms[job.arm]
-        say(f"== {number} of {len(wanted)}: {job.subject}, {arm.title}, seed {job.seed}", quiet=quiet)
-        setup = replace(setup_of(out / job.subject, subject), device=device, num_workers=num_workers, quiet=True)
-        if not _is_done(Run(setup.run), job):
-            run_train(setup, request_of(setup, subject, arm, job))
-            _note(Run(setup.run), job)
-            _write(out, ablation, jobs)
+    with resumable(lambda: _kept(out, wanted)):
+        for number, job in enumerate(wanted, start=1):
+            subject, arm = ablation.subjects[job.subject], ablation.arms[job.arm]
+            setup = replace(setup_of(out / job.subject, subject), device=device, num_workers=num_workers, quiet=True)
+            done = _is_done(Run(setup.run), job)
+            step = 0 if done else last_step(setup.run / f"qat-{job.name}" / "checkpoints")
+            state = ": finished already" if done else f": goes on after step {step:,}" if step else ""
+            say(f"== {number} of {len(wanted)}: {job.subject}, {arm.title}, seed {job.seed}{state}", quiet=quiet)
+            if not done:
+                run_train(setup, request_of(setup, subject, arm, job))
+                _note(Run(setup.run), job)
+                _write(out, ablation, jobs)
     summary = _write(out, ablation, jobs)
     say(as_text(_in_percent(summary)), quiet=quiet)
     for line in verdicts(summary, ablation):
         say(line, quiet=quiet)
     say(f"the ablation is in {out}: ablation.csv, summary.csv, ablation.png", quiet=quiet)
+
+
+def _kept(out: Path, jobs: Sequence[Job]) -> str:
+    """How many of the trainings are finished, in words."""
+    done = sum(_is_done(Run(out / job.subject), job) for job in jobs)
+    return f"{done} of {len(jobs)} trainings" if done else ""
 
 
 def _write(out: Path, ablation: Ablation, jobs: Sequence[Job]) -> pd.DataFrame:

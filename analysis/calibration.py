@@ -1,6 +1,5 @@
 """What a plan, or uniform bits, mean for an opened model: the sites, and quantizers calibrated on training images."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,11 @@ from analysis.console import warn
 from analysis.cost import cost_table
 from analysis.opened import Opened
 from analysis.plan_options import uniform_bits
-from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlannedSite, PlanSolver
+from analysis.uniform import parse_uniform
+from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlannedSite, PlanSolver, check_known_sites
 from quant.calibrate import ActivationSample, default_scheme, make_quantizer, observe_activations
-from quant.choices import ALLOWED_BIT_WIDTHS, Estimator, Layout
-from quant.errors import InputError
+from quant.choices import Estimator, Layout
+from quant.errors import InputError, first_line
 from quant.quantizer import Quantizer
 from quant.scheme import QuantScheme, axis_and_groups
 from quant.site import Site
@@ -58,6 +58,13 @@ def calibrated(
     return Calibrated(plan=plan, quantizers=quantizers, images=images)
 
 
+def warn_of_fewer(made: Calibrated, asked: int, option: str) -> None:
+    """Say that fewer images set the scales than `option` asked for, if so."""
+    used = sum(len(x) for x in made.images)
+    if used < asked:
+        warn(f"{option} {asked}, but there are {used} training images that can be read: these set the scales.")
+
+
 def uncalibrated(opened: Opened, plan: BitPlan) -> dict[Site, Quantizer]:
     """Quantizers of a plan whose scales (all 1) are still to be loaded."""
     quantizers = {}
@@ -70,14 +77,6 @@ def uncalibrated(opened: Opened, plan: BitPlan) -> dict[Site, Quantizer]:
     return quantizers
 
 
-def parse_uniform(text: str, option: str = "--uniform") -> tuple[int, int]:
-    """Weight and activation bits of `w3a4`; `option` is where it was given."""
-    match = re.fullmatch(r"w(\d{1,2})a(\d{1,2})", text)
-    if match is None or not {int(match[1]), int(match[2])} <= set(ALLOWED_BIT_WIDTHS):
-        raise InputError(f"{option} {text!r} is not understood; write w4a4, with bit-widths 1 to 8 or 16.")
-    return int(match[1]), int(match[2])
-
-
 def read_plan(path: Path, opened: Opened, *, other_weights: bool = False) -> BitPlan:
     """The plan in a file, checked against the model: its sites must exist and have the planned axes.
 
@@ -86,12 +85,12 @@ def read_plan(path: Path, opened: Opened, *, other_weights: bool = False) -> Bit
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the plan {path} cannot be read: {error}. Make one with `qvw plan`.") from error
+        raise InputError(f"the plan {path} cannot be read: {first_line(error)}. Make one with `qvw plan`.") from error
     plan = BitPlan.from_json(text, source=str(path))
     if not plan.sites:
         raise InputError(f"{path} plans no site: nothing would be quantized. Use --float for the model as it is.")
     known = {info.site: info for info in opened.sites if info.quantizable}
-    plan.check_sites(known)
+    check_known_sites((planned.site for planned in plan.sites), known, what=str(path))
     for planned in plan.sites:
         info = known[planned.site]
         axes = {"per_tensor": 1, "per_channel": info.channels, "per_head": info.heads}
@@ -102,7 +101,7 @@ def read_plan(path: Path, opened: Opened, *, other_weights: bool = False) -> Bit
             )
     theirs, ours = plan.model.weights_sha256, opened.record.weights_sha256
     if not other_weights and theirs not in (None, ours):
-        warn(f"{path} was made for weights {str(theirs)[:12]}, these are {ours[:12]}: its bits may not suit them.")
+        warn(f"{path} was made for other weights of {plan.model.name} than these: its bits may not suit them.")
     return plan
 
 

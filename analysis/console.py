@@ -1,8 +1,13 @@
 """What a command prints: progress bars, one short table, warnings."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
 import click
 import pandas as pd
 from tqdm import tqdm
+
+from quant.errors import InputError
 
 
 def progress(total: int, what: str, unit: str, *, quiet: bool) -> tqdm:
@@ -19,6 +24,19 @@ def say(text: str, *, quiet: bool) -> None:
 def warn(text: str) -> None:
     """A line on standard error that does not stop the work."""
     click.echo(f"qvw: warning: {text}", err=True)
+
+
+@contextmanager
+def resumable(kept: Callable[[], str]) -> Iterator[None]:
+    """Let an interrupt tell `main` what is kept for the next start; `kept` gives "" where that is nothing."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        with suppress(InputError):  # damaged files: the next start tells what is wrong with them
+            text = kept()
+            if text:
+                interrupt.add_note(text)
+        raise
 
 
 def as_text(frame: pd.DataFrame) -> str:

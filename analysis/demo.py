@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analysis.compare_step import run_compare
+from analysis.console import resumable
 from analysis.data import ImageData, batches, load_data, resolve_input
-from analysis.eval_step import EvalRequest, run_eval
+from analysis.eval_request import EvalRequest
+from analysis.eval_step import run_eval
 from analysis.evaluation import logits_of, scores
 from analysis.files import write_atomic
 from analysis.models import ModelSource, load_model
@@ -30,7 +32,8 @@ from analysis.sensitivity import SweepConfig
 from analysis.sensitivity_step import run_sensitivity
 from analysis.setup import Setup
 from analysis.stats_step import run_stats
-from analysis.train_step import TrainRequest, run_train
+from analysis.train_request import TrainRequest
+from analysis.train_step import run_train
 from quant.config import QATConfig
 
 WEIGHT_DECAY, WARM_UP = 0.05, 0.1
@@ -105,6 +108,20 @@ def measure_demo(path: Path, *, quiet: bool = False) -> list[Path]:
 def run_demo(path: Path, *, quiet: bool = False) -> None:
     """Everything of the demo in `path`; what an earlier, interrupted call finished is kept."""
     started = time.monotonic()
+    with resumable(lambda: _kept(path)):
+        _run_demo(path, quiet=quiet)
+    click.echo(f"Done in {time.monotonic() - started:.0f} s. Look first at the report of both networks:")
+    click.echo(str(path / "report" / "index.html"))
+
+
+def _kept(path: Path) -> str:
+    """Which steps of an interrupted demo are finished, in words."""
+    steps = [(r.name, name, s) for r in RECIPES for name, s in Run(path / r.name).record.steps.items()]
+    done = [f"{name} of the {network}" for network, name, step in steps if step.status == "done"]
+    return ", ".join(done)
+
+
+def _run_demo(path: Path, *, quiet: bool) -> None:
     runs = measure_demo(path, quiet=quiet)
     for recipe in RECIPES:
         _headline(f"{recipe.name}: plan bits, evaluate without training", quiet)
@@ -123,8 +140,6 @@ def run_demo(path: Path, *, quiet: bool = False) -> None:
             run_train(setup, TrainRequest(uniform=bits, name=bits, config=TRAINING))
     _headline("comparison and report", quiet)
     run_compare(runs, path / "report", quiet=quiet)
-    click.echo(f"Done in {time.monotonic() - started:.0f} s. Look first at the report of both networks:")
-    click.echo(str(path / "report" / "index.html"))
 
 
 def _setup(path: Path, recipe: Recipe, *, quiet: bool) -> Setup:

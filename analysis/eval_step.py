@@ -3,19 +3,19 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from analysis import accounting
-from analysis.calibration import Calibrated, calibrated, parse_uniform, read_plan
+from analysis.calibration import Calibrated, calibrated, read_plan, warn_of_fewer
 from analysis.columns import VERIFY_COLUMNS
 from analysis.console import as_text, say, warn
 from analysis.cost import cost_table
+from analysis.eval_request import EvalRequest
 from analysis.evaluation import logits_of, mean_and_error, scores
 from analysis.export_step import load_checkpoint_
 from analysis.open_run import open_run
@@ -23,41 +23,12 @@ from analysis.opened import Opened
 from analysis.setup import Setup
 from quant.batchnorm import batchnorm_reestimated, batchnorms
 from quant.bit_plan import PlannedSite
-from quant.choices import Estimator, Layout
-from quant.errors import InputError
 from quant.prepare import quantized
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalRequest:
-    """What is evaluated: exactly one of `plan_file`, `uniform`, `floating` and `checkpoint` is set."""
-
-    plan_file: Path | None = None
-    uniform: str | None = None
-    floating: bool = False
-    checkpoint: Path | None = None  # a folder that `qvw train` wrote, or a file of `qvw export`
-    layout: Layout = "paper"
-    calibration_images: int = 256
-    estimator: Estimator = "mse"
-    batchnorm: Literal["stored", "re-estimate"] = "re-estimate"
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "EvalRequest":
-        """The options of a command line, checked."""
-        request = TypeAdapter(cls).validate_python(dict(options))
-        chosen = (request.plan_file, request.uniform, request.checkpoint, request.floating or None)
-        if sum(choice is not None for choice in chosen) != 1:
-            raise InputError(
-                "give one of --plan FILE, --uniform wXaY, --checkpoint DIR and --float, to say what is evaluated."
-            )
-        return request
 
 
 def run_eval(setup: Setup, request: EvalRequest) -> None:
     """Evaluate what is asked for, and keep the result as a row of verify.parquet."""
     opened = open_run(setup, needs_data=True)
-    if request.uniform is not None:
-        parse_uniform(request.uniform)
     plan = request.uniform if request.plan_file is None else read_plan(request.plan_file, opened)
     sites: Sequence[PlannedSite] = ()
     if request.checkpoint is not None:
@@ -78,6 +49,7 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
                 opened, plan, layout=request.layout, calibration_images=request.calibration_images,
                 estimator=request.estimator,
             )  # fmt: skip
+            warn_of_fewer(made, request.calibration_images, "--calibration-images")
             sites = made.plan.sites
             running = running_quantized(opened, made, request.batchnorm)
         with running:

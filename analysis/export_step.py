@@ -23,7 +23,7 @@ from analysis.open_run import open_run
 from analysis.opened import Opened
 from analysis.setup import Setup
 from analysis.trained_model import load_trained_
-from quant.bit_plan import BitPlan, PlannedSite
+from quant.bit_plan import BitPlan, PlannedSite, check_known_sites
 from quant.errors import InputError, first_line
 from quant.pack import PARTS, load_packed_, pack
 from quant.prepare import prepare_qat_
@@ -74,7 +74,8 @@ def load_checkpoint_(opened: Opened, path: Path) -> Sequence[PlannedSite]:
         return load_trained_(opened, path)
     name, plan, tensors = _read(path)
     try:
-        plan.check_sites({info.site for info in opened.sites if info.quantizable})
+        known = {info.site for info in opened.sites if info.quantizable}
+        check_known_sites((planned.site for planned in plan.sites), known, what="--checkpoint")
         quantizers = uncalibrated(opened, plan)
     except InputError as error:
         raise InputError(f"{path} is of another network, {name}: {error}") from error
@@ -112,10 +113,14 @@ def _read(path: Path) -> tuple[str, BitPlan, dict[str, Tensor]]:
         tensors = load_file(path)
     except Exception as error:  # damaged files raise whatever their reader stumbles over
         raise InputError(
-            f"{path} cannot be read ({first_line(error)}): cut short, or no packed model. Export it again."
+            f"--checkpoint {path} cannot be read ({first_line(error)}): no packed model, or cut short. Name a file of "
+            "`qvw export`, or a folder of `qvw train`."
         ) from error
     if text is None:
-        raise InputError(f"{path} is no packed model. Name a file of `qvw export`, or a folder of `qvw train`.")
+        raise InputError(
+            f"--checkpoint {path} is no packed model. Name a file of `qvw export`, or a folder of `qvw train`; plain "
+            "weights are measured by MODEL --weights FILE --float."
+        )
     try:
         content = json.loads(text)
         version, name, plan = content["version"], content["model"]["name"], content["plan"]

@@ -23,7 +23,7 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from quant.errors import InputError
+from quant.errors import InputError, first_line
 
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
@@ -79,7 +79,7 @@ def _csv_rows(path: Path) -> list[list[str]]:
         with path.open(newline="", encoding="utf-8-sig") as file:
             return list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as a CSV file: {error}. Check the path.") from error
+        raise InputError(f"{path} cannot be read as a CSV file: {first_line(error)}. Check the path.") from error
 
 
 def list_images(

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from analysis.model_form import check_form
 from quant.errors import InputError, first_line
 
 
@@ -52,6 +53,7 @@ def load_model(source: ModelSource) -> nn.Module:
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.default_generator.manual_seed(source.seed)
         model = _timm_model(source) if source.factory is None else _factory_model(source, *source.factory)
+    check_form(model, source.model)
     model = model.cpu()
     if source.weights is not None:
         _load_weights_(model, Path(source.weights))
@@ -94,6 +96,13 @@ def model_names(pattern: str | None = None) -> list[str]:
     return timm.list_models(pattern or "")
 
 
+def near_names(name: str) -> list[str]:
+    """The timm names most like a misspelt one, three at most: those that begin with it, else the most similar."""
+    names = timm.list_models()
+    begin = sorted((known for known in names if known.startswith(name)), key=len)
+    return begin[:3] or difflib.get_close_matches(name, names, n=3)
+
+
 def num_classes(model: nn.Module) -> int | None:
     """The number of classes of the model's head; None where it does not say or has no head."""
     count = getattr(model, "num_classes", None)
@@ -119,9 +128,7 @@ def _timm_model(source: ModelSource) -> nn.Module:
     """A model of timm's; names such as `hf-hub:user/model` go to timm unchecked."""
     architecture = source.model.partition(".")[0]
     if ":" not in source.model and not timm.is_model(architecture):
-        names = timm.list_models()
-        begin = sorted((name for name in names if name.startswith(architecture)), key=len)
-        near = begin[:3] or difflib.get_close_matches(architecture, names, n=3)
+        near = near_names(architecture)
         hint = f"The nearest: {', '.join(near)}" if near else "`qvw models` lists them"
         raise InputError(
             f"timm has no model {source.model!r}. {hint}. A model of your own is written path/to/file.py:factory."
@@ -131,6 +138,9 @@ def _timm_model(source: ModelSource) -> nn.Module:
     except TypeError as error:
         raise InputError(f"{source.model} refuses `--model-kwargs`: {first_line(error)}.") from error
     except Exception as error:
+        if "Invalid pretrained tag" in str(error):
+            near = difflib.get_close_matches(source.model, timm.list_pretrained(f"{architecture}.*"), n=3, cutoff=0.0)
+            raise InputError(f"timm has no weights {source.model!r}. The nearest: {', '.join(near)}.") from error
         if source.pretrained or ":" in source.model:
             raise InputError(
                 f"The pretrained weights of {source.model} could not be had: no network, or unknown "

@@ -1,7 +1,7 @@
 """Options of the command line that several commands share, and the types of their values."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,10 +11,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class ListOf(click.ParamType):
-    """A comma-separated list of one type, such as `2,3,4,8`."""
+    """A comma-separated list of one type, such as `2,3,4,8`: of `length` values, above 0, or some of `choices`."""
 
-    def __init__(self, kind: type, length: int | None = None) -> None:
-        self.kind, self.length = kind, length
+    def __init__(
+        self, kind: type, length: int | None = None, *, positive: bool = False, choices: Sequence[Any] = ()
+    ) -> None:
+        self.kind, self.length, self.positive, self.choices = kind, length, positive, choices
         self.name = "LIST"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -29,6 +31,11 @@ class ListOf(click.ParamType):
             )
         if self.length is not None and len(items) != self.length:
             self.fail(f"{value!r} has {len(items)} values, expected {self.length}.", param, ctx)
+        if self.positive and not all(item > 0 for item in items):
+            self.fail(f"{value!r} has values that are not above 0.", param, ctx)
+        unknown = [item for item in items if self.choices and item not in self.choices]
+        if unknown:
+            self.fail(f"{unknown[0]!r} is not offered; choose from {', '.join(map(str, self.choices))}.", param, ctx)
         return items
 
 
@@ -60,7 +67,7 @@ class CommandWithSettings(click.Command):
         from quant.config import QATConfig
 
         defaults = [f"{field.name}={'none' if field.default is None else field.default}" for field in fields(QATConfig)]
-        with formatter.section("Settings (--set, --config) with their defaults; quant/config.py explains each"):
+        with formatter.section("Settings (--set, --config) and their defaults; quant/config.py explains each"):
             formatter.write_text(", ".join(defaults))
 
 
@@ -73,6 +80,12 @@ def _stacked(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+def file_option(*names: str, metavar: str = "FILE", **settings: Any) -> Callable[[F], F]:
+    """An option that names a file, which must be there: a wrong path is told at once, before a model is loaded."""
+    return click.option(*names, type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar=metavar,
+                        **settings)  # fmt: skip
+
+
 quiet_option = click.option("--quiet", is_flag=True, help="No progress bar, no table.")
 run_option = click.option(
     "--run",
@@ -82,43 +95,63 @@ run_option = click.option(
 )
 model_options = _stacked(
     click.argument("model", required=False),
+    file_option("--weights", help="Weights of MODEL: .safetensors, or .pt, .pth, .bin (no code in them is run)."),
     click.option("--pretrained", is_flag=True, help="timm's published weights (needs a network or a cache)."),
-    click.option("--weights", type=click.Path(path_type=Path), help="Weights: .safetensors, or .pt without code."),
-    click.option("--model-kwargs", type=JsonObject(), help="Arguments of the model's constructor, as JSON."),
-    click.option(
-        "--include",
-        multiple=True,
-        metavar="PATTERN",
-        help="Only modules whose name matches, * and ? as in a shell; may be repeated.",
-    ),
-    click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out modules that match; may be repeated."),
-)
-image_options = _stacked(
-    click.option("--data", help="digits, folder:PATH, csv:FILE, or a timm data set (torch/cifar10, hfds/..., wds/...)"),
-    click.option("--images", type=click.IntRange(min=1), help="How many images, balanced over the classes: by default "
-                 "2,000 for stats, 256 for sensitivity, all for eval and train; when repeated, as before."),
-    click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Decoding processes."),
-    click.option("--holdout", type=click.FloatRange(0, 1, max_open=True),
-                 help="Share of one-split data that becomes the validation split (0.5); 0: every image serves both."),
-    click.option("--class-map", type=click.Path(path_type=Path), help="Lines `class` or `class,index`, where the "
-                 "folders are a subset of the head's classes."),
-    click.option("--data-root", type=click.Path(path_type=Path), help="Where a timm data set lies."),
-    click.option("--mean", type=ListOf(float), help="Normalisation, where the model does not say: 0.49,0.48,0.45."),
-    click.option("--std", type=ListOf(float), help="Normalisation, where the model does not say."),
-    click.option("--input-size", type=ListOf(int, 3), help="Channels, height, width: 3,32,32."),
-    click.option("--crop-pct", type=click.FloatRange(0, 1, min_open=True), help="Centre crop share after resizing."),
-    click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and count them."),
+    click.option("--model-kwargs", type=JsonObject(), help="Arguments of the model's constructor, as JSON: "
+                 "'{\"num_classes\": 10}'.", show_default="none"),
 )  # fmt: skip
-data_options = _stacked(
-    image_options,
-    click.option("--split", type=click.Choice(["train", "val"]), help="Which images; each command says its default."),
-    click.option("--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True),
+pattern_options = _stacked(
+    click.option("--include", multiple=True, metavar="PATTERN", show_default="all", help="Only modules whose name "
+                 "matches, * and ? as in a shell; may be repeated."),
+    click.option("--exclude", multiple=True, metavar="PATTERN", show_default="none", help="Leave out modules that "
+                 "match; may be repeated."),
+)  # fmt: skip
+preparation_options = _stacked(
+    click.option("--input-size", type=ListOf(int, 3, positive=True), show_default="the model's own",
+                 help="Channels, height, width: 3,32,32."),
+    click.option("--mean", type=ListOf(float), show_default="the model's own", help="Normalisation of each channel, "
+                 "pixels in 0 to 1: 0.49,0.48,0.45."),
+    click.option("--std", type=ListOf(float, positive=True), show_default="the model's own", help="Normalisation of "
+                 "each channel: 0.25,0.24,0.26."),
+    click.option("--crop-pct", type=click.FloatRange(0, 1, min_open=True), show_default="the model's own",
+                 help="Share of the resized image that the centre crop keeps."),
+    click.option("--holdout", type=click.FloatRange(0, 1, max_open=True), show_default="0.5",
+                 help="Share of data without splits that becomes the validation split; 0: every image serves both."),
+    file_option("--class-map", help="Lines `class` or `class,index`, where the classes of the data are some of the "
+                "head's; without it they are numbered by name."),
+    click.option("--data-root", type=click.Path(exists=True, path_type=Path), metavar="FOLDER",
+                 help="Where a timm data set lies."),
+    click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and count them; without "
+                 "it one ends the command."),
+)  # fmt: skip
+num_workers_option = click.option(
+    "--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Processes that decode images."
+)
+
+
+def data_options(*, images: str, split: str | None = None) -> Callable[[F], F]:
+    """The options that name images; `images` and `split` tell the command's defaults, a `split` of None no option."""
+    choice = click.option("--split", type=click.Choice(["train", "val"]), show_default=split, help="Which images.")
+    return _stacked(
+        click.option("--data", show_default="the run folder's", help="digits, folder:PATH, csv:FILE, or a timm data "
+                     "set (torch/cifar10, hfds/..., wds/...)."),
+        click.option("--images", type=click.IntRange(min=1), show_default=images,
+                     help="How many images, balanced over the classes."),
+        *([] if split is None else [choice]),
+        preparation_options,
+    )  # fmt: skip
+
+
+batch_size_option = click.option(
+    "--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True, help="Images of one forward pass."
 )
 seed_option = click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), help="Choice of images, splits, untrained weights (0)."
-)
+    "--seed", type=click.IntRange(0, 2**32 - 1), show_default="0", help="Of the choice of images, the splits, "
+    "untrained weights."
+)  # fmt: skip
 common_options = _stacked(
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps."),
+    num_workers_option,
     click.option("--overwrite", is_flag=True, help="Start this step anew where the run folder holds other results."),
     quiet_option,
 )

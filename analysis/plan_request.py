@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from analysis import accounting
 from analysis.baselines import uniform
-from analysis.calibration import parse_uniform
+from analysis.uniform import parse_uniform
 from quant.bit_plan import PlanBudget
 from quant.choices import Layout
 from quant.errors import InputError

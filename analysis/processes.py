@@ -2,18 +2,22 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from analysis.setup import Setup
 from quant.errors import InputError
 
+GRACE_SECONDS = 20
+"""So long a process that cannot go on leaves the word to another that may tell why."""
 T = TypeVar("T")
 
 
@@ -58,7 +62,8 @@ class Processes:
 def work_together(setup: Setup, work: Callable[[Setup, Processes], None]) -> None:
     """Do a step in this process, or in all that `torchrun` has started, of which that of rank 0 alone speaks.
 
-    `work` gets the options with this process's own device. An InputError must be raised by all (`Processes.fail`).
+    `work` gets the options with this process's own device. An InputError that is raised by all (`Processes.fail`) is
+    told at once; one that a single process meets is told after `GRACE_SECONDS`, and so is any other error.
     """
     # No public name of accelerate asks whether its state is made, or drops it; these two are the same in 1.0 and 1.15.
     new = not PartialState._shared_state
@@ -70,15 +75,34 @@ def work_together(setup: Setup, work: Callable[[Setup, Processes], None]) -> Non
     elif new:
         PartialState._reset_state()  # a later training in this process may use another device
     if processes.rank == 0:
-        work(setup, processes)
+        try:
+            work(setup, processes)
+        except RuntimeError as error:
+            if processes.world > 1 and _is_lost_connection(error):
+                _wait_to_be_ended()  # the process that ended tells why
+            raise
         return
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             work(replace(setup, quiet=True), processes)
-    except InputError:
+    except TogetherError:
         _leave_after_the_first(state)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except Exception:
+        _wait_to_be_ended()  # mostly rank 0 meets the same error, and tells it
+        raise
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether an exchange failed because another process has ended; gloo raises a plain RuntimeError."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "onnection" in str(error)
+
+
+def _wait_to_be_ended() -> None:
+    """Sleep until `torchrun`, which stops all processes when one has ended, stops this one, some seconds at most."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(GRACE_SECONDS)
 
 
 def _leave_after_the_first(state: PartialState) -> NoReturn:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.console import progress, say, warn
+from analysis.console import progress, resumable, say, warn
 from analysis.cost import cost_table
 from analysis.data import ImageData
 from analysis.files import RowLog
@@ -88,7 +88,12 @@ def _run_sensitivity(
         processes.together(lambda: during.enter_context(step))
         finished = processes.together(lambda: _finished(opened, work.data) if main else [])
         rows = {row_key(row): row for row in processes.gather(finished)[0]}
-        todo = _share([key for key in work.keys if row_key(key) not in rows], processes)
+        missing = [key for key in work.keys if row_key(key) not in rows]
+        there = len(work.keys) - len(missing)
+        if main and there:
+            say(f"{there:,} of {len(work.keys):,} rows are there already", quiet=setup.quiet)
+        todo = _share(missing, processes)
+        during.enter_context(resumable(lambda: _kept(work) if main else ""))
         batches: list[tuple[Tensor, Tensor]] = []
         if proxies or any(processes.gather(bool(todo))):
             batches = processes.together(lambda: _images(work))
@@ -105,6 +110,13 @@ def _run_sensitivity(
             say(told, quiet=setup.quiet)
         figures = ", ".join(f"{stem}.png" for stem in (*STEMS, "proxies") if (opened.run.path / f"{stem}.png").exists())
         say(f"{len(rows)} rows in {opened.run.path / 'sensitivity.parquet'}, figures {figures}", quiet=setup.quiet)
+
+
+def _kept(work: _Work) -> str:
+    """How many of the rows are on the disk, in words."""
+    kept = {row_key(row) for row in _finished(work.opened, work.data)}
+    done = sum(row_key(key) in kept for key in work.keys)
+    return f"{done:,} of {len(work.keys):,} rows" if done else ""
 
 
 def _open(setup: Setup, config: SweepConfig, tensors: Sequence[str]) -> _Work:

@@ -46,10 +46,9 @@ def _check_images(labels: SoftLabels, train: ImageData) -> None:
     header = labels.header
     if (header.images, header.data_sha256) != (train.images, train.sha256):
         raise InputError(
-            f"{labels.path} is of other images: {header.images} of split {header.split!r} (list "
-            f"{header.data_sha256[:12]}), this training has {train.images} of split {train.split!r} (list "
-            f"{train.sha256[:12]}). Give the same --data, --images and --seed, or make it anew with the --run of this "
-            "training."
+            f"{labels.path} is of other images: it has {header.images} of split {header.split!r}, this training "
+            f"{train.images} of split {train.split!r}{'' if header.images != train.images else ', and not the same'}. "
+            "Give the same --data, --images and --seed, or make it anew with the --run of this training."
         )
 
 

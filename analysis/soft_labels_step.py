@@ -1,17 +1,16 @@
 """`qvw soft-labels`: a teacher is asked once about many random crops of each image, its answers kept in a file."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from analysis.console import progress, say
+from analysis.console import progress, resumable, say
 from analysis.crops import cut, draw_crop, fingerprint, read_for_crops
 from analysis.data import Broken, ChosenImages, ImageData, none_readable
 from analysis.files import writing
@@ -19,8 +18,9 @@ from analysis.listing import InputConfig
 from analysis.locks import exclusive
 from analysis.open_run import open_run
 from analysis.opened import Opened, warn_of_skipped
+from analysis.processes import Processes, work_together
 from analysis.setup import Setup
-from quant.choices import Compression
+from analysis.soft_label_request import TOP_K, SoftLabelRequest
 from quant.errors import InputError
 from quant.label_compression import compress
 from quant.soft_labels import (
@@ -34,67 +34,61 @@ from quant.soft_labels import (
     partial_of,
 )
 
-TOP_K = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoftLabelRequest:
-    """Which crops, and what is kept of the answers to them."""
-
-    out: Path
-    crops: int  # of each image
-    scale: tuple[float, float]  # share of the image's area
-    ratio: tuple[float, float]  # width over height
-    flip: float  # probability
-    compression: Compression
-    top_k: int | None  # `TOP_K`, or all of fewer classes
-    temperature: float
-    crop_seed: int
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "SoftLabelRequest":
-        """The options of a command line, checked."""
-        request = TypeAdapter(cls).validate_python(dict(options))
-        for name, (low, high), most in (("scale", request.scale, 1.0), ("ratio", request.ratio, float("inf"))):
-            if not 0 < low <= high <= most:
-                limit = " at most 1" if most == 1 else ""
-                raise InputError(f"--{name} {low:g},{high:g}: expected two numbers above 0{limit}, the smaller first.")
-        if request.out.is_dir():
-            raise InputError(f"--out {request.out} is a folder. Name a file, such as {request.out / 'labels.soft'}.")
-        return request
-
 
 def run_soft_labels(setup: Setup, request: SoftLabelRequest) -> None:
-    """Write the file; what was interrupted goes on to the same bytes, what is there already is not made again."""
-    opened, out = open_run(setup, needs_data=True), request.out
-    data = opened.images(setup.split or "train", setup.images)
-    header = _header(opened, data, request)
-    if out.exists() and not is_soft_labels(out):
-        raise InputError(f"{out} exists and is no file of soft labels. Choose another --out.")
-    with exclusive(out.with_name(f".{out.name}.lock"), f"the making of {out}", instead="--out"):
-        if setup.overwrite:
-            with writing(out):
-                out.unlink(missing_ok=True)
-                partial_of(out).unlink(missing_ok=True)
-        if out.exists():
-            labels = SoftLabels(out)
-            if labels.header != header:
-                raise InputError(
-                    f"{out} holds soft labels with other inputs ({header_changes(labels.header, header)}). "
-                    "Choose another --out, or make it anew with --overwrite."
-                )
+    """Write the file; what was interrupted goes on to the same bytes, what is there already is not made again.
+
+    Several processes take turns with the batches, to the same bytes; the one of rank 0 writes.
+    """
+    work_together(setup, lambda own, processes: _run_soft_labels(own, request, processes))
+
+
+def _run_soft_labels(setup: Setup, request: SoftLabelRequest, processes: Processes) -> None:
+    opened, data, header = processes.together(lambda: _opened(setup, request))
+    out, main = request.out, processes.rank == 0
+    with ExitStack() as held:
+        writer = processes.together(lambda: _writer(header, out, held, overwrite=setup.overwrite) if main else None)
+        first = processes.gather(None if writer is None else writer.done)[0]
+        if first is None:
             say(f"{out} holds these soft labels already; --overwrite makes them anew.", quiet=setup.quiet)
             return
-        with writing(out):
-            writer = SoftLabelWriter(out, header)
-        with closing(writer):
-            _ask(opened, data, writer)
-            with writing(out):
-                writer.finish()
+        with resumable(lambda: _kept(writer)):
+            _ask(opened, data, header, first, writer, processes)
+            if writer is not None:
+                with writing(out):
+                    writer.finish()
+    if main:
         warn_of_skipped(data)
-    each = out.stat().st_size / header.records
-    say(f"{header.crops} crops of each of {header.images} images, {each:.1f} bytes a crop, are in {out}",
-        quiet=setup.quiet)  # fmt: skip
+        each = out.stat().st_size / header.records
+        say(f"{header.crops} crops of each of {header.images} images, {each:.1f} bytes a crop, are in {out}",
+            quiet=setup.quiet)  # fmt: skip
+
+
+def _opened(setup: Setup, request: SoftLabelRequest) -> tuple[Opened, ImageData, SoftLabelHeader]:
+    opened = open_run(setup, needs_data=True)
+    data = opened.images(setup.split or "train", setup.images)
+    return opened, data, _header(opened, data, request)
+
+
+def _writer(header: SoftLabelHeader, out: Path, held: ExitStack, *, overwrite: bool) -> SoftLabelWriter | None:
+    """What goes on with the file, locked until `held` ends; None where the file is there already."""
+    if out.exists() and not is_soft_labels(out):
+        raise InputError(f"{out} exists and is no file of soft labels. Choose another --out.")
+    held.enter_context(exclusive(out.with_name(f".{out.name}.lock"), f"the making of {out}", instead="--out"))
+    if overwrite:
+        with writing(out):
+            out.unlink(missing_ok=True)
+            partial_of(out).unlink(missing_ok=True)
+    if out.exists():
+        labels = SoftLabels(out)
+        if labels.header != header:
+            raise InputError(
+                f"{out} holds soft labels with other inputs ({header_changes(labels.header, header)}). "
+                "Choose another --out, or make it anew with --overwrite."
+            )
+        return None
+    with writing(out):
+        return held.enter_context(closing(SoftLabelWriter(out, header)))
 
 
 def _header(opened: Opened, data: ImageData, request: SoftLabelRequest) -> SoftLabelHeader:
@@ -115,34 +109,55 @@ def _header(opened: Opened, data: ImageData, request: SoftLabelRequest) -> SoftL
     )  # fmt: skip
 
 
-def _ask(opened: Opened, data: ImageData, writer: SoftLabelWriter) -> None:
-    """Add the crops that are still missing, a batch at a time."""
-    header, model, device = writer.header, opened.model, opened.setup.device
-    quiet, workers = opened.setup.quiet, opened.setup.num_workers
-    with progress(header.records, "soft labels", "crop", quiet=quiet) as bar, torch.inference_mode():
-        if writer.done:
-            say(f"goes on after {writer.done} of {header.records} crops", quiet=quiet)
-        bar.update(writer.done)
-        for parts in _batches(data, header, opened.input_config, writer.done, workers):
-            logits = model(torch.cat([part.views for part in parts]).to(device)).float()
-            if not torch.isfinite(logits).all():
-                raise InputError(f"the teacher {opened.name} answers with NaN or Inf. Look for other weights of it.")
-            kept, classes = compress(
-                logits, compression=header.compression, top_k=header.top_k, temperature=header.temperature
-            )
-            crops = [crop for part in parts for crop in part.crops]
-            with writing(writer.path):
-                writer.append([part.fingerprint for part in parts for _ in part.crops], crops, kept, classes)
-            bar.update(len(crops))
+def _ask(
+    opened: Opened,
+    data: ImageData,
+    header: SoftLabelHeader,
+    first: int,
+    writer: SoftLabelWriter | None,
+    processes: Processes,
+) -> None:
+    """Add the crops from number `first` of all on, in each round a batch of every process."""
+    quiet, world = opened.setup.quiet, processes.world
+    starts = range(first, header.records, header.batch_size)
+    batches = _batches(data, header, opened.input_config, starts[processes.rank :: world], opened.setup.num_workers)
+    with progress(header.records, "soft labels", "crop", quiet=quiet) as bar:
+        if first:
+            say(f"goes on after {first:,} of {header.records:,} crops", quiet=quiet)
+        bar.update(first)
+        for _ in range(0, len(starts), world):
+            own = processes.together(lambda: [_answered(opened, header, parts) for parts in islice(batches, 1)])
+            for answered in (one for each in processes.gather(own) for one in each):
+                if writer is not None:
+                    with writing(writer.path):
+                        writer.append(*answered)
+                bar.update(len(answered.crops))
+    for skipped in processes.gather(data.skipped):
+        data.skipped.extend(name for name in skipped if name not in data.skipped)
     if len(data.skipped) == data.images:
-        raise none_readable(data)
+        processes.fail(none_readable(data))
+
+
+def _answered(opened: Opened, header: SoftLabelHeader, parts: Sequence["_Part"]) -> "_Answered":
+    with torch.inference_mode():
+        logits = opened.model(torch.cat([part.views for part in parts]).to(opened.setup.device)).float()
+    if not torch.isfinite(logits).all():
+        raise InputError(f"the teacher {opened.name} answers with NaN or Inf. Look for other weights of it.")
+    kept, classes = compress(logits, compression=header.compression, top_k=header.top_k, temperature=header.temperature)
+    fingerprints = [part.fingerprint for part in parts for _ in part.crops]
+    return _Answered(fingerprints, [crop for part in parts for crop in part.crops], kept, classes)
+
+
+def _kept(writer: SoftLabelWriter | None) -> str:
+    """Where the next start goes on, in words: it asks for the last batch once more, which may be cut short."""
+    kept = 0 if writer is None else writer.done - writer.header.batch_size
+    return "" if writer is None or kept <= 0 else f"{kept:,} of {writer.header.records:,} crops"
 
 
 def _batches(
-    data: ImageData, header: SoftLabelHeader, config: InputConfig, first: int, num_workers: int
+    data: ImageData, header: SoftLabelHeader, config: InputConfig, starts: range, num_workers: int
 ) -> Iterator[Sequence["_Part"]]:
-    """The crops from number `first` of all on, in batches of `header.batch_size`, those of one image together."""
-    starts = range(first, header.records, header.batch_size)
+    """The crops in batches of `header.batch_size` that begin at numbers `starts`, those of one image together."""
     keys: Any = _Keys(starts, header)  # lists of all would take more room than the crops
     loader = DataLoader(
         _CroppedImages(data.dataset, header, config), batch_sampler=keys, num_workers=num_workers,
@@ -155,6 +170,15 @@ def _batches(
             if broken.name not in data.skipped:
                 data.skipped.append(broken.name)
         yield parts
+
+
+class _Answered(NamedTuple):
+    """A batch of crops with what is kept of the teacher's answers, as `SoftLabelWriter.append` takes them."""
+
+    fingerprints: list[int]
+    crops: list[Crop]
+    kept: Tensor
+    classes: Tensor
 
 
 class _Part(NamedTuple):

@@ -8,10 +8,12 @@ import click
 from analysis.options import (
     CommandWithSettings,
     JsonObject,
+    batch_size_option,
     common_options,
     data_options,
-    image_options,
+    file_option,
     model_options,
+    pattern_options,
     run_option,
     seed_option,
 )
@@ -25,71 +27,79 @@ layout_option = click.option(
 
 
 @click.command(name="eval", short_help="Accuracy of float, plan, uniform bits, trained model.")
-@model_options
-@data_options
 @run_option
-@seed_option
-@common_options
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file.")
+@file_option("--plan", "plan_file", help="Evaluate this plan, without training.")
 @uniform_option
-@click.option("--checkpoint", type=click.Path(path_type=Path),
+@click.option("--checkpoint", type=click.Path(exists=True, path_type=Path),
               help="A model that `qvw train` has made, RUN/qat, or a file of `qvw export`.")  # fmt: skip
-@click.option("--float", "floating", is_flag=True, help="The model as it is.")
+@click.option("--float", "floating", is_flag=True, help="The model as it is, in floating point.")
 @layout_option
 @click.option("--calibration-images", type=click.IntRange(min=1), default=256, show_default=True,
-              help="Training images that set the scales of activations.")  # fmt: skip
+              help="Training images that set the scales of activations; all, where there are fewer.")  # fmt: skip
 @click.option("--estimator", type=click.Choice(ESTIMATORS), default="mse", show_default=True, help="Of the scales.")
 @click.option("--bn", type=click.Choice(["stored", "re-estimate"]), default="re-estimate", show_default=True,
               help="BatchNorm statistics: the model's own, or those of the quantized network.")  # fmt: skip
+@model_options
+@data_options(images="all, or as before", split="val")
+@batch_size_option
+@seed_option
+@pattern_options
+@common_options
 def evaluate(**options: Any) -> None:
-    """Loss and top-1 of the float model, of a plan or uniform bits without training, or of a trained model.
+    """Loss and top-1 of ONE of: a plan, uniform bits (both without training), a trained model, the float model.
 
-    Validation images by default, all of them; scales come from training images. Adds a row to
-    verify.parquet; one of the same kind and cost takes its place.
+    Name it by --plan, --uniform, --checkpoint or --float. Validation images by default, all of them; scales come from
+    training images. Adds a row to verify.parquet; one of the same kind and cost takes its place.
     """
-    from analysis.eval_step import EvalRequest, run_eval
-    from analysis.setup import Setup
+    from analysis.eval_request import EvalRequest
 
     names = ("plan_file", "uniform", "floating", "checkpoint", "layout", "calibration_images", "estimator")
     request = EvalRequest.of({name: options.pop(name) for name in names} | {"batchnorm": options.pop("bn")})
+    from analysis.eval_step import run_eval  # after the check of the request: it imports torch
+    from analysis.setup import Setup
+
     run_eval(Setup.of(options), request)
 
 
 @click.command(cls=CommandWithSettings, short_help="Train with a plan or uniform bits.")
-@model_options
-@image_options
 @run_option
-@common_options
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file; by default RUN/plan.json.")
+@file_option("--plan", "plan_file", show_default="RUN/plan.json", help="The plan to train with.")
 @uniform_option
 @click.option("--float", "floating", is_flag=True, help="No quantization: the fair ceiling of a trained plan.")
 @layout_option
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="A YAML file of settings, key: value.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
-              help="One setting, such as learning_rate=0.001 or batch_size=128; may be repeated.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Order of images, augmentation, dropout (0).")
-@click.option("--name", help="The results go to RUN/qat-NAME instead of RUN/qat: several trainings in one run.")
-@click.option("--teacher", help="A network whose logits are distilled, as MODEL; by default the float model itself.")
-@click.option("--teacher-weights", type=click.Path(path_type=Path), help="Its weights, .safetensors.")
-@click.option("--teacher-pretrained", is_flag=True, help="timm's published weights for it.")
-@click.option("--teacher-kwargs", type=JsonObject(), help="Arguments of its constructor, as JSON.")
-@click.option("--soft-labels", type=click.Path(path_type=Path), metavar="FILE",
-              help="Stored answers of a teacher (`qvw soft-labels`), in place of one that runs beside.")  # fmt: skip
-@click.option("--val-images", type=click.IntRange(min=1), help="Images to validate on; by default all.")
+              help="One setting, such as learning_rate=0.001 or batch_size=128; may be repeated. All are listed "
+                   "below.")  # fmt: skip
+@file_option("--config", "config_file", help="A YAML file of settings, lines `key: value`; --set wins over it.")
+@click.option("--name", help="The results go to RUN/qat-NAME: several trainings in one run.", show_default="RUN/qat")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), show_default="0", help="Of the order of images, "
+              "augmentation, dropout: the setting `seed`.")  # fmt: skip
+@click.option("--val-images", type=click.IntRange(min=1), help="Images to validate on.", show_default="all")
+@click.option("--teacher", metavar="MODEL", show_default="the float model itself",
+              help="A network whose logits are distilled.")  # fmt: skip
+@file_option("--teacher-weights", help="Weights of the teacher.")
+@click.option("--teacher-pretrained", is_flag=True, help="timm's published weights for the teacher.")
+@click.option("--teacher-kwargs", type=JsonObject(), help="Arguments of its constructor, as JSON.", show_default="none")
+@file_option("--soft-labels",
+             help="Stored answers of a teacher (`qvw soft-labels`), in place of one that runs beside.")  # fmt: skip
+@model_options
+@data_options(images="all, or as before")
+@pattern_options
+@common_options
 def train(config_file: Path | None, settings: tuple[str, ...], seed: int | None, **options: Any) -> None:
     """Quantization-aware training (LSQ) of exactly the plan, with distillation and the oscillation term.
 
-    Training images, all by default (--images N for fewer). Writes into RUN/qat: model.safetensors with plan.json,
-    history.parquet, oscillation.parquet, config.json; and a row of verify.parquet. Interrupted and started again, it
-    goes on from its last checkpoint.
-
+    Writes into RUN/qat: model.safetensors with plan.json, history.parquet, oscillation.parquet, config.json; and a row
+    of verify.parquet. Interrupted and started again, it goes on from its last checkpoint.
     """
-    from analysis.setup import Setup
     from analysis.train_options import read_config
-    from analysis.train_step import TrainRequest, run_train
+    from analysis.train_request import TrainRequest
 
     names = ("plan_file", "uniform", "floating", "layout", "name", "teacher", "teacher_weights", "teacher_pretrained",
              "teacher_kwargs", "soft_labels", "val_images")  # fmt: skip
     config = read_config(config_file, [*settings, *([] if seed is None else [f"seed={seed}"])])
     request = TrainRequest.of({name: options.pop(name) for name in names} | {"config": config})
+    from analysis.setup import Setup
+    from analysis.train_step import run_train  # after the check of the request: it imports torch
+
     run_train(Setup.of(options), request)

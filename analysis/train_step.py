@@ -1,37 +1,34 @@
 """`qvw train`: quantization-aware training from a plan or uniform bits, and the float model trained the same way."""
 
 import copy
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from analysis.calibration import calibrated, parse_uniform, read_plan
-from analysis.console import progress, say, warn
+from analysis.calibration import calibrated, read_plan, warn_of_fewer
+from analysis.console import progress, resumable, say, warn
 from analysis.data import ImageData
 from analysis.eval_step import drop_rows, keep_row, show_rows, verify_row
 from analysis.evaluation import logits_of, scores
 from analysis.models import ModelSource, load_model, weights_sha256
 from analysis.open_run import open_run
 from analysis.opened import Opened
+from analysis.processes import work_together
 from analysis.setup import Setup
 from analysis.soft_labels import open_soft_labels
+from analysis.train_request import TrainRequest
 from analysis.trained_model import save_trained
 from analysis.training_data import TrainingImages, training_batches
 from analysis.training_rows import LOGS, TABLES, TrainingRows
 from quant.batchnorm import batchnorms, reestimate_batchnorm_
 from quant.bit_plan import BitPlan
 from quant.checkpoints import last_step
-from quant.choices import Layout
-from quant.config import QATConfig
 from quant.errors import InputError, first_line
 from quant.prepare import prepare_qat_
 from quant.soft_labels import SoftLabels
@@ -39,59 +36,17 @@ from quant.train import total_steps, train_qat
 from quant.trial import check_trainable
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainRequest:
-    """What is trained: at most one of `plan_file`, `uniform` and `floating`; by default the run's own plan."""
-
-    plan_file: Path | None = None
-    uniform: str | None = None
-    floating: bool = False
-    layout: Layout = "paper"  # of uniform bits
-    name: str | None = None  # the results go to RUN/qat, or to RUN/qat-NAME
-    config: QATConfig = field(default_factory=QATConfig)
-    teacher: str | None = None  # as MODEL; the floating-point model itself where None
-    teacher_weights: Path | None = None
-    teacher_pretrained: bool = False
-    teacher_kwargs: dict[str, Any] | None = None
-    soft_labels: Path | None = None  # a teacher's stored answers, in place of one that runs beside
-    val_images: int | None = None
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "TrainRequest":
-        """The options of a command line, checked."""
-        request = TypeAdapter(cls).validate_python(dict(options))
-        given = (request.plan_file, request.uniform, request.floating or None)
-        if sum(choice is not None for choice in given) > 1:
-            raise InputError("give at most one of --plan FILE, --uniform wXaY and --float.")
-        if request.name is not None and not re.fullmatch(r"[A-Za-z0-9_.+-]{1,64}", request.name):
-            raise InputError(f"--name {request.name!r} is no name of a folder; use letters, digits, - and _.")
-        if request.teacher is None and (
-            request.teacher_weights or request.teacher_pretrained or request.teacher_kwargs
-        ):
-            raise InputError("--teacher-weights, --teacher-pretrained and --teacher-kwargs need --teacher MODEL.")
-        if request.teacher is not None and not request.config.kd_weight:
-            raise InputError("--teacher was given, but kd_weight is 0: nothing is distilled. Leave out one of them.")
-        if request.soft_labels is not None:
-            if request.teacher is not None:
-                raise InputError("--soft-labels FILE holds a teacher's answers already. Leave out --teacher.")
-            if not request.config.kd_weight:
-                raise InputError("--soft-labels was given, but kd_weight is 0: nothing is distilled. Leave out one.")
-        return request
-
-    @property
-    def folder(self) -> str:
-        """The name of the results' folder inside the run folder, and of the step."""
-        return "qat" if self.name is None else f"qat-{self.name}"
-
-
 def run_train(setup: Setup, request: TrainRequest) -> None:
     """Train, and leave history, oscillation, the final model with its plan, and its accuracy in the run folder.
 
-    What was interrupted goes on from its last checkpoint; what is done with the same inputs is not done again.
+    What was interrupted goes on from its last checkpoint; what is done with the same inputs is not done again. Several
+    processes share each batch; the one of rank 0 writes and speaks.
     """
+    work_together(setup, lambda own, _processes: _run_train(own, request))
+
+
+def _run_train(setup: Setup, request: TrainRequest) -> None:
     config, accelerator = request.config, _accelerator(setup.device)
-    if accelerator.num_processes > 1:
-        setup = replace(setup, device=str(accelerator.device))  # each process its own
     opened = open_run(setup, needs_data=True)
     folder, main = opened.run.path / request.folder, accelerator.is_main_process
     plan = _plan(opened, request)
@@ -137,12 +92,19 @@ def run_train(setup: Setup, request: TrainRequest) -> None:
             opened.run.write_json(f"{request.folder}/config", asdict(config))
         accelerator.wait_for_everyone()  # what --overwrite removes is gone before anyone looks for a checkpoint
         plan, calibration = _prepare_(opened, plan, request)
-        logits, labels = _train(opened, teacher, soft_labels, request, train, val, total, accelerator, calibration)
+        with resumable(lambda: _kept(folder, total)):
+            logits, labels = _train(opened, teacher, soft_labels, request, train, val, total, accelerator, calibration)
         if main:
             _finish(opened, plan, request, logits, labels)
     if main:
         show_rows(opened, request.folder)
         say(f"the model and its history are in {folder}", quiet=setup.quiet)
+
+
+def _kept(folder: Path, total: int) -> str:
+    """What the checkpoints of an interrupted training hold, in words."""
+    step = last_step(folder / "checkpoints")
+    return f"the training up to step {step:,} of {total:,}" if step else ""
 
 
 _FILES = ("config.json", *TABLES, "model.safetensors", "plan.json")
@@ -161,7 +123,6 @@ def _plan(opened: Opened, request: TrainRequest) -> BitPlan | str | None:
     if request.floating:
         return None
     if request.uniform is not None:
-        parse_uniform(request.uniform)
         return request.uniform
     own = opened.run.path / "plan.json"
     if request.plan_file is None and not own.exists():
@@ -218,6 +179,7 @@ def _prepare_(
     made = calibrated(
         opened, plan, layout=request.layout, calibration_images=config.calibration_images, estimator=config.estimator
     )
+    warn_of_fewer(made, config.calibration_images, "--set calibration_images")
     prepare_qat_(
         opened.model, made.quantizers, trace=opened.trace, sites=opened.by_site, image=opened.probe_image(),
         gradient_scale=config.gradient_scale, compiled=config.compile,
@@ -261,7 +223,7 @@ def _train(
     with progress(total, f"train {request.folder}", "step", quiet=quiet) as bar:
         bar.update(first)
         if first:
-            say(f"goes on from the checkpoint of step {first} of {total}", quiet=quiet)
+            say(f"goes on after step {first:,} of {total:,}", quiet=quiet)
         for report in reports:
             if accelerator.is_main_process:
                 rows.append(report)

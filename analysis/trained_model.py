@@ -35,7 +35,10 @@ def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
     if (folder / "checkpoints").is_dir() and not weights.is_file():
         raise InputError(f"the training in {folder} has not ended: run the same `qvw train` again, and it goes on.")
     if not weights.is_file():
-        raise InputError(f"{folder} has no model.safetensors: name a folder that `qvw train` has finished, RUN/qat.")
+        raise InputError(
+            f"{folder} has no model.safetensors: name a folder that `qvw train` has finished, such as RUN/qat, or a "
+            "file of `qvw export`."
+        )
     sites: Sequence[PlannedSite] = ()
     plan = None
     if (folder / "plan.json").exists():

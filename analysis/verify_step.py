@@ -16,7 +16,7 @@ from analysis import accounting
 from analysis.baselines import greedy, largest_uniform, lowered, random_choice, worst_first
 from analysis.calibration import Calibrated, calibrated
 from analysis.columns import VERIFY_COLUMNS
-from analysis.console import progress
+from analysis.console import progress, resumable
 from analysis.data import ImageData
 from analysis.eval_step import keep_row, running_quantized, verify_row
 from analysis.evaluation import compare_logits, logits_of, mean_and_error, scores
@@ -116,6 +116,7 @@ def run_verify(
     with (
         opened.step(step, data, made_files, {"plans": _names(others)}, inputs, temporary=(partial,), renew=True),
         progress(len(others) + 1, "verify", "plan", quiet=setup.quiet) as bar,
+        resumable(lambda: _kept(log, fixed)),
     ):
         known = {row["bits"]: row for row in log.read(damaged=True) if row and row["inputs"] == fixed}
         clean: Tensor | None = None
@@ -145,6 +146,12 @@ def run_verify(
         figure = verification_figure(table, opened.name, floating=floating[0] if floating else None)
         save_figure(figure, opened.run.path / verification)
     return verification_words(table, plan, others)
+
+
+def _kept(log: RowLog, fixed: str) -> str:
+    """What an interrupted verification leaves for the next start, in words."""
+    count = sum(1 for row in log.read(damaged=True) if row and row["inputs"] == fixed)
+    return f"the plan, and what was measured of {count} plans" if count else ""
 
 
 class _Batches:

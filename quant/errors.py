@@ -13,7 +13,13 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, 200 characters at most, without its full stop; else its type's name."""
+    """The first line of an exception's text, 200 characters at most, without its full stop; else its type's name.
+
+    A system error is told in words alone, without the number of Python's text, with the file that it names.
+    """
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        file = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror[0].lower()}{error.strerror[1:]}{file}"[:200]
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 

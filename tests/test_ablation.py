@@ -54,13 +54,14 @@ def written(tmp_path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arms.lsq.unifrom": "w2a2"}, "arms.lsq.unifrom"),
+        ({"arms.lsq.unifrom": "w2a2"}, "line [0-9]+: arms.lsq.unifrom is unknown; the nearest is uniform"),
         ({"baseline": "lsp"}, "no arm 'lsp'; the nearest is lsq"),
         ({"arms.plan.against": "obs"}, "no arm 'obs'; the nearest is obr"),
         ({"subjects.vit.arms": ["all"]}, "no arm 'all'"),
-        ({"arms.obr.settings": {"obr_wieght": 1}}, "arm obr of vit: 'obr_wieght' is no .* obr_weight"),
+        ({"arms.obr.settings": {"obr_wieght": 1}}, "small.yaml, line [0-9]+: 'obr_wieght' is no .* obr_weight"),
         ({"arms.obr.settings": {"kd_temperature": 0}}, "kd_temperature=0"),
         ({"arms.obr.settings": {"obr_weight": -1}}, "obr_weight=-1"),
+        ({"arms.lsq.uniform": "w9a2"}, "line [0-9]+: uniform 'w9a2' is not understood"),
         ({"arms.lsq.like": "w3a3"}, "both `uniform` and `like`"),
         ({"subjects.vit.weights": "$QVW_NOT_SET/w"}, "names .QVW_NOT_SET, which the environment does not set"),
         ({"arms": {}}, "has no arm"),
@@ -153,6 +154,7 @@ def test_what_is_finished_is_kept(ablated, monkeypatch, capfd):
     )
     assert qvw("ablate", file, "--out", out, "--num-workers", 0) == 0
     assert not trained
+    assert "seed 1: finished already" in capfd.readouterr().out
     assert (out / "ablation.csv").read_bytes() == before
     changed = file.with_name("more.yaml")
     changed.write_text(file.read_text().replace("- 0\n- 1\n", "- 0\n- 1\n- 2\n"))

@@ -224,17 +224,17 @@ WRONG = {
     "no sensitivity yet": (["plan", "--weight-bits", "3", "--run", "RUN"], "qvw sensitivity"),
     "unknown option": (["stats", "--budget", "3", "--run", "RUN"], "No such option.*--help"),
     "a device that is not there": (["stats", *MODEL, "--device", "cuda:77", "--run", "RUN"], "cuda:77"),
-    "no choice in eval": (["eval", *MODEL, *DATA, "--run", "RUN"], "--uniform wXaY, --checkpoint DIR and --float"),
+    "no choice in eval": (["eval", *MODEL, *DATA, "--run", "RUN"], "--uniform wXaY, --checkpoint PATH and --float"),
     "uniform that is not understood": (["eval", *MODEL, *DATA, "--uniform", "4bit", "--run", "RUN"], "'4bit'.*w4a4"),
     "one run to compare": (["compare", "RUN", "--out", "OUT"], "at least two"),
-    "weights without a model": (["stats", "--weights", "w.safetensors", "--run", "RUN"], "name the model"),
+    "weights without a model": (["stats", "--pretrained", "--run", "RUN"], "name the model"),
     "an objective that is none": (["plan", "--weight-bits", "4", "--objective", "sqnr_db", "--run", "FINISHED"],
                                   "'sqnr_db' is unknown.*kl"),
     "a budget that is no number": (["plan", "--size-mib", "nan", "--run", "FINISHED"], "--size-mib"),
     "a pin that is not understood": (["plan", "--weight-bits", "4", "--pin", "fc", "--run", "FINISHED"],
                                      "PATTERN=BITS"),
     "nothing left": (["stats", *MODEL, "--exclude", "*", "--run", "RUN"], "nothing|no convolution or linear is left"),
-    "a tensor that is none": (["sensitivity", *MODEL, *DATA, "--tensors", "bias", "--run", "RUN"], "'bias' is unknown"),
+    "a tensor that is none": (["sensitivity", *MODEL, *DATA, "--tensors", "bias", "--run", "RUN"], "'bias' is not"),
     "a model that takes other channels": (["stats", "resnet18", *DATA, "--run", "RUN"], r"1, 32, 32|in_chans|channels"),
 }  # fmt: skip
 
@@ -276,13 +276,13 @@ def test_plans_that_do_not_belong_are_refused(run, finished, tmp_path, capfd):
 
 
 def test_a_plan_of_other_weights_is_used_with_a_warning(run, tmp_path, capfd):
-    """The same sites but other weights: both hashes are told and the evaluation goes on."""
+    """The same sites but other weights: that is said, and the evaluation goes on."""
     plan = json.loads((run / "plan.json").read_text())
     plan["model"]["weights_sha256"] = "0" * 64
     (tmp_path / "p.json").write_text(json.dumps(plan))
     arguments = ["--run", run, "--images", 32, "--calibration-images", 32, *DATA[2:]]
     assert qvw("eval", "--plan", tmp_path / "p.json", *arguments) == 0
-    assert "000000000000" in capfd.readouterr().err
+    assert "was made for other weights of resnet18 than these" in capfd.readouterr().err
 
 
 def test_an_unreachable_budget_names_the_cheapest_and_keeps_the_old_plan(run, capfd):
@@ -343,10 +343,12 @@ def test_a_sweep_stopped_after_any_row_ends_with_the_same_table(run, tmp_path, m
     fresh = ["sensitivity", *MODEL, *DATA, *SWEEP, "--run", tmp_path / "fresh"]
     monkeypatch.setattr(RowLog, "append", stop_after_five)
     assert qvw(*fresh) == 130
-    assert "goes on" in capfd.readouterr().err
+    kept = re.search(r"Kept: 5 of (\d+) rows\. The same command goes on from there\.", capfd.readouterr().err)
+    assert kept
     assert json.loads((tmp_path / "fresh" / "run.json").read_text())["steps"]["sensitivity"]["status"] == "interrupted"
     monkeypatch.setattr(RowLog, "append", append)
     assert qvw(*fresh) == 0
+    assert f"5 of {kept[1]} rows are there already" in capfd.readouterr().out
     assert pd.read_parquet(tmp_path / "fresh" / "sensitivity.parquet").equals(whole)
     assert not (tmp_path / "fresh" / "sensitivity.partial.jsonl").exists()
 

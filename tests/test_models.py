@@ -52,6 +52,22 @@ def no_module():
     return "a string"
 
 
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+
+
+def compiled():
+    import torch
+
+    return torch.compile(Net())
+
+
+def in_place():
+    model = Net()
+    model.compile()
+    return model
+
+
 def _private():
     return Net()
 """
@@ -138,12 +154,16 @@ def test_timm_names_are_no_factories(model):
     ("model", "message"),
     [
         ("resnett18", r"no model 'resnett18'\. The nearest: resnet18\b.*path/to/file\.py:factory"),
+        ("resnet18.a1_in2k", r"no weights 'resnet18\.a1_in2k'\. The nearest: resnet18\.a1_in1k"),
         ("qqqqqqqq", r"no model 'qqqqqqqq'\. `qvw models` lists them"),
         ("gone.py:small", r"no file gone\.py"),
-        ("{file}:larger", r"no function 'larger'\. It has: Config, Net, small, broken, stops, no_module\."),
+        ("{file}:larger", r"no function 'larger'\. It has: Config, Net, small, broken, stops, no_module, "),
         ("{file}", r"no function ''\. It has: Config, Net, small"),
         ("{file}:broken", r"nets\.py:broken raised ZeroDivisionError: no such depth\."),
         ("{file}:stops", r"nets\.py:stops raised SystemExit: 3"),
+        ("{file}:lazy", r"1 of .*nets\.py:lazy has a weight without a size: a lazy layer \(LazyLinear\)"),
+        ("{file}:compiled", r"nets\.py:compiled is compiled by torch\.compile: .*Return the plain module"),
+        ("{file}:in_place", r"nets\.py:in_place is compiled by torch\.compile"),
         ("{file}:no_module", r"must return a torch\.nn\.Module, got str"),
     ],
 )
@@ -190,7 +210,7 @@ def test_pretrained_without_network_is_told(monkeypatch, tmp_path, capfd):
     ) as caught:
         load_model(ModelSource(model="resnet10t", pretrained=True))
     assert caught.value.__cause__ is not None
-    with pytest.raises(InputError, match=r"resnet10t\.no_such_tag could not be had"):
+    with pytest.raises(InputError, match=r"no weights .resnet10t\.no_such_tag.\. The nearest: resnet10t"):
         load_model(ModelSource(model="resnet10t.no_such_tag", pretrained=True))
     assert capfd.readouterr() == ("", "")
 

@@ -16,9 +16,10 @@ from quant.batchnorm import reestimate_batchnorm_
 from quant.checkpoints import last_step
 from quant.config import QATConfig
 from quant.errors import InputError
+from quant.optimizer import parameter_groups
 from quant.prepare import latent_weights, prepare_qat_
 from quant.quantizer import LSQQuantizer
-from quant.train import DivergedError, parameter_groups, train_qat
+from quant.train import DivergedError, train_qat
 from tests.test_prepare import opened
 from tests.test_sensitivity import model_of
 
@@ -273,6 +274,27 @@ def test_a_label_loss_beyond_all_bounds_is_a_divergence(tmp_path):
         model.fc.weight.mul_(1e6)
     with pytest.raises(DivergedError, match=r"diverged at step 1: the term task is .*No checkpoint was written yet"):
         list(reports(model, None, QATConfig(steps=2, batch_size=16), tmp_path))
+
+
+def test_a_loss_of_nan_is_a_divergence(tmp_path):
+    """A network that answers with NaN is stopped before the step: no other weight is spoilt."""
+    model = model_of("resnet")
+    with torch.no_grad():
+        model.fc.bias[3] = math.nan
+    before = model.conv1.weight.detach().clone()
+    with pytest.raises(
+        DivergedError, match=r"diverged at step 1: the term task is nan\. No checkpoint was"
+    ):
+        list(reports(model, None, QATConfig(steps=2, batch_size=16), tmp_path))
+    assert torch.equal(model.conv1.weight, before)
+
+
+def test_a_regularizer_of_nan_is_a_divergence(tmp_path):
+    """A term on the weights has no bound of its own: it shows in the gradient."""
+    model, teacher = prepared(model_of("vit"))
+    config = QATConfig(steps=4, batch_size=16, kurtosis_weight=1e38, learning_rate=1e-9, clip_grad_norm=1.0)
+    with pytest.raises(DivergedError, match=r"diverged at step 1: the gradient is (inf|nan)"):
+        list(reports(model, teacher, config, tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "no manifest"])

@@ -158,6 +158,7 @@ def test_an_interrupted_training_says_so_and_refuses_another_configuration(tmp_p
 
     monkeypatch.setattr(quant.train, "save_checkpoint", stop_after_four)
     assert train(run, "--uniform", "w3a4") == 130
+    assert "Kept: the training up to step 4 of 10. The same command goes on from there." in capfd.readouterr().err
     monkeypatch.setattr(quant.train, "save_checkpoint", saved)
     assert train(run, "--uniform", "w3a4", "--set", "kd_weight=0.5") == 2
     assert "config.kd_weight: 1.0 -> 0.5" in capfd.readouterr().err
@@ -168,6 +169,22 @@ def test_an_interrupted_training_says_so_and_refuses_another_configuration(tmp_p
     assert "step_00000004 is damaged or cut short: optimizer.pt" in capfd.readouterr().err
     shutil.rmtree(optimizer.parent)
     assert train(run, "--uniform", "w3a4") == 0
+    assert "goes on after step 2 of 10" in capfd.readouterr().out
+
+
+def test_an_interrupt_before_the_first_checkpoint_promises_nothing(tmp_path, monkeypatch, capfd):
+    """Where nothing can be gone on from, the message says so."""
+    import quant.train
+
+    def stop(*_arguments, **_state):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quant.train, "save_checkpoint", stop)
+    assert train(tmp_path / "run", "--uniform", "w3a4") == 130
+    assert "interrupted. Nothing new was kept: the same command starts where this one did." in capfd.readouterr().err
+    monkeypatch.undo()
+    assert train(tmp_path / "run", "--uniform", "w3a4", "--quiet") == 0
+    assert not capfd.readouterr().out
 
 
 OTHER_SIZE = VIT_KWARGS.replace('"img_size": 32', '"img_size": 64')
@@ -188,7 +205,7 @@ WRONG = {
     "a teacher of nothing": (["--float", "--set", "kd_weight=0", "--teacher", VIT[0]], "nothing is distilled"),
     "no loss": (["--float", "--set", "kd_weight=0", "--set", "task_weight=0"], "nothing is learned from the images"),
     "an optimizer that cannot run here": (["--float", "--set", "optimizer=fusedadam"], "cannot be trained with"),
-    "teacher weights without a teacher": (["--float", "--teacher-weights", "x.safetensors"], "need --teacher MODEL"),
+    "teacher weights without a teacher": (["--float", "--teacher-pretrained"], "need --teacher MODEL"),
     "more in a batch than there are": (["--float", "--set", "batch_size=300"], "batch_size=300, but there are 200"),
     "an optimizer that is none": (["--float", "--set", "optimizer=sdg"], "timm has no optimizer 'sdg'"),
     "no such option": (["--float", "--batch-size", "8"], "--batch-size"),

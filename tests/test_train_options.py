@@ -32,6 +32,10 @@ def test_what_was_written_is_read_again(tmp_path):
         ("kd_temperature=0", r"kd_temperature=0: should be greater than 0"),
         ("kd_temperature=-1", r"kd_temperature=-1: should be greater than 0"),
         ("obr_weight=-0.1", r"obr_weight=-0.1: should be greater than or equal to 0"),
+        ("task_weight=-1", r"task_weight=-1: should be greater than or equal to 0"),
+        ("kd_weight=-1", r"kd_weight=-1: should be greater than or equal to 0"),
+        ("dampening_weight=-1", r"dampening_weight=-1: should be greater than or equal to 0"),
+        ("kurtosis_weight=-1", r"kurtosis_weight=-1: should be greater than or equal to 0"),
         ("kd_weight=nan", r"kd_weight=nan: should be .*number"),
         ("task_weight=.inf", r"task_weight=inf: should be a finite number"),
         ("epochs=0", r"epochs=0: should be greater than or equal to 1"),
@@ -56,8 +60,15 @@ def test_a_wrong_setting_is_named(setting, message):
         read_config(None, [setting])
 
 
-@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "holds a list"), ("a: [", "cannot be read"),
-                                               ("lr: 1", "'lr' is no setting")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "holds a list"),
+        ("epochs: 3\na: [", "qat.yaml, line 2 cannot be read as YAML: expected the node content"),
+        ("seed: 1\nlr: 1", "qat.yaml, line 2: 'lr' is no setting"),
+        ("seed: 1\n\nepochs: 0", "qat.yaml, line 3: epochs=0: should be greater"),
+    ],
+)
 def test_a_wrong_file_is_named(text, message, tmp_path):
     """A file that is no mapping, no YAML, or has an unknown key."""
     path = tmp_path / "qat.yaml"
