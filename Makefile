@@ -10,10 +10,15 @@ CAN_MAKE_VENV = import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11)
 ENVIRONMENT_IS_WHOLE = import sys; from importlib.util import find_spec; \
 	sys.exit(not all(map(find_spec, ("pip", "torch", "torchvision", "timm", "pytest", "ruff", "mypy"))))
 
-.PHONY: demo test lint setup lock clean
+.PHONY: demo notebooks test lint docs setup lock clean
 
 demo: setup
 	$(VENV_PYTHON) -m analysis demo --run runs/demo
+
+# Runs every notebook on the demo, and writes each as a page into reports/notebooks.
+notebooks: setup
+	@test -e runs/demo/report/index.html || $(VENV_PYTHON) -m analysis demo --run runs/demo
+	$(VENV_PYTHON) notebooks/render.py
 
 # One thread a process: test files run side by side, on up to four cores.
 test: lint
@@ -23,6 +28,10 @@ lint: setup
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m mypy analysis quant
+
+# The guide of docs/ and every function's documentation as one site, build/docs/guide.html; no network is needed.
+docs: setup
+	$(VENV_PYTHON) docs/build.py
 
 # Makes .venv, completes it, or leaves it as it is.
 setup:

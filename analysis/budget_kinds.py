@@ -40,7 +40,11 @@ BUDGET_KINDS = {
 
 
 def amount(kind: str, value: float, digits: int = 4) -> str:
-    """A cost in words, such as `3.07 mean weight bits`; `value` is in the unit of the file."""
+    """A cost in words, such as `3.07 mean weight bits`; `value` is in the unit of the file.
+
+    >>> amount("size_bytes", 3 * 2**20)
+    '3 MiB'
+    """
     shown = BUDGET_KINDS[kind]
     return f"{value / shown.unit:.{digits}g} {shown.words}"
 

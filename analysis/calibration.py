@@ -1,5 +1,6 @@
 """What a plan, or uniform bits, mean for an opened model: the sites, and quantizers calibrated on training images."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from analysis import accounting
+from analysis.budget_kinds import amount
 from analysis.console import warn
 from analysis.cost import cost_table
 from analysis.opened import Opened
@@ -99,10 +101,27 @@ def read_plan(path: Path, opened: Opened, *, other_weights: bool = False) -> Bit
                 f"{path} plans {planned.site} {planned.granularity}, but {opened.name} has no such axis there. "
                 f"Plan it per_tensor, or plan again for this model."
             )
+    _check_shapes(plan, opened, path)
     theirs, ours = plan.model.weights_sha256, opened.record.weights_sha256
     if not other_weights and theirs not in (None, ours):
         warn(f"{path} was made for other weights of {plan.model.name} than these: its bits may not suit them.")
     return plan
+
+
+def _check_shapes(plan: BitPlan, opened: Opened, path: Path) -> None:
+    """InputError where what the plan says of its cost is not what it costs here; bytes of scales aside, its own choice.
+
+    Heads show in the elements of the attention maps, all other shapes in the products.
+    """
+    here = accounting.totals(plan.sites, cost_table(opened.sites), opened.record.parameters)
+    for name in ("bitops", "weight_bits", "activation_bits", "activation_bytes"):
+        said, found = getattr(plan.totals, name), getattr(here, name)
+        if said is not None and found is not None and not math.isclose(said, found, rel_tol=1e-9):
+            raise InputError(
+                f"{path} says that it takes {amount(name, said, 6)}, but of {opened.name} it takes "
+                f"{amount(name, found, 6)}: it was made for other shapes or heads, or edited. Plan again for this "
+                "model, or mend its totals."
+            )
 
 
 def _scheme(planned: PlannedSite) -> QuantScheme:

@@ -104,16 +104,18 @@ def verify_row(
 
 def keep_row(opened: Opened, row: Mapping[str, Any], *, tell: bool = True) -> None:
     """Add a row to verify.parquet; a row of the same plan and cost takes the place of the older one, with a warning."""
-    path, rows = opened.run.path / "verify.parquet", _rows(opened)
     same = ("plan", "weight_bits", "activation_bits", "size_bytes", "bitops")
-    places = [i for i, old in enumerate(rows) if all(old[name] == row[name] for name in same)]
-    if places:
-        if tell:
-            warn(f"the row takes the place of an earlier one of the same plan in {path}.")
-        rows[places[0]] = dict(row)
-    else:
-        rows.append(dict(row))
-    opened.run.write_table("verify", pd.DataFrame(rows, columns=list(VERIFY_COLUMNS)))
+    with opened.run.taking_turns():
+        rows = _rows(opened)
+        places = [i for i, old in enumerate(rows) if all(old[name] == row[name] for name in same)]
+        if places:
+            rows[places[0]] = dict(row)
+        else:
+            rows.append(dict(row))
+        opened.run.write_table("verify", pd.DataFrame(rows, columns=list(VERIFY_COLUMNS)))
+    if places and tell:
+        path = opened.run.path / "verify.parquet"
+        warn(f"the row takes the place of an earlier one of the same plan in {path}.")
 
 
 def _rows(opened: Opened) -> list[dict[str, Any]]:
@@ -124,10 +126,11 @@ def _rows(opened: Opened) -> list[dict[str, Any]]:
 
 def drop_rows(opened: Opened, kind: str) -> None:
     """Remove the rows of what is about to be made anew from verify.parquet."""
-    rows = _rows(opened)
-    if any(row["plan"] == kind for row in rows):
+    with opened.run.taking_turns():
+        rows = _rows(opened)
         kept = [row for row in rows if row["plan"] != kind]
-        opened.run.write_table("verify", pd.DataFrame(kept, columns=list(VERIFY_COLUMNS)))
+        if len(kept) < len(rows):
+            opened.run.write_table("verify", pd.DataFrame(kept, columns=list(VERIFY_COLUMNS)))
 
 
 def show_rows(opened: Opened, kind: str) -> None:

@@ -35,6 +35,24 @@ def exclusive(path: Path, what: str, *, instead: str = "--run") -> Iterator[None
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def taking_turns(path: Path) -> Iterator[None]:
+    """Hold the lock `path`, a file that is there meanwhile, after those who hold it now; for moments only."""
+    while True:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(file, path):  # the one before removed it: the next have made another
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
 def _is_at(file: IO[str], path: Path) -> bool:
     """Whether `path` still names the open file."""
     try:

@@ -11,6 +11,9 @@ def shorten(name: str) -> str:
 
     `layers.N`, `blocks.N` and `stages.N` become `lN`, `bN`, `sN`; `patch_embed` and `downsample` become `patch` and
     `down`; all else stays. Different modules stay different unless a network uses both spellings itself.
+
+    >>> shorten("layers.0.blocks.1.mlp.fc1")
+    'l0.b1.mlp.fc1'
     """
     for pattern, replacement in _SHORT:
         name = re.sub(pattern, replacement, name)

@@ -153,7 +153,7 @@ class Opened:
         """Let run.json tell of a step, and of its images, what it told `before`, if that step's files are all there."""
         step = before.steps.get(name)
         if step is not None and all((self.run.path / file).exists() for file in step.files):
-            self._note_step(name, step, data=before.data)
+            self.run.note_step(name, step, data=before.data)
 
     def _note_skipped(self, name: str, before: StepRecord | None, data: ImageData | None) -> None:
         """Name in run.json the images that a step left out, if any; `before` is its record as it stood at the start."""
@@ -163,11 +163,7 @@ class Opened:
         skipped = list(before.options.get("skipped_images", [])) if before is not None and earlier else []
         skipped += [path for path in ([] if data is None else data.skipped) if path not in skipped]
         if skipped:
-            self._note_step(name, replace(step, options=step.options | {"skipped_images": skipped}))
-
-    def _note_step(self, name: str, step: StepRecord, **changes: Any) -> None:
-        now = self.run.record
-        self.run.write_json("run", asdict(replace(now, steps={**now.steps, name: step}, **changes)))
+            self.run.note_step(name, replace(step, options=step.options | {"skipped_images": skipped}))
 
 
 def warn_of_skipped(data: ImageData) -> None:

@@ -110,6 +110,7 @@ def run_plan(path: Path, request: PlanRequest) -> None:
         setup = Setup(
             run=path, images=request.images, batch_size=request.batch_size, num_workers=request.num_workers,
             device=request.device, overwrite=True, quiet=request.quiet,
+            skip_broken=bool(run.record.steps["sensitivity"].inputs.get("skip_broken")),
         )  # fmt: skip
         others = other_plans(
             plan, options, cost, parameters=model.parameters, ties=ties, latency=latency,

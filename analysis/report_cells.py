@@ -13,7 +13,8 @@ class Cell:
     """A table's cell: what is shown, and the number by which it is sorted; None sorts by the text."""
 
     text: str
-    key: float | None = None
+    key: float | None = None  # in the unit of what is shown
+    error: float | None = None  # standard error of the key, in its unit
     number: bool = False  # aligned right, and last in every order where it has no key
 
 
@@ -24,6 +25,7 @@ class Table:
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    mixed: bool = False  # each row has a unit of its own: there is no order to sort them by
 
 
 def text(value: Any) -> Cell:
@@ -50,9 +52,9 @@ def number(value: Any, style: str) -> Cell:
 
 
 def measured(value: Any, error: Any, *, digits: int, scale: float = 1) -> Cell:
-    """A figure with its standard error where there is one."""
-    key, spread = finite(value), finite(error)
+    """A figure, `scale` times the value, with its standard error where there is one."""
+    key, spread = (None if each is None else scale * each for each in (finite(value), finite(error)))
     if key is None:
         return Cell(text=DASH, number=True)
-    shown = f"{scale * key:.{digits}f}" + ("" if spread is None else f" ± {scale * spread:.{digits}f}")
-    return Cell(text=shown, key=key, number=True)
+    shown = f"{key:.{digits}f}" + ("" if spread is None else f" ± {spread:.{digits}f}")
+    return Cell(text=shown, key=key, error=spread, number=True)

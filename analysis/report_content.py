@@ -1,13 +1,15 @@
 """What a report reads: the tables and records of a run folder, and of each training in it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
+from pyarrow import ArrowException
 
-from analysis.columns import BINS_COLUMNS, HISTORY_COLUMNS, OSCILLATION_COLUMNS, VERIFY_COLUMNS
+from analysis.columns import BINS_COLUMNS, OSCILLATION_COLUMNS, VERIFY_COLUMNS
 from analysis.comparison import COLUMNS
 from analysis.oscillation_frames import shares
 from analysis.pareto import ON_REQUEST, PARETO_COLUMNS, UNIFORM_COLUMNS
@@ -17,10 +19,14 @@ from analysis.run_record import RunRecord
 from analysis.runs import Run, run_names
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
 from analysis.tensor_stats import STATS_COLUMNS
+from analysis.variation_frames import CHANNEL_COLUMNS, HISTOGRAM_COLUMNS
 from analysis.verify_step import VERIFICATION_COLUMNS
 from quant.bit_plan import BitPlan
 from quant.errors import InputError
 
+# What the page reads of tables that have grown since: an earlier version's is shown as far as it goes.
+READ_OF_HISTORY = ("step", "split", "loss", "top1")
+NEW_IN_VERIFICATION = ("predicted_kl_pairs", "kl_excess", "kl_excess_se")
 NO_TERMS = {"step", "epoch", "images", "lr", "split", "loss", "top1", "seconds"}  # history's columns besides the terms
 
 
@@ -45,6 +51,8 @@ class RunContent:
     folder: Path
     record: RunRecord
     stats: pd.DataFrame | None
+    channels: pd.DataFrame | None
+    histograms: pd.DataFrame | None
     sweep: pd.DataFrame | None  # all rows of sensitivity.parquet: every protocol, group and treatment
     sensitivity: pd.DataFrame | None  # of single sites, one row per (module, tensor, bit_width)
     proxies: tuple[pd.DataFrame, pd.DataFrame] | None  # the scores, and how each ranks the sites
@@ -54,6 +62,7 @@ class RunContent:
     uniform: pd.DataFrame | None  # one bit-width everywhere, to set beside the front
     verification: pd.DataFrame | None  # of `qvw plan --verify`, the plan itself first
     trainings: tuple[Training, ...]
+    left_out: Mapping[str, str]  # table of another version -> what it lacks and what makes it anew, in a sentence
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunContent]:
@@ -67,33 +76,44 @@ def read_runs(folders: Sequence[Path]) -> list[RunContent]:
 
 
 def read_run(folder: Path, name: str) -> RunContent:
-    """What a run folder holds; InputError where that is nothing, or a file of it is damaged."""
+    """What a run folder holds; InputError where that is nothing, or a file of it is damaged.
+
+    A table of another version, which lacks a column that the page reads, is left out and named in `left_out`.
+    """
     if not folder.is_dir():
         raise InputError(
             f"{folder} is no run folder: there is no such folder. Make one with `qvw stats --run {folder}`."
         )
-    run = Run(folder)
-    sweep = _table(run, "sensitivity", SENSITIVITY_COLUMNS)
+    run, left_out = Run(folder), dict[str, str]()
+
+    def table(name: str, columns: Sequence[str]) -> pd.DataFrame | None:
+        return _table(run, name, columns, left_out)
+
+    sweep = table("sensitivity", SENSITIVITY_COLUMNS)
     single = None if sweep is None else preferred_rows(sweep)
-    proxies, correlation = _table(run, "proxies", PROXY_COLUMNS), _table(run, "proxy_correlation", CORRELATION_COLUMNS)
+    proxies, correlation = table("proxies", PROXY_COLUMNS), table("proxy_correlation", CORRELATION_COLUMNS)
     content = RunContent(
         name=name,
         folder=folder,
         record=run.record,
-        stats=_table(run, "stats", STATS_COLUMNS),
+        stats=table("stats", STATS_COLUMNS),
+        channels=table("channels", CHANNEL_COLUMNS),
+        histograms=table("histograms", HISTOGRAM_COLUMNS),
         sweep=sweep,
         sensitivity=None if single is None or single.empty else single,
         proxies=None if proxies is None or correlation is None or sweep is None else (proxies, correlation),
-        verify=_table(run, "verify", VERIFY_COLUMNS),
+        verify=table("verify", VERIFY_COLUMNS),
         plan=_plan(folder),
-        front=_table(run, "pareto", [name for name in PARETO_COLUMNS if name not in ON_REQUEST]),
-        uniform=_table(run, "pareto_uniform", UNIFORM_COLUMNS),
-        verification=_table(run, "verification", [c for c in VERIFICATION_COLUMNS if not c.startswith("kl_excess")]),
-        trainings=_trainings(folder),
+        front=table("pareto", [name for name in PARETO_COLUMNS if name not in ON_REQUEST]),
+        uniform=table("pareto_uniform", UNIFORM_COLUMNS),
+        verification=table("verification", [c for c in VERIFICATION_COLUMNS if c not in NEW_IN_VERIFICATION]),
+        trainings=_trainings(folder, left_out),
+        left_out=left_out,
     )
     found = (content.stats, content.sweep, content.verify, content.plan, content.trainings or None)
     if all(part is None for part in found):
-        raise InputError(f"{folder} holds nothing to report. Measure a model first: `qvw stats MODEL --run {folder}`.")
+        told = " ".join(left_out.values()) or f"Measure a model first: `qvw stats MODEL --run {folder}`."
+        raise InputError(f"{folder} holds nothing to report. {told}")
     return content
 
 
@@ -133,12 +153,15 @@ def oscillating_shares(oscillation: pd.DataFrame) -> pd.DataFrame:
     return shares(oscillation, ["step"]).drop(columns="weights")
 
 
-def _trainings(folder: Path) -> tuple[Training, ...]:
+def _trainings(folder: Path, left_out: MutableMapping[str, str]) -> tuple[Training, ...]:
     """The trainings of a run, `qat` first, then by name; a folder without history has nothing to show yet."""
     found = []
     for path in sorted(p for p in folder.glob("qat*") if p.name == "qat" or p.name.startswith("qat-")):
         run = Run(path)
-        history = _table(run, "history", HISTORY_COLUMNS)
+        own: dict[str, str] = {}
+        history = _table(run, "history", READ_OF_HISTORY, own)
+        oscillation, bins = _table(run, "oscillation", OSCILLATION_COLUMNS, own), _table(run, "bins", BINS_COLUMNS, own)
+        left_out.update({f"{path.name}/{name}": told for name, told in own.items()})
         if history is None:
             continue
         config = run.read_json("config") if (path / "config.json").exists() else {}
@@ -151,8 +174,8 @@ def _trainings(folder: Path) -> tuple[Training, ...]:
                 name=path.name,
                 finished=(path / "model.safetensors").exists(),
                 history=history,
-                oscillation=_table(run, "oscillation", OSCILLATION_COLUMNS),
-                bins=_table(run, "bins", BINS_COLUMNS),
+                oscillation=oscillation,
+                bins=bins,
                 config=config,
                 plan=_plan(path),
             )
@@ -160,12 +183,26 @@ def _trainings(folder: Path) -> tuple[Training, ...]:
     return tuple(found)
 
 
-def _table(run: Run, name: str, columns: Sequence[str]) -> pd.DataFrame | None:
-    """A table of the run; None where it was not made or has no row."""
+def _table(run: Run, name: str, columns: Sequence[str], left_out: MutableMapping[str, str]) -> pd.DataFrame | None:
+    """A table of the run; None where it was not made, has no row, or lacks a column, which `left_out` then says."""
     if not (run.path / f"{name}.parquet").exists():
         return None
-    table = run.read_table(name, columns)
+    try:
+        table = run.read_table(name, columns)
+    except InputError as error:
+        if not _lacks_a_column(run.path / f"{name}.parquet", columns):
+            raise  # damaged
+        left_out[name] = f"Left out: {error}"
+        return None
     return None if table.empty else table
+
+
+def _lacks_a_column(path: Path, columns: Sequence[str]) -> bool:
+    """Whether the file is a whole table that has not all of these columns."""
+    try:
+        return not set(columns) <= set(pq.read_schema(path).names)
+    except (OSError, ArrowException):
+        return False
 
 
 def _plan(folder: Path) -> BitPlan | None:

@@ -10,16 +10,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
+from analysis.budget_kinds import budget_words
 from analysis.oscillation_frames import edge_densities, kind_shares, module_shares
 from analysis.oscillation_plots import oscillation_figure
 from analysis.panels import bits_figure, distribution_figure
-from analysis.pareto_plots import budget_words, pareto_figure
+from analysis.pareto_plots import pareto_figure
 from analysis.proxy_correlation import measured_beside
 from analysis.proxy_plots import proxies_figure
 from analysis.report_cells import finite
 from analysis.report_content import RunContent, Training, history_frame, oscillation_frame, terms
 from analysis.report_plan import belongs, objective
-from analysis.runs import Run
 from analysis.sensitivity_panels import sensitivity_figures
 from analysis.training_plots import terms_figure, training_figure
 from analysis.variation_frames import Measured
@@ -27,6 +27,7 @@ from analysis.variation_panels import variation_figures
 from analysis.verification_plots import verification_figure
 
 DOTS = 180  # an inch: sharp on a screen, and ten runs still fit in 5 MiB
+SHOWN = 150  # pixels of the page an inch at most: letters of 7 points are then as large as those of tables
 COLOURS = 256  # of a figure, its shades at the edges of letters included: a third of the bytes
 
 
@@ -39,6 +40,11 @@ class Picture:
     png: str  # base64
     inches: float  # its natural width
 
+    @property
+    def pixels(self) -> int:
+        """The width on a page that has the room."""
+        return round(SHOWN * self.inches)
+
 
 def distribution(content: RunContent) -> Picture | None:
     """Where the values of each tensor lie."""
@@ -50,12 +56,17 @@ def distribution(content: RunContent) -> Picture | None:
 
 def variation(contents: Sequence[RunContent]) -> list[Picture]:
     """What `qvw compare` draws of all runs together: over depth, heads, densities by kind, channels of one layer."""
-    runs = [Measured.read(Run(c.folder), c.name, c.stats) for c in contents if c.stats is not None]
+    runs = [
+        Measured(name=c.name, stats=c.stats, channels=c.channels, histograms=c.histograms)
+        for c in contents
+        if c.stats is not None
+    ]
     return [picture(each.figure, each.caption, each.words) for each in variation_figures(runs)]
 
 
 _SWEEP = {
-    "sensitivity": ("each site", "heatmap of {value} of every site, a column a bit-width"),
+    "sensitivity": ("each site", "heatmap of the KL of the logits of every site, a column a bit-width"),
+    "sensitivity_loss": ("loss of each site", "heatmap of the loss increase of every site, a column a bit-width"),
     "sensitivity_sqnr": ("SQNR of each tensor", "heatmap of the signal-to-noise ratio, a column a bit-width"),
     "sensitivity_ranks": ("ranks", "KL of each site with its error, and the band of ranks in resampled images"),
     "sensitivity_blocks": ("by block", "heatmap of the KL, depth down, kinds of tensor across"),
@@ -68,11 +79,10 @@ def sensitivity(content: RunContent) -> list[Picture]:
     """All that the sweep can show, and the proxies beside it where they were computed."""
     if content.sweep is None:
         return []
-    value = "the loss increase" if content.sweep["delta_loss"].notna().any() else "the KL of the logits"
     pictures = []
     for stem, figure in sensitivity_figures(content.sweep, content.name):
         caption, words = _SWEEP[stem]
-        pictures.append(picture(figure, f"{content.name}: sensitivity, {caption}", words.format(value=value)))
+        pictures.append(picture(figure, f"{content.name}: sensitivity, {caption}", words))
     if content.proxies is not None:
         proxies, correlation = content.proxies
         figure = proxies_figure(proxies, measured_beside(proxies, content.sweep), correlation, content.name)

@@ -9,22 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.budget_kinds import BUDGET_KINDS, amount
 from analysis.pareto import ON_REQUEST, TOTALS, knee
-from analysis.pareto_plots import AXES, amount
 from analysis.plots import LABELS
 from analysis.report_cells import DASH, Cell, Table, measured, number, text
 from analysis.report_content import RunContent
 from analysis.verdicts import listed, reading, verdict
 from analysis.verification_plots import plan_names
 
-_UNIT_OF = {  # what a shadow price is for
-    "weight_bits": "a weight bit on average",
-    "activation_bits": "an activation bit on average",
-    "size_bytes": "a MiB",
-    "activation_bytes": "a MiB of activations",
-    "bitops": "a GBitOp",
-    "latency_ms": "a ms",
-}
 MOST_ROWS = 20  # of the table of a curve
 FRONT = (
     ("Pareto front", "For each budget the plan with the least predicted change, all other budgets of the plan kept: no "
@@ -40,12 +32,13 @@ FRONT = (
 )  # fmt: skip
 VERIFICATION = (
     ("planned", "The plan of the section above: the integer program's choice."),
-    ("uniform", "The largest uniform bits within the budget; they may cost less than it allows."),
+    ("uniform", "The largest uniform bits within the budget; they may cost less than it allows. Where the sweep lacks "
+                "them there is no prediction."),
     ("greedy, worst-first, random", "From the most bits everywhere one step down at a time until the budget is kept: "
                                     "that which costs least for what it saves, that which costs most, any."),
     ("planned ahead", "Top-1 of the plan minus that of the other, ± one standard error of the difference over the same "
-                      "images; equal means within two standard errors. It can be sure where the intervals of the two "
-                      "accuracies overlap, for both see the same images."),
+                      "images; not told apart is a plan within two of them. It can be sure where the intervals of the "
+                      "two accuracies overlap, for both see the same images."),
     ("predicted KL, measured KL", "The sum of what each site's bits change alone, and what the whole plan changes, on "
                                   "the images of the sweep; a plan above the line of equality suffers from changes "
                                   "that add up to more than their sum."),
@@ -74,7 +67,7 @@ def front_sentences(content: RunContent) -> tuple[str, ...]:
         return ()
     unit = _unit(objective(content))
     knees = knee(content.front).to_dict("records")
-    places = [amount(row["budget_kind"], row[row["budget_kind"]]) for row in knees]
+    places = [amount(row["budget_kind"], row["budget"]) for row in knees]
     sentences = [
         f"Knee of each curve, beyond which the next unit saves less than the average one: {listed(places)}."
         if places else "No curve has a knee: more budget saves at an even pace, or nothing."
@@ -82,8 +75,8 @@ def front_sentences(content: RunContent) -> tuple[str, ...]:
     priced, where = _at_plan(content), "At the plan's budget"
     if not priced:
         priced, where = knees, "At the knee"
-    prices = [f"{row['shadow_price'] * AXES[kind][1]:.3g} {unit} {_UNIT_OF[kind]}".replace("  ", " ")
-              for row in priced for kind in [row["budget_kind"]]]  # fmt: skip
+    prices = [f"{row['shadow_price'] * kind.unit:.3g} {unit} {kind.next_unit}".replace("  ", " ")
+              for row in priced for kind in [BUDGET_KINDS[row["budget_kind"]]]]  # fmt: skip
     if prices:
         sentences.append(f"{where} the next unit saves (shadow price): {listed(prices)}.")
     return tuple(sentences)
@@ -105,13 +98,14 @@ def _curve_table(content: RunContent, kind: str, curve: pd.DataFrame) -> Table:
             marks.setdefault(row["index"], []).append("plan")
     even = curve.index[np.unique(np.linspace(0, len(curve) - 1, MOST_ROWS).round().astype(int))]
     rows = curve.loc[sorted({*even, *marks})]
-    label, unit = AXES[kind]
-    costs = [cost for cost in (*TOTALS, *ON_REQUEST) if cost in rows and rows[cost].notna().any()]
+    shown = BUDGET_KINDS[kind]
+    label, unit = shown.label, shown.unit
+    costs = {cost: BUDGET_KINDS[cost] for cost in (*TOTALS, *ON_REQUEST) if cost in rows and rows[cost].notna().any()}
     what = objective(content)
-    price = f"shadow price ({_unit(what)} {_UNIT_OF[kind]})".replace("( ", "(")
+    price = f"shadow price ({_unit(what)} {shown.next_unit})".replace("( ", "(")
     cells = [
         {f"budget: {label}": number(row["budget"] / unit, _style(rows["budget"] / unit))}
-        | {AXES[c][0]: number(row[c] / AXES[c][1], _style(rows[c] / AXES[c][1])) for c in costs}
+        | {cost.label: number(row[c] / cost.unit, _style(rows[c] / cost.unit)) for c, cost in costs.items()}
         | {
             f"predicted {what}": number(row["predicted_delta_loss"], "{:#.4g}"),
             price: number(row["shadow_price"] * unit, "{:#.3g}"),
@@ -163,7 +157,7 @@ def verification_table(content: RunContent) -> Table | None:
     for name, row in zip(plan_names(table), table.to_dict("records"), strict=True):
         differences = {
             "planned ahead (points)": _difference(row["planned_ahead"], row["planned_ahead_se"], scale=100, digits=2),
-            "the plan is": text(reading(row["planned_ahead"], row["planned_ahead_se"]) or DASH),
+            "the plan is": text(_told(row["planned_ahead"], row["planned_ahead_se"])),
             "KL above the plan's (nats)": _difference(row.get("kl_excess"), row.get("kl_excess_se"), scale=1, digits=4),
         }
         if not cells:  # the plan itself
@@ -187,6 +181,12 @@ def verification_table(content: RunContent) -> Table | None:
         )
     caption = f"{content.name}: accuracy, change and cost of each plan"
     return Table(caption=caption, columns=tuple(cells[0]), rows=tuple(tuple(row.values()) for row in cells))
+
+
+def _told(ahead: float, error: float) -> str:
+    """The reading of a difference; a small sample that shows none does not show that two plans are equal."""
+    found = reading(ahead, error)
+    return "not told apart" if found == "equal" else found or DASH
 
 
 def _at_plan(content: RunContent) -> list[dict[Hashable, Any]]:

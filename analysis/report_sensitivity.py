@@ -1,6 +1,8 @@
 """The tables of a report about sensitivity: the sites that cost most, and how proxies rank them."""
 
-from analysis.report_cells import Cell, Table, measured, number, text
+from dataclasses import replace
+
+from analysis.report_cells import Cell, Table, finite, measured, number, text
 from analysis.report_content import RunContent
 
 MOST_SENSITIVE = 10
@@ -31,6 +33,38 @@ def most_sensitive(content: RunContent) -> Table | None:
     ]
     many = f"{len(top)} most sensitive of {len(rows)} sites"
     return Table(caption=f"{content.name}: the {many} at {lowest} bits", columns=columns, rows=tuple(cells))
+
+
+def all_sites(content: RunContent) -> Table | None:
+    """A row a site in network order: its KL at each bit-width, and at the lowest one its loss increase and SQNR."""
+    if content.sensitivity is None:
+        return None
+    rows = content.sensitivity
+    widths = sorted(rows["bit_width"].unique())
+    cells = []
+    for (module, tensor), site in rows.groupby(["module", "tensor"], sort=False):
+        at = site.drop_duplicates("bit_width").set_index("bit_width").reindex(widths)
+        lowest = at.iloc[0]
+        cells.append(
+            (
+                text(module),
+                text(tensor),
+                text(site["kind"].iloc[0]),
+                *(_with_error(kl, error) for kl, error in zip(at["kl"], at["kl_se"], strict=True)),
+                _with_error(lowest["delta_loss"], lowest["delta_loss_se"]),
+                number(lowest["sqnr_db"], "{:.1f}"),
+            )
+        )
+    columns = (
+        "module", "tensor", "kind", *(f"KL at {bits} bit (nats)" for bits in widths),
+        f"loss increase at {widths[0]} bit (nats)", f"SQNR at {widths[0]} bit (dB)",
+    )  # fmt: skip
+    return Table(caption=f"{content.name}: all {len(cells)} sites", columns=columns, rows=tuple(cells))
+
+
+def _with_error(value: float, error: float) -> Cell:
+    """A figure of three digits; its standard error is in the file of the table alone."""
+    return replace(number(value, "{:.3g}"), error=finite(error))
 
 
 def proxy_ranks(content: RunContent) -> Table | None:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from analysis.files import json_scalar, write_atomic, writing
 from analysis.input_changes import input_changes, plain
-from analysis.locks import exclusive
+from analysis.locks import exclusive, taking_turns
 from analysis.run_record import ModelRecord, RunRecord, StepRecord, git_commit, versions
 from analysis.table_checks import Table, checked
 from analysis.tables import TABLES
@@ -70,15 +70,14 @@ class Run:
                         "Choose another `--run`, or remove those results with `--overwrite`."
                     )
                 self.remove(["verify.parquet", *(file for step in now.steps.values() for file in step.files)])
-                now = RunRecord()
-        if now.model != record:
-            self._write(replace(now, model=record))
+                self.edit(lambda _: RunRecord(model=record))
+        if self.record.model != record:
+            self.edit(lambda latest: replace(latest, model=record))
 
     def set_data(self, options: Mapping[str, Any]) -> None:
         """Note the options that name the images, for later steps that leave them out; none changes nothing."""
-        now = self.record
-        if options and now.data != plain(options):
-            self._write(replace(now, data=plain(options)))
+        if options and self.record.data != plain(options):
+            self.edit(lambda now: replace(now, data=plain(options)))
 
     def is_done(self, name: str, inputs: Mapping[str, Any]) -> bool:
         """Whether the step was finished with these inputs and what it wrote is still there."""
@@ -149,7 +148,6 @@ class Run:
         if overwrite:
             self.remove([*files, *(old.files if old is not None else [])])
         earlier = [] if old is None or overwrite or renew else list(dict.fromkeys([*old.earlier, old.command]))
-        now = self.record
         step = StepRecord(
             command=command,
             earlier=[other for other in earlier if other != command],
@@ -163,7 +161,7 @@ class Run:
             status="running",
             started=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        self._write(replace(now, steps={**now.steps, name: step}))
+        self.note_step(name, step)
         return step
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
@@ -207,8 +205,18 @@ class Run:
             raise InputError(f"{self.path} has no {file}. Make it first: {_maker(path.stem)}.")
         return path
 
-    def _write(self, record: RunRecord) -> None:
-        self.write_json("run", asdict(record))
+    def edit(self, change: Callable[[RunRecord], RunRecord]) -> None:
+        """Write what `change` makes of run.json as it stands; steps that run at the same time take turns."""
+        with self.taking_turns():
+            self.write_json("run", asdict(change(self.record)))
+
+    def note_step(self, name: str, step: StepRecord, **changes: Any) -> None:
+        """Let run.json tell of a step, the other steps kept; `changes` are other fields of the record."""
+        self.edit(lambda now: replace(now, steps={**now.steps, name: step}, **changes))
+
+    def taking_turns(self) -> AbstractContextManager[None]:
+        """A context for changing a file that several steps write: others wait. Not to be nested, `edit` included."""
+        return taking_turns(self.path / ".run.lock")
 
     @contextmanager
     def _watched(self, name: str, step: StepRecord, temporary: Sequence[str]) -> Iterator[None]:
@@ -221,8 +229,7 @@ class Run:
                 step, status=status, files=files, finished=datetime.now(UTC).isoformat(timespec="seconds"),
                 seconds=round(time.monotonic() - start, 3),
             )  # fmt: skip
-            now = self.record
-            self._write(replace(now, steps={**now.steps, name: ended}))
+            self.note_step(name, ended)
 
         try:
             yield

@@ -84,6 +84,8 @@ def evaluate(**options: Any) -> None:
              help="Stored answers of a teacher (`qvw soft-labels`), in place of one that runs beside.")  # fmt: skip
 @model_options
 @data_options(images="all, or as before")
+@click.option("--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True,
+              help="Images of a forward pass in validation and calibration; of a step: --set batch_size.")  # fmt: skip
 @pattern_options
 @common_options
 def train(config_file: Path | None, settings: tuple[str, ...], seed: int | None, **options: Any) -> None:

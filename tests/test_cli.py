@@ -275,6 +275,14 @@ def test_plans_that_do_not_belong_are_refused(run, finished, tmp_path, capfd):
     assert not (run / "verify.parquet").exists()
 
 
+def test_a_plan_of_other_shapes_is_refused(run, tmp_path, capfd):
+    """The same sites in a wider network: the totals do not fit, which is told before any image is read."""
+    other = ["resnet18", "--model-kwargs", KWARGS.replace("[8, 8, 16, 16]", "[8, 8, 16, 24]")]
+    assert qvw("eval", *other, *DATA, "--run", tmp_path / "wide", "--plan", run / "plan.json") == 2
+    assert "other shapes or heads, or edited" in capfd.readouterr().err
+    assert not (tmp_path / "wide" / "verify.parquet").exists()
+
+
 def test_a_plan_of_other_weights_is_used_with_a_warning(run, tmp_path, capfd):
     """The same sites but other weights: that is said, and the evaluation goes on."""
     plan = json.loads((run / "plan.json").read_text())

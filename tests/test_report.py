@@ -1,4 +1,4 @@
-"""`qvw report`: one page that holds all, says what is missing, and behaves in a browser."""
+"""`qvw report`: one page that holds all, and says what is missing."""
 
 import json
 import shutil
@@ -13,11 +13,14 @@ from matplotlib import pyplot as plt
 
 from analysis.cli import main
 from analysis.report import report_html
+from analysis.report_bits import bits_by_kind, certificate
 from analysis.report_cells import DASH
 from analysis.report_content import history_frame, oscillating_shares, oscillation_frame, read_run, read_runs, terms
-from analysis.report_sensitivity import most_sensitive, proxy_ranks
+from analysis.report_provenance import provenance
+from analysis.report_sensitivity import all_sites, most_sensitive, proxy_ranks
 from analysis.report_step import run_report
-from analysis.report_tables import certificate, gradient_norms, side_by_side, summary, trained
+from analysis.report_summary import deciding, evaluated
+from analysis.report_training import gradient_norms, of_other_plans, trained
 from analysis.training_plots import plot_history, plot_oscillation, plot_terms, terms_figure, training_figure
 from quant.errors import InputError
 
@@ -99,7 +102,7 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attrs):
         """Note an element."""
         self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "img"):
+        if tag not in ("meta", "link", "img", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -124,11 +127,13 @@ def test_the_page_holds_all_that_it_needs(page):
     assert "http://" not in text
     assert "https://" not in text
     assert not [a for _, a in reader.elements if "src" in a and not a["src"].startswith("data:image/png;base64,")]
-    assert {a["href"] for a in reader.all("a")} == {f"#{a['id']}" for a in reader.all("h2")}
+    inside = {a["href"] for a in reader.all("a") if "download" not in a}
+    assert inside == {f"#{a['id']}" for a in reader.all("h2")}
+    assert all(a["href"].startswith("data:") for a in reader.all("a") if "download" in a)
     assert [a["href"] for a in reader.all("link")] == ["data:,"]
-    # 2 over depth, 2 by kind, channels; 2 distributions; sensitivity, SQNR, ranks, proxies; plan; 2 of the trainings,
+    # 2 over depth, 2 by kind, channels; 2 distributions; KL, loss, SQNR, ranks, proxies; plan; 2 of the trainings,
     # and for each that quantizes one of its oscillation
-    assert len(reader.all("img")) == 16
+    assert len(reader.all("img")) == 17
     for section in SECTIONS:
         assert f">{section}</h2>" in text
 
@@ -164,7 +169,7 @@ def test_the_same_folders_give_the_same_page(finished, page):
 def test_the_summary_has_the_figures_of_verify(run):
     """Float, planned and uniform bits without training, then trainings; in percent, nats, bits, MiB and GBitOps."""
     content = read_run(run, "mine")
-    table = summary(content)
+    table = evaluated(content)
     rows = pd.read_parquet(run / "verify.parquet").set_index("plan")
     assert [row[0] for row in texts(table)] == [
         "floating point", "planned bits, without training", "uniform bits, without training", "qat: trained with QAT",
@@ -183,20 +188,50 @@ def test_the_summary_has_the_figures_of_verify(run):
     assert texts(table)[4][3:5] == ["32.00", "32.00"]
 
 
-def test_runs_stand_side_by_side(finished, page):
-    """A column a run; a dash where a run lacks the network; two evaluations of one sort share a cell."""
+def test_the_plans_of_a_verification_are_left_to_its_section(run):
+    """Greedy, worst-first and random bits, and its uniform ones; uniform bits evaluated by themselves stay."""
+    content = read_run(run, "mine")
+    uniform = content.verify[content.verify["plan"] == "uniform"]
+    others = [uniform.assign(plan=kind) for kind in ("additive", "greedy", "reverse", "random")]
+    baseline = uniform.assign(top1=0.25, weight_bits=2.0)
+    content = replace(
+        content, verify=pd.concat([content.verify, baseline, *others]), verification=baseline.assign(plan_sha256="")
+    )
+    assert texts(evaluated(content)) == texts(evaluated(read_run(run, "mine")))
+    without = replace(content, verification=None)
+    assert len(evaluated(without).rows) == len(evaluated(content).rows) + 1
+
+
+def test_what_decides_stands_side_by_side(finished, page):
+    """A row a figure, a column a run; a dash where a run lacks it; first how the modules vary, last the accuracy."""
     resnet, vit = read_runs([finished / "resnet", finished / "vit"])
-    another = resnet.verify[resnet.verify["plan"] == "uniform"].assign(weight_bits=2.0)
-    resnet = replace(resnet, verify=pd.concat([resnet.verify, another]))
-    table = side_by_side([resnet, vit])
-    assert table.columns == ("network", "resnet", "vit")
-    assert [row[2] for row in texts(table)] == [DASH] * 6
-    uniform = texts(table)[2][1].splitlines()
-    assert len(uniform) == 4
-    assert uniform[3].startswith("w 2.00")
+    table = deciding([resnet, vit])
+    assert table.columns == ("figure", "resnet", "vit")
+    rows = {row[0]: row[1:] for row in texts(table)}
+    assert next(iter(rows)).startswith("weights: difference between modules")
+    assert list(rows)[-1].startswith("top-1")
+    at_2 = resnet.sensitivity[resnet.sensitivity["bit_width"] == 2]
+    weights = at_2[at_2["tensor"] == "weight"]
+    assert rows["KL of the typical weight tensor at 2 bit (nats)"] == [f"{weights['kl'].median():.2g}", DASH]
+    assert rows["sites measured"] == [f"{len(at_2)}", DASH]
+    top = at_2["kl"].nlargest(10).sum() / at_2["kl"].sum()
+    assert rows["share of all KL in the 10 most sensitive (%)"] == [f"{100 * top:.0f}", DASH]
+    floating = resnet.verify.set_index("plan").loc["float"]
+    assert rows["top-1 in floating point (%)"][0].startswith(f"{100 * floating['top1']:.1f} ± ")
+    assert not [row for row in rows if row.startswith("plan ahead")]  # no run has a verification
     text = page.read_text(encoding="utf-8")
+    assert text.index("The figures that decide") < text.index("evaluated networks")
     assert ": largest in" in text  # the comparison's reading
     assert "weights of convolutions and linears by depth" in text
+
+
+def test_runs_are_compared_at_bits_that_all_measured(finished):
+    """The lowest that they share; without one each at its own lowest."""
+    resnet = read_run(finished / "resnet", "a")
+    few = replace(resnet, sensitivity=resnet.sensitivity[resnet.sensitivity["bit_width"] == 8])
+    other = replace(resnet, sensitivity=few.sensitivity.assign(bit_width=4))
+    assert [row[0].text for row in deciding([resnet, few]).rows if "at 8 bit" in row[0].text]
+    assert [row[0].text for row in deciding([few, other]).rows if "at the lowest bits" in row[0].text]
 
 
 def test_what_was_not_measured_is_a_dash(run):
@@ -212,7 +247,7 @@ def test_what_was_not_measured_is_a_dash(run):
     history = pd.read_parquet(run / "qat" / "history.parquet")
     history.assign(loss=np.nan, top1=np.nan).to_parquet(run / "qat" / "history.parquet")
     content = read_run(run, "mine")
-    for row in summary(content).rows[:3]:
+    for row in evaluated(content).rows[:3]:
         assert [cell.text for cell in row[1:3]] == [DASH, DASH]
         assert row[1].key is None
     assert texts(trained(content))[0][5:10] == [DASH] * 5
@@ -228,6 +263,35 @@ def test_the_ten_most_sensitive_sites_come_first(run):
     expected = rows[rows["bit_width"] == 2].sort_values("kl", ascending=False)["kl"].head(10)
     assert [row[2].key for row in table.rows] == expected.tolist()
     assert "at 2 bits" in table.caption
+
+
+def test_all_sites_are_listed_in_network_order(run):
+    """A row a site, its KL at each bit-width as the table of the run has it, with the error in the file."""
+    content = read_run(run, "mine")
+    table = all_sites(content)
+    assert table.columns[:5] == ("module", "tensor", "kind", "KL at 2 bit (nats)", "KL at 8 bit (nats)")
+    rows = content.sensitivity.set_index(["module", "tensor", "bit_width"])
+    assert len(table.rows) == len(rows) / 2
+    for row in table.rows:
+        for cell, bits in zip(row[3:5], (2, 8), strict=True):
+            found = rows.loc[(row[0].text, row[1].text, bits)]
+            assert (cell.key, cell.error) == (found["kl"], found["kl_se"])
+    order = rows.reset_index().drop_duplicates(["module", "tensor"])
+    assert [row[0].text for row in table.rows] == order["module"].tolist()
+
+
+def test_bits_are_told_by_kind_of_layer(run):
+    """The mean over the sites of a kind, with the least and the most; every site of the plan is counted once."""
+    content = read_run(run, "mine")
+    table = bits_by_kind(content)
+    assert sum(row[-1].key for row in table.rows) == len(content.plan.sites)
+    kinds = content.sensitivity.drop_duplicates(["module", "tensor"]).set_index(["module", "tensor"])["kind"]
+    bits = [s.bit_width for s in content.plan.sites if s.tensor == "weight" and kinds[s.module, s.tensor] == "conv"]
+    cell = next(row[1] for row in table.rows if row[0].text == "conv")
+    assert cell.key == pytest.approx(np.mean(bits))
+    assert cell.text == f"{np.mean(bits):.2f} ({min(bits)} to {max(bits)})"
+    assert bits_by_kind(replace(content, sensitivity=None)) is not None  # statistics tell the kinds too
+    assert bits_by_kind(replace(content, sensitivity=None, stats=None)) is None
 
 
 def test_proxies_stand_beside_the_ceiling(run):
@@ -313,9 +377,94 @@ def test_wrong_folders_are_refused(run, tmp_path):
     (run / "qat" / "config.json").write_text("[]")
     with pytest.raises(InputError, match="no table of settings"):
         read_runs([run])
-    pd.DataFrame({"a": [1]}).to_parquet(run / "verify.parquet")
-    with pytest.raises(InputError, match="lacks the column 'plan'"):
-        read_runs([run])
+    pd.DataFrame({"a": [1]}).to_parquet(empty / "verify.parquet")
+    with pytest.raises(InputError, match=r"nothing to report.*lacks the column 'plan'"):
+        read_runs([empty])
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "command"),
+    [
+        ("stats", "abs_mean", "qvw stats"),
+        ("channels", "min", "qvw stats"),
+        ("histograms", "left", "qvw stats"),
+        ("sensitivity", "kl", "qvw sensitivity"),
+        ("proxies", "score", "qvw sensitivity --proxies"),
+        ("verify", "loss", "qvw eval"),
+        ("qat/history", "split", "qvw train"),
+        ("qat/bins", "position", "qvw train"),
+    ],
+)
+def test_a_table_of_another_version_is_left_out(run, file, column, command):
+    """It counts as not made; the reason names the column and what makes the table anew."""
+    table = pd.read_parquet(run / f"{file}.parquet")
+    table.drop(columns=column).to_parquet(run / f"{file}.parquet")
+    content = read_run(run, "mine")
+    (reason,) = content.left_out.values()
+    assert f"{Path(file).name}.parquet lacks the column '{column}'" in reason
+    assert f"`{command}" in reason
+    assert list(content.left_out) == [file]
+    if "/" not in file:
+        assert getattr(content, file) is None
+
+
+def test_a_section_says_what_was_left_out(run):
+    """Each reason once, in place of what would be there; all else is shown."""
+    for file, column in (("stats", "abs_mean"), ("sensitivity", "kl"), ("verify", "loss"), ("qat/history", "split")):
+        pd.read_parquet(run / f"{file}.parquet").drop(columns=column).to_parquet(run / f"{file}.parquet")
+    for name in ("qat-float", "qat-uniform"):  # whose figures take time
+        shutil.rmtree(run / name)
+    text = report_html([run])
+    for reason in ("stats.parquet lacks the column &#39;abs_mean&#39;", "history.parquet lacks the column"):
+        assert text.count(reason) == 1
+    assert "<code>qvw train</code> with --overwrite" in text
+    assert "No sensitivity was measured" not in text
+    assert "No network was trained" not in text
+    assert "certificate of the plan" in text
+
+
+def test_a_history_without_a_term_is_shown(run):
+    """Terms of the loss have been added: a training of before is whole without them."""
+    history = pd.read_parquet(run / "qat" / "history.parquet")
+    history.drop(columns=["soft", "grad_soft"]).to_parquet(run / "qat" / "history.parquet")
+    content = read_run(run, "mine")
+    assert not content.left_out
+    assert content.trainings[0].name == "qat"
+
+
+def test_a_training_with_an_earlier_plan_says_so(run):
+    """Where bits differ, with the number of sites; not for uniform bits, floats or the same bits in another budget."""
+    content = read_run(run, "mine")
+    assert of_other_plans(content) == ()
+    first, *rest = content.plan.sites
+    renewed = replace(content, plan=replace(content.plan, predicted_delta_loss=1.0))
+    assert of_other_plans(renewed) == ()
+    other = replace(content.plan, sites=(replace(first, bit_width=16), *rest))
+    (sentence,) = of_other_plans(replace(content, plan=other))
+    assert sentence.startswith("qat was trained with another plan than plan.json now holds: 1 of its ")
+    (run / "plan.json").write_text(other.to_json())
+    for file in ("stats.parquet", "sensitivity.parquet", "qat/bins.parquet"):
+        (run / file).unlink()  # whose figures take time
+    for name in ("qat-float", "qat-uniform"):
+        shutil.rmtree(run / name)
+    assert sentence.split("`")[0] in report_html([run])
+
+
+def test_every_sweep_of_the_table_is_listed(run):
+    """The record has the command of the last sweep alone; the table has all of them."""
+    content = read_run(run, "mine")
+    group = content.sweep.head(2).assign(
+        module="", tensor="weight+input", group="kind:conv", protocol="leave_one_out", images=16
+    )
+    (sweeps,) = [
+        table
+        for table in provenance(replace(content, sweep=pd.concat([content.sweep, group])))
+        if "sweeps" in table.caption
+    ]
+    assert texts(sweeps) == [
+        ["each site quantized", "weight+input", "2, 8", "mse", "as stored", "32", f"{len(content.sweep)}"],
+        ["each group, by kind left out of all else quantized", "weight+input", "2, 8", "mse", "as stored", "16", "2"],
+    ]
 
 
 def test_an_earlier_page_is_replaced_whole(finished, tmp_path, capsys):
@@ -379,102 +528,3 @@ def test_terms_that_are_not_yet_switched_on_are_drawn():
     assert [ax.yaxis.get_transform().linthresh for ax in figure.axes] == [1e-3, 1e-3]  # of all panels, not of the last
     assert plot_oscillation(pd.DataFrame({"training": [], "step": [], "oscillating": []})).get_ylabel()
     plt.close("all")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium that notes its console and what it loads."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    driver = shutil.which("chromedriver")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if driver is None or program is None:
-        pytest.skip("chromium and its chromedriver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield started
-    started.quit()
-
-
-def loaded(browser) -> list[str]:
-    """Addresses that the browser has loaded since the last call, without what lies inside the page."""
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return [url for url in urls if not url.startswith("data:")]
-
-
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_the_window(browser, page, width, scheme):
-    """Nothing reaches beyond the window save inside a region that scrolls; no console errors, no requests."""
-    loaded(browser)
-    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    browser.get(page.as_uri())
-    outside = browser.execute_script(
-        "document.querySelectorAll('details').forEach(each => { each.open = true; });"
-        "const wide = e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 0.5;"
-        "return Array.from(document.body.querySelectorAll('*')).filter(wide)"
-        ".filter(e => !e.parentElement.closest('.scroll')).map(e => e.outerHTML.slice(0, 100));"
-    )
-    assert outside == []
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    assert browser.execute_script("return Array.from(document.images).every(i => i.complete && i.naturalWidth > 0)")
-    background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
-    assert loaded(browser) == [page.as_uri()]
-    assert browser.get_log("browser") == []
-
-
-def column(browser, caption: str, place: int) -> list[str]:
-    """The cells of a table's column as they stand."""
-    return browser.execute_script(
-        "const tables = Array.from(document.querySelectorAll('table'));"
-        "const table = tables.find(each => each.caption.textContent.includes(arguments[0]));"
-        "return Array.from(table.tBodies[0].rows, row => row.cells[arguments[1]].textContent);",
-        caption,
-        place,
-    )
-
-
-def test_a_table_sorts_by_the_column_that_is_clicked(browser, page, finished):
-    """Numbers as numbers, words as words, a second click the other way; the keyboard does it too; dashes stay last."""
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
-    browser.get(page.as_uri())
-
-    def head(caption, name):
-        region = f"//table[caption[contains(., '{caption}')]]"
-        return browser.find_element(By.XPATH, f"{region}//th[button[normalize-space() = '{name}']]")
-
-    expected = pd.read_parquet(finished / "resnet" / "verify.parquet")["loss"].map("{:.3f}".format)
-    before = column(browser, "evaluated networks", 2)
-    ascending = sorted(before, key=lambda cell: float(cell.split()[0]))
-    assert sorted(cell.split()[0] for cell in before) == sorted(expected)
-    loss = head("resnet: evaluated networks", "loss (nats)")
-    loss.find_element(By.TAG_NAME, "button").click()
-    assert column(browser, "evaluated networks", 2) == ascending
-    assert loss.get_attribute("aria-sort") == "ascending"
-    loss.find_element(By.TAG_NAME, "button").send_keys(Keys.ENTER)
-    after = [float(cell.split()[0]) for cell in column(browser, "evaluated networks", 2)]
-    assert after == sorted(after, reverse=True)
-    assert loss.get_attribute("aria-sort") == "descending"
-
-    network = head("resnet: evaluated networks", "network")
-    network.find_element(By.TAG_NAME, "button").click()
-    names = column(browser, "evaluated networks", 0)
-    assert names == sorted(names)
-    assert loss.get_attribute("aria-sort") is None
-
-    for expected_budgets in (["4", "5"], ["5", "4"]):
-        head("certificate", "budget").find_element(By.TAG_NAME, "button").click()
-        cells = column(browser, "certificate", 2)
-        assert cells[:2] == expected_budgets
-        assert set(cells[2:]) == {DASH}
-    assert browser.get_log("browser") == []

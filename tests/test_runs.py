@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +288,22 @@ def test_commands_that_added_to_a_step_are_kept(tmp_path):
     with start(run, command="qvw b", overwrite=True):
         pass
     assert run.record.steps["stats"].earlier == []
+
+
+def test_steps_at_the_same_time_lose_no_record(tmp_path):
+    """Eight writers with steps of their own, each with a run of its own on the same folder: every record is there."""
+
+    def work(writer):
+        for i in range(10):
+            with start(Run(tmp_path), f"qat-{writer}-{i}", files=()):
+                pass
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    steps = Run(tmp_path).record.steps
+    assert set(steps) == {f"qat-{writer}-{i}" for writer in range(8) for i in range(10)}
+    assert {step.status for step in steps.values()} == {"done"}
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_overwrite_deletes_nothing_outside_the_folder(tmp_path):
