@@ -82,6 +82,7 @@ def summarized(results: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
 
 def mean_and_interval(values: pd.Series) -> tuple[float, float, float]:
     """Mean, and the ends of its 95 % interval by Student's t with n - 1 degrees of freedom; NaN where there is none."""
+    values = values.dropna()
     if values.empty:
         return (float("nan"),) * 3
     mean = float(values.mean())
@@ -99,7 +100,8 @@ def verdicts(summary: pd.DataFrame, ablation: Ablation) -> list[str]:
     lines = []
     for (name, against), rows in summary.groupby(["subject", "against"], sort=False):
         others = rows[(rows["arm"] != against) & rows["ahead"].notna()]
-        spread = others["ahead_high"] > others["ahead_low"]  # equal differences of a few hundred images are chance
+        # Equal differences of a few hundred images are chance; of shares of images they are equal but for rounding.
+        spread = others["ahead_high"] - others["ahead_low"] > 1e-9
         groups = {
             "better": others[spread & (others["ahead_low"] > 0)],
             "worse": others[spread & (others["ahead_high"] < 0)],

@@ -157,7 +157,7 @@ def verification_table(content: RunContent) -> Table | None:
     for name, row in zip(plan_names(table), table.to_dict("records"), strict=True):
         differences = {
             "planned ahead (points)": _difference(row["planned_ahead"], row["planned_ahead_se"], scale=100, digits=2),
-            "the plan is": text(_told(row["planned_ahead"], row["planned_ahead_se"])),
+            "the plan is": text(reading(row["planned_ahead"], row["planned_ahead_se"]) or DASH),
             "KL above the plan's (nats)": _difference(row.get("kl_excess"), row.get("kl_excess_se"), scale=1, digits=4),
         }
         if not cells:  # the plan itself
@@ -181,12 +181,6 @@ def verification_table(content: RunContent) -> Table | None:
         )
     caption = f"{content.name}: accuracy, change and cost of each plan"
     return Table(caption=caption, columns=tuple(cells[0]), rows=tuple(tuple(row.values()) for row in cells))
-
-
-def _told(ahead: float, error: float) -> str:
-    """The reading of a difference; a small sample that shows none does not show that two plans are equal."""
-    found = reading(ahead, error)
-    return "not told apart" if found == "equal" else found or DASH
 
 
 def _at_plan(content: RunContent) -> list[dict[Hashable, Any]]:

@@ -24,13 +24,14 @@ def provenance(content: RunContent) -> tuple[Table, ...]:
         columns = ("step", "command", "status", "seed", "device", "git commit", "started (UTC)", "seconds")
         steps = tuple(
             (
-                text(name), text(step.command), text(step.status), number(step.seed, "{:.0f}"), text(step.device),
+                text(name), text("; ".join([*step.earlier, step.command])), text(step.status),
+                number(step.seed, "{:.0f}"), text(step.device),
                 text(_short(step.git_commit)), text(step.started.removesuffix("+00:00")),
                 number(step.seconds, "{:.1f}"),
             )
             for name, step in record.steps.items()
         )  # fmt: skip
-        made.append(Table(caption=f"{content.name}: commands, the last of each step", columns=columns, rows=steps))
+        made.append(Table(caption=f"{content.name}: commands of each step", columns=columns, rows=steps))
     if content.sweep is not None:
         made.append(_sweeps(content.name, content.sweep))
     if record.steps:

@@ -9,23 +9,23 @@ ERRORS = 2  # standard errors within which two plans are told as equal
 
 
 def reading(ahead: float, error: float) -> str:
-    """How the plan compares with another that it is `ahead` of: worse, equal or better; empty without an error."""
+    """How the plan compares with one that it is `ahead` of: worse, not told apart, better; empty without an error."""
     if not np.isfinite([ahead, error]).all():
         return ""
-    return "equal" if abs(ahead) <= ERRORS * error else "better" if ahead > 0 else "worse"
+    return "not told apart" if abs(ahead) <= ERRORS * error else "better" if ahead > 0 else "worse"
 
 
 def verdict(what: str, others: pd.DataFrame, difference: str) -> str:
-    """The plans that the plan is worse than, equal to and better than, in a sentence; empty where none was measured.
+    """The plans that the plan is worse than, close to and better than, in a sentence; empty where none was measured.
 
     `others` has `name`, `difference` and its standard error, `difference`_se, positive where the plan is the better.
     """
-    told: dict[str, list[str]] = {"worse": [], "equal": [], "better": []}
+    told: dict[str, list[str]] = {"worse": [], "not told apart": [], "better": []}
     for row in others.to_dict("records"):
         found = reading(row[difference], row[f"{difference}_se"])
         if found:
             told[found].append(row["name"])
-    words = {"worse": "worse than", "equal": "within two standard errors of", "better": "better than"}
+    words = {"worse": "worse than", "not told apart": "within two standard errors of", "better": "better than"}
     parts = [f"{words[kind]} {listed(names)}" for kind, names in told.items() if names]
     return f"By {what} the plan is {'; '.join(parts)}." if parts else ""
 

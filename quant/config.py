@@ -19,6 +19,12 @@ class QATConfig:
 
     The loss is task_weight * cross-entropy + kd_weight * distillation + the ramped regularizers; a weight of 0 leaves
     its term out. Loss terms are in nats; the regularizers are sums over weights.
+
+    obr_weight is the paper's lambda at the end of its ramp, times the sum over all weights of at most 4 bits of squared
+    distances to the grid, and over all bins of variances, as in the paper's formula. The pull on one weight, mostly
+    2 lambda (w - w_q), is then the same in every network, while the value grows with the number of weights: how strong
+    the term is, its gradient tells (`grad_obr_distance` beside `grad_task` in history.parquet). The authors' code takes
+    the mean over each tensor in place of the sum, at 0.01: a pull that is thousands of times weaker.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -26,6 +32,7 @@ class QATConfig:
     epochs: Count = 1  # each of as many crops as there are images, whatever crops_per_image
     steps: Count | None = None  # optimizer steps in all; given, it takes the place of epochs
     batch_size: Count = 64  # images of one optimizer step, over all processes; crops, where an image gives several
+    accumulate: Count = 1  # parts of a step that go through the network one after another, to save memory
     crops_per_image: Count = 1  # views of an image in one step (Shen and Xing, ECCV 2022, arXiv:2112.01528)
     optimizer: str = "adamw"  # timm's name
     learning_rate: Positive = 2e-4  # peak; for a trained network: at 1e-3 one that has lost little loses more
@@ -38,7 +45,7 @@ class QATConfig:
     task_weight: NotNegative = 1.0  # cross-entropy with the labels
     kd_weight: NotNegative = 1.0  # distillation from the teacher or its stored labels (arXiv:1503.02531, 2112.01528)
     kd_temperature: Positive = 1.0
-    obr_weight: NotNegative = 0.01  # oscillation-aware bin regularization (Huang et al., TMLR 2024, arXiv:2307.00331)
+    obr_weight: NotNegative = 1e-3  # oscillation-aware bin regularization (Huang et al., TMLR 2024, arXiv:2307.00331)
     dampening_weight: NotNegative = 0.0  # Nagel et al., ICML 2022, arXiv:2203.11086
     kurtosis_weight: NotNegative = 0.0  # Chmiel et al., NeurIPS 2020, arXiv:2002.07686; a mean over layers, not ramped
     ramp_start: Annotated[float, Field(ge=0, lt=1)] = 0.25  # share of the training before OBR and dampening set in

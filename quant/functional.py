@@ -22,6 +22,9 @@ def quant_range(bit_width: int, signed: bool) -> tuple[int, int]:
 
     One signed bit is binary: its two codes are -1 and 1, there is no 0 (Rastegari et al., ECCV 2016,
     arXiv:1603.05279).
+
+    >>> quant_range(4, signed=True)
+    (-8, 7)
     """
     if not signed:
         return 0, 2**bit_width - 1
@@ -54,11 +57,22 @@ def quantize(x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, si
     `x`: (outer, groups, inner); `scale`, `offset`: (groups,). Rounds half to even, as torch does.
     Esser et al., ICLR 2020, arXiv:1902.08153; the offset: Bhalgat et al., CVPRW 2020, arXiv:2004.09576.
     """
-    return to_codes_((x if offset is None else x - offset[:, None]) / scale[:, None], bit_width, signed)
+    return to_codes_(in_steps(x, scale, offset), bit_width, signed)
+
+
+def in_steps(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """(x - offset) / scale, before it is clipped and rounded; a new tensor, shapes as in `quantize`."""
+    return (x if offset is None else x - offset[:, None]) / scale[:, None]
+
+
+def in_single(*tensors: Tensor | None) -> Iterator[Any]:
+    """Half-precision tensors in float32, others as they are: codes are computed in float32 at least."""
+    for x in tensors:
+        yield x if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def to_codes_(v: Tensor, bit_width: int, signed: bool) -> Tensor:
-    """The integer codes of v = (x - offset) / scale, in its place."""
+    """The integer codes of what `in_steps` gives, in its place."""
     if signed and bit_width == 1:
         return _signs_(v)
     return v.clamp_(*quant_range(bit_width, signed)).round_()
@@ -167,7 +181,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 def _values(x: Tensor, scale: Tensor, offset: Tensor | None, low: Any, high: Any) -> tuple[Tensor]:
     """x_q; rows as in `in_rows`, and the bounds as numbers or, compiled, as 0-d tensors."""
-    v = (x if offset is None else x - offset[:, None]) / scale[:, None]
+    v = in_steps(x, scale, offset)
     values = v.clamp_(low, high).round_().mul_(scale[:, None])
     return (values if offset is None else values.add_(offset[:, None]),)
 
@@ -176,7 +190,7 @@ def _gradients(
     gradient: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, low: Any, high: Any
 ) -> tuple[Tensor, ...]:
     """Of x, and summed over each row in float64: of scale and, where there is one, of offset."""
-    v = (x if offset is None else x - offset[:, None]) / scale[:, None]
+    v = in_steps(x, scale, offset)
     # Compared explicitly: clamp's own gradient at the bounds depends on torch's version. Masks of 0.0 and 1.0: those of
     # booleans take five times as long on a CPU.
     inside = v.clone().gt_(low).mul_(v.clone().lt_(high))
@@ -195,7 +209,7 @@ def _binary_gradients(
     gradient: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, low: Any, high: Any
 ) -> tuple[Tensor, ...]:
     """As `_gradients`, of one signed bit."""
-    v = (x if offset is None else x - offset[:, None]) / scale[:, None]
+    v = in_steps(x, scale, offset)
     return _with_sums(gradient, v.abs().le_(high), _signs_(v), offset)
 
 

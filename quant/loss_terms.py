@@ -61,13 +61,12 @@ def weight_terms(weights: Weights, config: QATConfig, progress: float) -> dict[s
     terms: dict[str, Tensor] = {}
     nothing = next((w.new_zeros(()) for w, _ in sites.values()), None)
     if config.obr_weight and nothing is not None:
-        parts = [oscillation_bin_loss(*grid) for grid in grids]
-        factor = config.obr_weight * ramp
-        terms["obr_distance"] = sum((factor * part.distance for part in parts), nothing)
-        terms["obr_variance"] = sum((factor * part.variance for part in parts), nothing)
+        parts = [torch.stack(oscillation_bin_loss(*grid)) for grid in grids]
+        whole = config.obr_weight * ramp * torch.stack(parts).sum(dim=0) if parts else nothing.repeat(2)
+        terms["obr_distance"], terms["obr_variance"] = whole.unbind()
     if config.dampening_weight and nothing is not None:
         losses = [dampening_loss(*grid) for grid in grids]
-        terms["dampening"] = sum((config.dampening_weight * ramp * x for x in losses), nothing)
+        terms["dampening"] = config.dampening_weight * ramp * torch.stack(losses).sum() if losses else nothing
     if config.kurtosis_weight and weights:
         terms["kurtosis"] = config.kurtosis_weight * kurtosis_loss([w for w, _ in weights.values()])
     return terms

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.functional import quant_range, to_groups
+from quant.functional import in_single, in_steps, quant_range, to_groups
 from quant.quantizer import LSQQuantizer
 from quant.site import Site
 
@@ -24,7 +24,7 @@ def edge_counts(x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int,
     one. Clipped values, at and beyond the outermost centres, are left out. `x`: (outer, groups, inner), `scale` and
     `offset`: (groups,), as in `quant.functional`.
     """
-    v = (x if offset is None else x - offset[:, None]) / scale[:, None]
+    v = in_steps(*in_single(x, scale, offset))
     low, high = quant_range(bit_width, signed)
     inside = v[(v > low) & (v < high)]
     step = 2 if signed and bit_width == 1 else 1  # between the codes -1 and 1

@@ -29,6 +29,10 @@ def pack_bits(indices: Tensor, bit_width: int) -> Tensor:
     """The integers of `indices`, each in [0, 2^bit_width), as ceil(numel * bit_width / 8) bytes (uint8, 1-d).
 
     `bit_width`: 1 to 8, or 16. Values outside the range are a ValueError.
+
+    >>> packed = pack_bits(torch.tensor([1, 2, 3, 0, 3]), 2)
+    >>> len(packed), unpack_bits(packed, 2, 5).tolist()
+    (2, [1, 2, 3, 0, 3])
     """
     flat = indices.reshape(-1)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 2**bit_width):

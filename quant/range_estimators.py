@@ -67,7 +67,8 @@ def _bounds(x: Tensor, w: Tensor, tail: float) -> tuple[Tensor, Tensor]:
 def _covering(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
     """Scale and offset whose grid reaches from `low` to `high`."""
     if scheme.offset:
-        return (high - low) / (scheme.quant_max - scheme.quant_min), low.clone()
+        scale = (high - low) / (scheme.quant_max - scheme.quant_min)
+        return scale, low - scale * scheme.quant_min
     if scheme.signed:
         return torch.maximum(low.abs(), high.abs()) / scheme.quant_max, None
     return high.clamp(min=0) / scheme.quant_max, None
@@ -79,15 +80,18 @@ def _least_squares(x: Tensor, w: Tensor, scheme: QuantScheme) -> tuple[Tensor, T
     For fixed codes q the best scale is <x, q> / <q, q>; with an offset, scale and offset are the regression of x on q,
     and the search starts from several offsets. The result is never worse than min-max, the first point of the grid.
     """
-    full_scale, full_offset = _covering(x.amin(dim=1), x.amax(dim=1), scheme)
+    low = x.amin(dim=1)
+    full_scale, full_offset = _covering(low, x.amax(dim=1), scheme)
     best = _Fit(full_scale, full_offset, _squared_error(x, w, full_scale, full_offset, scheme))
     for share in _OFFSETS if full_offset is not None else (1.0,):
-        offset = None if full_offset is None else full_offset * share
+        # The grid begins at a share of the lowest value, whatever the scale.
+        offset = None if full_offset is None else low * share - full_scale * scheme.quant_min
         found = _Fit(full_scale, offset, _squared_error(x, w, full_scale, offset, scheme))
         for grid in (_COARSE, _FINE):  # fine: at 8 bits the alternation alone stays where it starts
             centre = found.scale
             for step in grid:
                 scale = centre * step
+                offset = None if full_offset is None else low * share - scale * scheme.quant_min
                 found = _better(found, _Fit(scale, offset, _squared_error(x, w, scale, offset, scheme)))
         best = _better(best, _better(found, _alternated(x, w, found, scheme)))
     return best.scale, best.offset

@@ -1,8 +1,11 @@
 """Terms that are added to the training loss: oscillation-aware bins, dampening, kurtosis, and their ramp.
 
 A weight comes in the canonical form (outer, groups, inner) of `quant.functional.to_groups`, with `scale` and `offset`
-(groups,), `offset` None where there is none. No gradient reaches scale or offset. Losses are sums over the weights of a
-tensor, not means (they differ by a factor of 1e4 to 1e5), unless the function says otherwise.
+(groups,), `offset` None where there is none. No gradient reaches scale or offset. Half-precision weights are computed
+in float32, as the quantizers do.
+
+Losses are sums over the weights of a tensor, not means, unless the function says otherwise: the pull on one weight is
+then the same in tensors of every size. The two differ by a factor of 1e4 to 1e5.
 """
 
 import math
@@ -13,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quant.functional import blocks, dequantize, in_rows, quant_range, to_codes_
+from quant.functional import blocks, dequantize, in_rows, in_single, in_steps, quant_range, to_codes_
 
 UNIFORM_KURTOSIS = 1.8
 """Raw kurtosis of a uniform distribution, the one that a uniform quantizer harms least; a Gaussian has 3."""
+
+_SMALL_TABLE = 2**13
+"""Sums that a CPU's caches hold beside a block."""
 
 
 class BinLoss(NamedTuple):
@@ -36,7 +42,7 @@ def oscillation_bin_loss(weight: Tensor, scale: Tensor, offset: Tensor | None, b
     of one group that share an integer code; a bin of one weight gives 0. The gradient is 0 at and beyond the clip.
     Huang et al., TMLR 2024, arXiv:2307.00331.
     """
-    return BinLoss(*_BinLoss.apply(weight, scale, offset, bit_width, signed))
+    return BinLoss(*_BinLoss.apply(*in_single(weight, scale, offset), bit_width, signed))
 
 
 def dampening_loss(weight: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool) -> Tensor:
@@ -44,7 +50,7 @@ def dampening_loss(weight: Tensor, scale: Tensor, offset: Tensor | None, bit_wid
 
     The gradient is 0 at and beyond the clip. Nagel et al., ICML 2022, arXiv:2203.11086.
     """
-    return _Distance.apply(weight, scale, offset, bit_width, signed)
+    return _Distance.apply(*in_single(weight, scale, offset), bit_width, signed)
 
 
 def kurtosis_loss(weights: Sequence[Tensor]) -> Tensor:
@@ -55,7 +61,7 @@ def kurtosis_loss(weights: Sequence[Tensor]) -> Tensor:
     """
     if not weights:
         raise ValueError("`weights` is empty: the kurtosis term needs at least one weight tensor.")
-    return torch.stack([(_Kurtosis.apply(weight) - UNIFORM_KURTOSIS).square() for weight in weights]).mean()
+    return torch.stack([(_Kurtosis.apply(w) - UNIFORM_KURTOSIS).square() for w in in_single(*weights)]).mean()
 
 
 def cosine_ramp(progress: float, start: float = 0.25) -> float:
@@ -105,18 +111,24 @@ class _BinLoss(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool
     ) -> tuple[Tensor, Tensor]:
-        first_bins, size = _first_bins(weight, bit_width, signed)
-        # Sums that follow each other into the same bin wait for each other, so neighbours get bins of their own where
-        # int16 can number them; that and the shorter type take a third off the time.
-        lanes, dtype = (min(8, 2**15 // size), torch.int16) if size < 2**15 else (1, torch.int32)
-        lane = torch.arange(weight.shape[2], device=weight.device).remainder_(lanes).mul_(size).to(weight.dtype)
-        sums = weight.new_zeros(3, lanes * size, dtype=torch.float64)
-        for (rows, part), residual, codes, _ in _residuals(weight, scale, offset, bit_width, signed):
-            bins = _bins_(codes.add_(lane[part]), first_bins[rows], lanes * size, dtype)
-            exact = residual.flatten().double()
-            for total, values in zip(sums, (None, exact, exact.square()), strict=True):
-                total += torch.bincount(bins, values, minlength=lanes * size)
-        count, total, squares = sums.view(3, lanes, size).sum(dim=1)
+        outer, groups, inner = weight.shape
+        low, high = quant_range(bit_width, signed)
+        levels = high - low + 1
+        # A block counts in the bins of its own rows: tables of all bins would be cleared and added up for each block.
+        top, left = next(blocks(in_rows(weight, scale, offset)[0]))  # no block is larger
+        table = min(top.stop, outer * groups) * levels
+        # Sums that follow each other into the same bin wait for each other: neighbouring columns get tables of their
+        # own. That and the shorter type of integer take a third off the time.
+        lanes = max(1, min(8, _SMALL_TABLE // table))
+        dtype = torch.int16 if lanes * table < 2**15 else torch.int32
+        lane = torch.arange(min(left.stop, inner), device=weight.device).remainder_(lanes).mul_(table).to(dtype)
+        sums = weight.new_zeros(3, outer * groups, levels, dtype=torch.float64)
+        for (rows, _), residual, codes, _ in _residuals(weight, scale, offset, bit_width, signed):
+            bins, exact = _bins(codes, low, levels, lanes * table, lane), residual.flatten().double()
+            for total, values in zip(sums[:, rows], (None, exact, exact.square()), strict=True):
+                found = torch.bincount(bins, values, minlength=lanes * table)
+                total += found.view(lanes, -1, levels).sum(dim=0)[: len(total)]
+        count, total, squares = sums.view(3, outer, groups, levels).sum(dim=1)
         count.clamp_(min=1)
         ctx.save_for_backward(weight, scale, offset, count, total / count)
         ctx.scheme = bit_width, signed
@@ -132,16 +144,16 @@ class _BinLoss(torch.autograd.Function):
         """
         weight, scale, offset, count, mean = ctx.saved_tensors
         to_distance, to_variance = gradients
-        slope = (2 * to_distance + 2 * to_variance / count).to(weight.dtype)
-        shift = (2 * to_variance / count * mean).to(weight.dtype)
-        first_bins, size = _first_bins(weight, *ctx.scheme)
+        factor = (2 * to_distance + 2 * to_variance / count).to(weight.dtype).repeat(len(weight), 1)
+        shift = (-2 * to_variance / count * mean).to(weight.dtype).repeat(len(weight), 1)
+        low, levels = quant_range(*ctx.scheme)[0], count.shape[1]
         to_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         result = to_weight.view(-1, weight.shape[2])
         for block, residual, codes, inside in _residuals(weight, scale, offset, *ctx.scheme):
-            bins = _bins_(codes, first_bins[block[0]], size, torch.int32)
-            residual.mul_(slope.index_select(0, bins).view_as(residual))  # ten times as fast as slope[bins]
-            inside.mul_(shift.index_select(0, bins).view_as(residual))
-            torch.sub(residual, inside, out=result[block])
+            bins = _bins(codes, low, levels, len(codes) * levels)
+            # index_select: ten times as fast as factor[bins].
+            factors, shifts = (x[block[0]].flatten().index_select(0, bins).view_as(codes) for x in (factor, shift))
+            torch.addcmul(inside.mul_(shifts), residual, factors, out=result[block])
         return to_weight, None, None, None, None
 
 
@@ -154,33 +166,30 @@ def _residuals(
     That is decided by comparison, as in `quant.functional.fake_quantize`, and not by clamp's own gradient.
     """
     rows, scales, offsets = in_rows(weight, scale, offset)
-    low, high = quant_range(bit_width, signed)
+    ends = torch.tensor(quant_range(bit_width, signed), dtype=weight.dtype)
+    low, high = ends.nextafter(ends.flip(0)).tolist()  # the outermost numbers that lie inside
     for block in blocks(rows):
         w, s, o = rows[block], scales[block[0]], None if offsets is None else offsets[block[0]]
-        v = (w if o is None else w - o[:, None]) / s[:, None]
-        inside, below = torch.empty_like(v), torch.empty_like(v)  # floats: masks of booleans take five times as long
-        torch.gt(v, low, out=inside).mul_(torch.lt(v, high, out=below))
-        codes = to_codes_(v, bit_width, signed)
+        v = in_steps(w, s, o)
+        clipped = v.clamp(low, high)
+        inside = torch.eq(clipped, v, out=v)  # floats: masks of booleans take five times as long
+        codes = to_codes_(clipped, bit_width, signed)
         on_grid = dequantize(codes, s, o)
         yield block, torch.sub(w, on_grid, out=on_grid).mul_(inside), codes, inside
 
 
-def _first_bins(weight: Tensor, bit_width: int, signed: bool) -> tuple[Tensor, int]:
-    """What makes bins of the codes of each of `in_rows`, to be added to them, (rows, 1); and the number of bins."""
-    outer, groups, _ = weight.shape
-    low, high = quant_range(bit_width, signed)
-    levels = high - low + 1
-    first = torch.arange(groups, dtype=weight.dtype, device=weight.device).mul_(levels).sub_(low)
-    return first.repeat(outer)[:, None], groups * levels
-
-
-def _bins_(codes: Tensor, first_bins: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """The bin of each code, flat; `codes` is used up.
+def _bins(codes: Tensor, low: int, levels: int, size: int, lane: Tensor | None = None) -> Tensor:
+    """The numbers of the bins of a block's codes, flat, below `size`: `levels` bins a row, and what `lane` adds.
 
     By integer code: comparing w_q / s with n in floating point loses whole bins. NaN has no code: the loss shall be
     NaN, for the loop to stop on, not an error.
     """
-    return codes.add_(first_bins).flatten().to(dtype).clamp_(0, size - 1)
+    dtype = torch.int32 if lane is None else lane.dtype
+    first = torch.arange(len(codes), dtype=dtype, device=codes.device).mul_(levels).sub_(low)
+    bins = codes.to(dtype).add_(first[:, None])
+    if lane is not None:
+        bins.add_(lane[: codes.shape[1]])
+    return bins.flatten().clamp_(0, size - 1)
 
 
 class _Kurtosis(torch.autograd.Function):

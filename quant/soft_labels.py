@@ -4,7 +4,7 @@
     for each image                       in the order of the list of images
         fingerprint      4 bytes         of the image's pixels, as the one who crops computes it
         for each crop
-            probabilities   float16      those that the compression keeps, the likeliest first
+            kept            float16      of the probabilities, as `quant.label_compression` keeps them
             classes         uint16       theirs; uint32 where there are more than 65,536
             box             4 x uint16   top, left, height, 2 * width + flip, in pixels of the image
     SHA-256              32 bytes        of all that is before it
@@ -33,8 +33,9 @@ from quant.label_compression import expand, kept_counts
 
 LARGEST_SIDE = 2**15 - 1
 """Pixels of an image's width and height that a box can tell."""
-_VERSION = 1
+_VERSION = 2
 _START = b'{"format": "qvw-soft-labels", "version": '
+_VERSION_START = _START + str(_VERSION).encode() + b", "
 _DIGEST, _FINGERPRINT = hashlib.sha256().digest_size, struct.Struct("<I")
 _MAKE = "`qvw soft-labels TEACHER --data D --out FILE` makes one"
 
@@ -57,7 +58,7 @@ class StoredCrop(NamedTuple):
     """A crop with what is kept of the teacher's answer to it."""
 
     crop: Crop
-    probabilities: tuple[float, ...]
+    kept: tuple[float, ...]
     classes: tuple[int, ...]
 
 
@@ -102,7 +103,7 @@ class SoftLabelHeader:
     def line(self) -> bytes:
         """The file's first line."""
         fields = json.dumps(asdict(self)).encode()
-        return _START + str(_VERSION).encode() + b", " + fields[1:] + b"\n"
+        return _VERSION_START + fields[1:] + b"\n"
 
     def end_of(self, record: int) -> int:
         """Where the crops before number `record` of all end: bytes from the file's start."""
@@ -128,8 +129,8 @@ class SoftLabels:
         self.path, start = path, _start_of(path)
         if not start.startswith(_START):
             raise InputError(f"{path} is no file of soft labels: {_MAKE}.")
-        if start[len(_START) :] != f"{_VERSION},".encode():
-            raise InputError(f"{path} is damaged or of another version than {_VERSION}. {_MAKE}, with --overwrite.")
+        if not _VERSION_START.startswith(start):
+            raise InputError(_other_version(path))
         self._map()
         digest = hashlib.sha256()
         content = memoryview(self._bytes)[:-_DIGEST]
@@ -180,9 +181,9 @@ class SoftLabels:
 
     def distributions(self, stored: Sequence[StoredCrop]) -> Tensor:
         """The teacher's probabilities, (crops, classes) float32, each row with the sum 1."""
-        probabilities = torch.tensor([crop.probabilities for crop in stored], dtype=torch.float32)
+        kept = torch.tensor([crop.kept for crop in stored], dtype=torch.float32)
         indices = torch.tensor([crop.classes for crop in stored], dtype=torch.long)
-        return expand(probabilities, indices, compression=self.header.compression, classes=self.header.classes)
+        return expand(kept, indices, compression=self.header.compression, classes=self.header.classes)
 
 
 class SoftLabelWriter:
@@ -210,13 +211,11 @@ class SoftLabelWriter:
             self.close()
             raise
 
-    def append(
-        self, fingerprints: Sequence[int], crops: Sequence[Crop], probabilities: Tensor, classes: Tensor
-    ) -> None:
+    def append(self, fingerprints: Sequence[int], crops: Sequence[Crop], kept: Tensor, classes: Tensor) -> None:
         """Add crops with the fingerprints of their images, and what `compress` keeps of the teacher's answers."""
         content = bytearray()
         for number, (fingerprint, crop, values, indices) in enumerate(
-            zip(fingerprints, crops, probabilities.tolist(), classes.tolist(), strict=True), start=self.done
+            zip(fingerprints, crops, kept.tolist(), classes.tolist(), strict=True), start=self.done
         ):
             if number % self.header.crops == 0:
                 content += _FINGERPRINT.pack(fingerprint)
@@ -251,6 +250,8 @@ class SoftLabelWriter:
         line = self._file.readline(2**16)
         if self.header.line.startswith(line):
             return
+        if line.startswith(_START) and not line.startswith(_VERSION_START):
+            raise InputError(_other_version(partial_of(self.path)))
         try:
             changes = f" ({header_changes(_header_of(line), self.header)})"
         except (ValueError, TypeError, KeyError):
@@ -274,18 +275,22 @@ def _start_of(path: Path) -> bytes:
         raise InputError(f"The soft labels {path} cannot be read: {error.strerror}. {_MAKE}.") from error
 
 
+def _other_version(path: Path) -> str:
+    what = f"{path} was made by another version, or is damaged: soft labels have format {_VERSION} here"
+    return f"{what}. Make it anew with `qvw soft-labels ... --overwrite`."
+
+
 def partial_of(path: Path) -> Path:
     """The file in which soft labels grow until they are complete."""
     return path.with_name(f"{path.name}.partial")
 
 
 def header_changes(old: SoftLabelHeader, new: SoftLabelHeader) -> str:
-    """The entries that differ, as `key: old -> new`; hashes shortened."""
+    """The entries that differ, as `key: old -> new`, hashes in words."""
     before, after = asdict(old), asdict(new)
-    shown = [(key, str(before[key]), str(after[key])) for key in before if before[key] != after[key]]
-    return ", ".join(
-        f"{key}: {a[:12]} -> {b[:12]}" if key.endswith("sha256") else f"{key}: {a} -> {b}" for key, a, b in shown
-    )
+    words = {"teacher_sha256": "other weights of the teacher", "data_sha256": "other images"}
+    changed = [key for key in before if before[key] != after[key]]
+    return ", ".join(words.get(key, f"{key}: {before[key]} -> {after[key]}") for key in changed)
 
 
 def _sync(file: BinaryIO) -> None:

@@ -1,9 +1,9 @@
 """The training loop of a quantized network."""
 
-import difflib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]  # timm exports them
-from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import Tensor, nn
 
 from quant.batchnorm import batchnorms, reestimate_batchnorm_
@@ -20,6 +18,7 @@ from quant.checkpoints import last_step, load_checkpoint_, save_checkpoint
 from quant.config import QATConfig
 from quant.errors import InputError
 from quant.loss_terms import Weights, gradient_norms, image_terms, low_bit, weight_terms
+from quant.optimizer import make_optimizer
 from quant.oscillation import OscillationTracker, edge_rows
 from quant.prepare import latent_weights
 from quant.quantizer import LSQQuantizer
@@ -28,7 +27,6 @@ from quant.step_batches import StepBatches
 
 LARGEST_LOSS = 1e3
 """Cross-entropy or distillation above it, in nats, is a divergence: chance is the logarithm of the classes."""
-_SCHEDULES = {"cosine": "cosine", "linear": "poly", "constant": "step"}  # timm's names, at a decay rate of 1
 
 
 class StepReport(NamedTuple):
@@ -66,7 +64,7 @@ def train_qat(
     Raises DivergedError where the loss does, before the step that would spoil the weights.
     """
     total = total_steps(config, images, accelerator.num_processes)
-    _refuse_single_images(model, config.batch_size // accelerator.num_processes)
+    _refuse_single_images(model, config.batch_size // (accelerator.num_processes * config.accumulate))
     set_seed(config.seed, device_specific=True)
     optimizer, set_rates = make_optimizer(model, config, total)
     trained, optimizer = accelerator.prepare(model, optimizer)
@@ -97,26 +95,32 @@ def train_qat(
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     trained.train()
     for step, (x, labels, *stored) in enumerate(load(batches), start=first + 1):
-        x, labels = x.to(device), labels.to(device)
+        batch = [tensor.to(device) for tensor in (x, labels, *stored)]
+        parts = list(zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True))
         set_rates(step)
-        with bf16:
-            logits = trained(x)
-            with torch.no_grad():
-                teacher_logits = None if teacher is None or not config.kd_weight else teacher(x).float()
-        logits = logits.float()
-        soft_labels = stored[0].to(device) if stored else None
-        terms = image_terms(logits, labels, teacher_logits, config, soft_labels)
-        terms |= weight_terms(weights, config, step / total)
-        loss = torch.stack(list(terms.values())).sum()
-        with_norms = _due(step, total, config.gradient_norms_every)
-        norms = gradient_norms(terms, multiplied, mean) if with_norms else {}
         optimizer.zero_grad()
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(trained.parameters(), config.clip_grad_norm or math.inf)
-        figures = {"loss": loss, **terms, "top1": (logits.argmax(dim=1) == labels).float().mean(), "norm": norm}
-        means = mean(torch.stack(list(figures.values())).detach()).tolist()
+        figures: dict[str, Tensor] = {}
+        norms: dict[str, float] = {}
+        with_norms = _due(step, total, config.gradient_norms_every)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with nullcontext() if last else accelerator.no_sync(trained):  # processes add up their gradients once
+                with bf16:
+                    terms, hits = _answered(trained, teacher, config, *part)
+                shares = {name: term / len(parts) for name, term in terms.items()}
+                if last:
+                    of_weights = weight_terms(weights, config, step / total)
+                    norms = gradient_norms(terms | of_weights, multiplied, mean) if with_norms else {}
+                    shares |= of_weights
+                loss = torch.stack(list(shares.values())).sum()
+                accelerator.backward(loss)
+            shares |= {"loss": loss, "top1": hits / len(parts)}
+            figures |= {name: figures.get(name, 0) + share.detach() for name, share in shares.items()}
+        figures["norm"] = accelerator.clip_grad_norm_(trained.parameters(), config.clip_grad_norm or math.inf)
+        means = mean(torch.stack(list(figures.values()))).tolist()
         measured = dict(zip(figures, means, strict=True))
         _refuse_divergence(step, measured, config, checkpoints)
+        del measured["norm"]
         optimizer.step()
         for quantizer in quantizers:
             quantizer.clamp_scale_()
@@ -125,7 +129,6 @@ def train_qat(
         place = {"step": step, "epoch": (step - 1) // per_epoch, "images": step * config.batch_size}
         rows, logged = [], with_norms or _due(step, total, config.log_every)
         if logged:
-            del measured["norm"]
             rate = optimizer.param_groups[0]["lr"]
             seconds = time.monotonic() - started
             rows.append({**place, "split": "train", "lr": rate, "seconds": seconds, **measured, **norms})
@@ -141,16 +144,29 @@ def train_qat(
     model.eval()
 
 
+def _answered(
+    trained: nn.Module, teacher: nn.Module | None, config: QATConfig, x: Tensor, labels: Tensor, *stored: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The terms of images (or of a part of a step's), and the share of them that is answered right."""
+    logits = trained(x)
+    with torch.no_grad():
+        teacher_logits = None if teacher is None or not config.kd_weight else teacher(x).float()
+    with torch.autocast(x.device.type, enabled=False):
+        terms = image_terms(logits.float(), labels, teacher_logits, config, stored[0] if stored else None)
+    return terms, (logits.argmax(dim=1) == labels).float().mean()
+
+
 def total_steps(config: QATConfig, images: int, processes: int = 1) -> int:
     """Optimizer steps of a training on so many images; InputError where they make no batch."""
     if config.batch_size > images:
         raise InputError(f"batch_size={config.batch_size}, but there are {images} images to train on. Lower it.")
-    crops = config.crops_per_image
-    if config.batch_size % (crops * processes):
-        parts = f" in images of crops_per_image={crops}" if crops > 1 else ""
+    crops, parts = config.crops_per_image, config.accumulate
+    if config.batch_size % (crops * processes * parts):
+        whole = "".join(f", {name}={count}" for name, count in (("crops_per_image", crops), ("accumulate", parts))
+                        if count > 1)  # fmt: skip
         raise InputError(
-            f"batch_size={config.batch_size} cannot be shared equally by {processes} processes{parts}: it must be a "
-            f"multiple of {crops * processes}. Change it by --set."
+            f"batch_size={config.batch_size} cannot be shared equally by {processes} processes{whole}: it must be a "
+            f"multiple of {crops * processes * parts}. Change it by --set."
         )
     return config.steps or config.epochs * (images // config.batch_size)
 
@@ -173,51 +189,6 @@ def _due(step: int, total: int, every: int) -> bool:
     return step % every == 0 or step in (1, total)
 
 
-def make_optimizer(
-    model: nn.Module, config: QATConfig, total: int
-) -> tuple[torch.optim.Optimizer, Callable[[int], None]]:
-    """The optimizer, and what sets the learning rates of a step, 1 to `total`."""
-    if config.optimizer not in list_optimizers():
-        near = ", ".join(map(str, difflib.get_close_matches(config.optimizer, list_optimizers(), n=3, cutoff=0.0)))
-        raise InputError(f"timm has no optimizer {config.optimizer!r}. The nearest: {near}. Change it by --set.")
-    optimizer = create_optimizer_v2(parameter_groups(model, config), opt=config.optimizer, lr=config.learning_rate)
-    warmup = min(round(config.warmup * total), total - 1)
-    schedule, _ = create_scheduler_v2(
-        optimizer, sched=_SCHEDULES[config.schedule], decay_rate=1.0, warmup_epochs=warmup, warmup_prefix=True,
-        num_epochs=total + 1 - warmup,  # in steps; one more, or the last of them would have a rate of 0
-        warmup_lr=0.0, step_on_epochs=False, updates_per_epoch=1,
-    )  # fmt: skip
-    assert schedule is not None
-    return optimizer, schedule.step_update
-
-
-def parameter_groups(model: nn.Module, config: QATConfig) -> list[dict[str, Any]]:
-    """Groups for an optimizer: weights with decay, what must not decay, and scales with offsets by their size.
-
-    What decays is called `weight`, has more than one dimension, and is not excepted by the model (`no_weight_decay`):
-    no biases, norms, position embeddings, class tokens, tables of relative positions. Frozen parameters are left out.
-    An Adam step is about the learning rate, whatever the gradient: one rate for all scales would be a step of a
-    thousandth for some and a multiple for others, so each gets a share of its start, rounded to a power of two.
-    """
-    scales: dict[int, list[nn.Parameter]] = {}
-    for quantizer in (m for m in model.modules() if isinstance(m, LSQQuantizer)):
-        scales.setdefault(round(math.log2(quantizer.initial_scale)), []).extend(quantizer.parameters())
-    learned = {id(p) for group in scales.values() for p in group}
-    excepted = set(model.no_weight_decay()) if callable(getattr(model, "no_weight_decay", None)) else set()  # type: ignore[operator]
-    own = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in learned]
-    decayed = [p for n, p in own if p.ndim > 1 and n.rpartition(".")[2] == "weight" and n not in excepted]
-    kept = {id(p) for p in decayed}
-    if not own:
-        raise InputError("every parameter of the model is frozen: there is nothing to train.")
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": [p for _, p in own if id(p) not in kept], "weight_decay": 0.0},
-        *({"params": group, "weight_decay": 0.0, "lr": config.scale_learning_rate * 2.0**size}
-          for size, group in sorted(scales.items())),
-    ]  # fmt: skip
-    return [group for group in groups if group["params"]]
-
-
 @torch.no_grad()
 def _codes(weights: Weights) -> dict[Site, Tensor]:
     """The integer codes of the latent weights that can oscillate, flat."""
@@ -226,7 +197,8 @@ def _codes(weights: Weights) -> dict[Site, Tensor]:
 
 def _refuse_divergence(step: int, measured: dict[str, float], config: QATConfig, checkpoints: Path) -> None:
     """Raise DivergedError before a step that would spoil the weights; the figures are the same in all processes."""
-    weights = {"task": config.task_weight, "kd": config.kd_weight, "soft": config.kd_weight}
+    softened = config.kd_weight * max(1.0, config.kd_temperature**2)  # by which both distillation terms grow
+    weights = {"task": config.task_weight, "kd": softened, "soft": softened}
     large = [name for name in weights if name in measured and not measured[name] <= weights[name] * LARGEST_LOSS]
     if not large and math.isfinite(measured["norm"]):
         return

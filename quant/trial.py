@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from quant.config import QATConfig
 from quant.errors import InputError, first_line
 from quant.loss_terms import image_terms
-from quant.train import make_optimizer
+from quant.optimizer import make_optimizer
 
 
 def check_trainable(model: nn.Module, config: QATConfig, images: Tensor) -> None:

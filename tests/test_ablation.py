@@ -115,8 +115,26 @@ def test_intervals_are_those_of_students_t():
 
 
 def test_one_seed_has_no_interval():
-    """Nothing is claimed from one training."""
+    """Nothing is claimed from one training; what is missing counts nowhere."""
     assert np.isnan(mean_and_interval(pd.Series([0.5]))[1:]).all()
+    assert mean_and_interval(pd.Series([0.5, 0.6, np.nan])) == mean_and_interval(pd.Series([0.5, 0.6]))
+
+
+@pytest.mark.parametrize(("images", "right", "more"), [(450, (384, 350), 2), (450, (270, 234, 272), 4)])
+def test_equal_differences_of_two_or_three_seeds_are_chance(images, right, more):
+    """Shares of images differ in their last digit where counts do not: no arm is better for that."""
+    ablation = Ablation(
+        subjects={"net": Subject(model="m", data="digits")}, baseline="a", seeds=tuple(range(len(right))),
+        arms={"a": Arm(title="A"), "b": Arm(title="B", uniform="w2a2")},
+    )  # fmt: skip
+    rows = [{"subject": "net", "arm": arm, "seed": seed, "top1_last": (count + extra) / images}
+            for arm, extra in (("a", 0), ("b", more)) for seed, count in enumerate(right)]  # fmt: skip
+    table = pd.DataFrame(rows).assign(
+        **{name: 0.0 for name in ("top1_start", "top1_best", "oscillating", "weight_bits", "activation_bits",
+                                  "images_per_second")}
+    )  # fmt: skip
+    (line,) = verdicts(summarized(table, ablation), ablation)
+    assert "not to be told apart: B" in line
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,15 @@ def test_places_are_those_of_the_nearest_edge(bit_width, signed, offset, values)
     assert moved <= on_a_border  # rounding may put those on either side
 
 
+def test_half_precision_values_are_placed_in_float32():
+    """A network in bfloat16, scales too: counts are those of the same numbers in float32."""
+    x = torch.randn(1, 4, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scale, offset = torch.tensor([0.21, 0.3, 0.13, 0.5]).bfloat16(), torch.tensor([0.1, -0.2, 0.0, 0.3]).bfloat16()
+    counts = edge_counts(x, scale, offset, 3, True)
+    assert counts.equal(edge_counts(x.float(), scale.float(), offset.float(), 3, True))
+    assert counts.sum() > 500
+
+
 def test_rows_of_the_bins_name_each_place():
     """Weights at the edge of two codes are in the middle, those at the centres at both ends; heads by their scale."""
     scheme = QuantScheme(bit_width=3, signed=True, granularity="per_head")

@@ -208,7 +208,7 @@ DAMAGE = {
     "a table": (lambda run: shutil.copy(run / "verify.parquet", run / "packed.safetensors"), "cannot be read"),
     "a trained model": (lambda run: shutil.copy(run / "qat" / "model.safetensors", run / "packed.safetensors"),
                         "is no packed model. Name a file of `qvw export`, or a folder of `qvw train`"),
-    "nothing": (lambda run: (run / "packed.safetensors").unlink(), "has no model.safetensors: name a folder that"),
+    "nothing": (lambda run: (run / "packed.safetensors").unlink(), "packed.safetensors' does not exist"),
 }  # fmt: skip
 
 

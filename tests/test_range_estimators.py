@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant.choices import ESTIMATORS
+from quant.errors import InputError
 from quant.functional import fake_quantize
 from quant.range_estimators import estimate_range
 from quant.scheme import QuantScheme
@@ -53,6 +54,24 @@ def test_an_offset_keeps_the_tail_of_gelu():
     assert estimate.offset is not None
     assert estimate.offset.item() < -0.05
     assert squared_error(x, estimate, shifted) < 0.8 * squared_error(x, estimate_range(x, plain, "mse"), plain)
+
+
+@pytest.mark.parametrize("bit_width", [2, 4, 8])
+@pytest.mark.parametrize("estimator", ["minmax", "mse"])
+def test_signed_and_unsigned_codes_with_an_offset_are_the_same_grids(estimator, bit_width):
+    """Both start at the same error: the offset of signed codes belongs to the middle of the range, not to its end."""
+    x = torch.nn.functional.gelu(torch.randn(2, 2000, generator=torch.Generator().manual_seed(0)) * 2)
+    errors = []
+    for signed in (False, True):
+        scheme = QuantScheme(bit_width=bit_width, signed=signed, offset=True)
+        errors.append(squared_error(x, estimate_range(x, scheme, estimator), scheme))
+    torch.testing.assert_close(errors[1], errors[0], rtol=1e-3, atol=0)
+
+
+def test_one_signed_bit_has_no_offset():
+    """Its codes are -1 and 1: the scheme is refused, not silently another one."""
+    with pytest.raises(InputError, match="have no offset"):
+        QuantScheme(bit_width=1, signed=True, offset=True)
 
 
 def test_minmax_covers_every_value_and_percentile_leaves_out_the_tails():

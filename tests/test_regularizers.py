@@ -142,6 +142,34 @@ def test_a_million_float32_weights_lose_no_precision():
         assert (~same_bin).sum() <= 5  # a weight on a bin's edge may round to either side
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 300, 400), (1, 1, 150_000), (30, 3, 50)])
+def test_half_precision_weights_are_computed_in_float32(shape, dtype):
+    """Values and gradients are those of float64, rounded once at the end: bins of many groups are numbered exactly."""
+    weight, scale, shift = example(4, True, offset=True, shape=shape, dtype=torch.float32)
+    leaf, arguments = weight.to(dtype).requires_grad_(), (scale, shift, 4, True)
+    distance, variance, by_distance, by_variance = by_loops(leaf, *arguments)
+    loss, dampened = oscillation_bin_loss(leaf, *arguments), dampening_loss(leaf, *arguments)
+    assert {x.dtype for x in (*loss, dampened)} == {torch.float32}
+    assert [x.item() for x in (*loss, dampened)] == pytest.approx([distance, variance, distance], rel=1e-5)
+    for part, expected in ((loss.distance, by_distance), (loss.variance, by_variance), (dampened, by_distance)):
+        (ours,) = torch.autograd.grad(2**12 * part, leaf, retain_graph=True)  # far from what is 0 in float16
+        assert ours.dtype == dtype
+        off = np.abs(ours.double().numpy() / 2**12 - expected) > 2**-8 * np.abs(expected) + 1e-5 * expected.max()
+        assert off.sum() <= 5  # a weight on a bin's edge may round to either side
+
+
+def test_kurtosis_of_half_precision_weights_is_computed_in_float32():
+    """The value is that of the same weights in float64, the gradient in the weight's own type."""
+    weight = layers()[0].bfloat16().requires_grad_()
+    loss = kurtosis_loss([weight])
+    assert loss.item() == pytest.approx(kurtosis_loss([weight.detach().double()]).item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    expected = weight.detach().double().requires_grad_()
+    kurtosis_loss([expected]).backward()
+    torch.testing.assert_close(gradient.double(), expected.grad, rtol=2**-7, atol=1e-5)
+
+
 @given(seed=st.integers(0, 1000), bit_width=st.sampled_from([1, 2, 3, 4]), signed=st.booleans())
 def test_weights_on_the_grid_cost_nothing(seed, bit_width, signed):
     """Every weight on its grid point: no distance, no variance, no gradient."""

@@ -6,6 +6,8 @@ import json
 import math
 import pickle
 
+import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -19,7 +21,7 @@ from quant.errors import InputError
 from quant.optimizer import parameter_groups
 from quant.prepare import latent_weights, prepare_qat_
 from quant.quantizer import LSQQuantizer
-from quant.train import DivergedError, train_qat
+from quant.train import DivergedError, total_steps, train_qat
 from tests.test_prepare import opened
 from tests.test_sensitivity import model_of
 
@@ -100,6 +102,30 @@ def test_training_recovers_what_two_bits_destroyed(tmp_path):
     assert not model.training
     for weight, quantizer in latent_weights(model).values():
         assert len(quantizer(weight).unique()) <= 2**2 * quantizer.groups
+
+
+def test_a_step_in_parts_is_the_step(tmp_path):
+    """Without BatchNorm and dropout four parts one after another give the weights and rows of the whole batch."""
+    ended = []
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        model, teacher = prepared(timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=10
+        ).eval())  # fmt: skip
+        config = QATConfig(steps=6, batch_size=16, accumulate=parts, log_every=1, obr_weight=0.01, ramp_start=0,
+                           optimizer="sgd", learning_rate=0.05)  # fmt: skip
+        history, _ = rows_of(list(reports(model, teacher, config, tmp_path / str(parts))))
+        ended.append((model.state_dict(), pd.DataFrame(history)[["loss", "task", "kd", "obr_distance", "top1"]]))
+    (whole, rows), (in_parts, their_rows) = ended
+    for key, value in whole.items():
+        torch.testing.assert_close(in_parts[key], value, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(their_rows, rows, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_that_do_not_divide_a_step_are_refused():
+    """A batch of 16 has no 5 equal parts."""
+    with pytest.raises(InputError, match=r"batch_size=16 .*accumulate=5: it must be a multiple of 5"):
+        total_steps(QATConfig(batch_size=16, accumulate=5), 64)
 
 
 def test_a_teacher_that_is_the_model_teaches_nothing(tmp_path):
@@ -282,11 +308,17 @@ def test_a_loss_of_nan_is_a_divergence(tmp_path):
     with torch.no_grad():
         model.fc.bias[3] = math.nan
     before = model.conv1.weight.detach().clone()
-    with pytest.raises(
-        DivergedError, match=r"diverged at step 1: the term task is nan\. No checkpoint was"
-    ):
+    with pytest.raises(DivergedError, match=r"diverged at step 1: the term task is nan\. No checkpoint was"):
         list(reports(model, None, QATConfig(steps=2, batch_size=16), tmp_path))
     assert torch.equal(model.conv1.weight, before)
+
+
+def test_a_high_temperature_is_no_divergence(tmp_path):
+    """Distillation grows with the square of the temperature: 900 times the logarithm of the classes is chance."""
+    model, teacher = prepared(model_of("resnet"))
+    config = QATConfig(steps=1, batch_size=16, kd_temperature=30.0, learning_rate=1e-6)
+    rows = [row for report in reports(model, teacher, config, tmp_path) for row in report.history]
+    assert max(row.get("kd", 0.0) for row in rows) > 1000
 
 
 def test_a_regularizer_of_nan_is_a_divergence(tmp_path):

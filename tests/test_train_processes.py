@@ -24,7 +24,7 @@ DATA = ["--data", "digits", "--num-workers", "0"]
 IMAGES, BROKEN = 60, 9
 TRAIN = ["train", "vit_tiny_patch16_224", "--model-kwargs", VIT_KWARGS, *DATA, "--images", IMAGES, "--val-images", 40,
          "--uniform", "w4a4", "--set", "batch_size=12", "--set", "epochs=2", "--set", "log_every=1",
-         "--set", "gradient_norms_every=5", "--set", "calibration_images=20", "--set", "obr_weight=0.1",
+         "--set", "gradient_norms_every=1", "--set", "calibration_images=20", "--set", "obr_weight=0.1",
          "--set", "dampening_weight=0.1", "--set", "kurtosis_weight=0.1"]  # fmt: skip
 LABELS = ["soft-labels", *MODEL, *DATA, "--images", IMAGES, "--crops", 3, "--batch-size", 20]
 SOFT = ["--set", "crops_per_image=3"]
@@ -86,21 +86,21 @@ def history(run: Path, split: str) -> pd.DataFrame:
 
 @pytest.mark.parametrize("kind", ["kd", "soft"])
 def test_two_processes_give_the_loss_curve_of_one(ended, kind):
-    """Every term and its gradient within 1e-3, the validation loss and the weights' codes too: sums round otherwise.
+    """Every term and its gradient within 1e-4, the validation loss and the weights too: sums round otherwise.
 
     The same global batch, with an online teacher and with stored labels; a network without BatchNorm.
     """
     root, _ = ended
     one, two = (history(root / f"{name}-{kind}", "train") for name in ("one", "two"))
-    assert {"task", kind, "obr_distance", "obr_variance", "dampening", "kurtosis"} <= set(one)
+    assert {"task", kind, "obr_distance", "obr_variance", "dampening", "kurtosis", f"grad_{kind}"} <= set(one)
     assert len(one) == 10
     assert one["loss"].iloc[-1] < one["loss"].max()
-    np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6)
     one, two = (history(root / f"{name}-{kind}", "val") for name in ("one", "two"))
-    np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-3)
+    np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-4)
     states = [load_file(root / f"{name}-{kind}" / "qat" / "model.safetensors") for name in ("one", "two")]
     for key, value in states[0].items():
-        torch.testing.assert_close(states[1][key], value, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-4)
 
 
 def test_two_processes_make_the_same_soft_labels(ended):
