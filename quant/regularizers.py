@@ -10,6 +10,7 @@ then the same in tensors of every size. The two differ by a factor of 1e4 to 1e5
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,8 @@ from quant.functional import blocks, dequantize, in_rows, in_single, in_steps, q
 UNIFORM_KURTOSIS = 1.8
 """Raw kurtosis of a uniform distribution, the one that a uniform quantizer harms least; a Gaussian has 3."""
 
-_SMALL_TABLE = 2**13
-"""Sums that a CPU's caches hold beside a block."""
+_NUMBERED = 2**15
+"""Bins that int16 can number."""
 
 
 class BinLoss(NamedTuple):
@@ -119,16 +120,16 @@ class _BinLoss(torch.autograd.Function):
         table = min(top.stop, outer * groups) * levels
         # Sums that follow each other into the same bin wait for each other: neighbouring columns get tables of their
         # own. That and the shorter type of integer take a third off the time.
-        lanes = max(1, min(8, _SMALL_TABLE // table))
-        dtype = torch.int16 if lanes * table < 2**15 else torch.int32
+        lanes = max(1, min(8, _NUMBERED // table))
+        dtype = torch.int16 if table <= _NUMBERED else torch.int32
         lane = torch.arange(min(left.stop, inner), device=weight.device).remainder_(lanes).mul_(table).to(dtype)
-        sums = weight.new_zeros(3, outer * groups, levels, dtype=torch.float64)
+        sums = weight.new_zeros(3, lanes, outer * groups, levels, dtype=torch.float64)
         for (rows, _), residual, codes, _ in _residuals(weight, scale, offset, bit_width, signed):
             bins, exact = _bins(codes, low, levels, lanes * table, lane), residual.flatten().double()
-            for total, values in zip(sums[:, rows], (None, exact, exact.square()), strict=True):
-                found = torch.bincount(bins, values, minlength=lanes * table)
-                total += found.view(lanes, -1, levels).sum(dim=0)[: len(total)]
-        count, total, squares = sums.view(3, outer, groups, levels).sum(dim=1)
+            for total, values in zip(sums[:, :, rows], (None, exact, exact.square()), strict=True):
+                found = torch.bincount(bins, values, minlength=lanes * table).view(lanes, -1, levels)
+                total += found[:, : len(codes)]
+        count, total, squares = sums.view(3, lanes * outer, groups, levels).sum(dim=1)
         count.clamp_(min=1)
         ctx.save_for_backward(weight, scale, offset, count, total / count)
         ctx.scheme = bit_width, signed
@@ -166,8 +167,7 @@ def _residuals(
     That is decided by comparison, as in `quant.functional.fake_quantize`, and not by clamp's own gradient.
     """
     rows, scales, offsets = in_rows(weight, scale, offset)
-    ends = torch.tensor(quant_range(bit_width, signed), dtype=weight.dtype)
-    low, high = ends.nextafter(ends.flip(0)).tolist()  # the outermost numbers that lie inside
+    low, high = _inside(bit_width, signed, weight.dtype)
     for block in blocks(rows):
         w, s, o = rows[block], scales[block[0]], None if offsets is None else offsets[block[0]]
         v = in_steps(w, s, o)
@@ -176,6 +176,14 @@ def _residuals(
         codes = to_codes_(clipped, bit_width, signed)
         on_grid = dequantize(codes, s, o)
         yield block, torch.sub(w, on_grid, out=on_grid).mul_(inside), codes, inside
+
+
+@cache
+def _inside(bit_width: int, signed: bool, dtype: torch.dtype) -> tuple[float, float]:
+    """The outermost numbers between the ends of the range of the codes."""
+    ends = torch.tensor(quant_range(bit_width, signed), dtype=dtype)
+    low, high = ends.nextafter(ends.flip(0)).tolist()
+    return low, high
 
 
 def _bins(codes: Tensor, low: int, levels: int, size: int, lane: Tensor | None = None) -> Tensor:
