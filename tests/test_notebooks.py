@@ -107,6 +107,7 @@ def test_a_network_of_timm_is_measured_once(tmp_path):
         "models": ["test_resnet"],
         "data": f"csv:{tmp_path / 'images.csv'}",
         "pretrained": False,
+        "images": 4,
     }
     (run,) = network_runs("no/demo", **wanted)
     assert run == tmp_path / "test_resnet"
