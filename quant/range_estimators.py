@@ -34,13 +34,16 @@ def estimate_range(x: Tensor, scheme: QuantScheme, estimator: Estimator, weights
 
     `minmax` covers every value, `percentile` all but 0.05 % at each end (below 2,000 values a group: all), `mse`
     minimises the squared error. One signed bit is binary and has a closed form, mean |x| (Rastegari et al., ECCV 2016,
-    arXiv:1603.05279), whatever the estimator. `weights`: (values,), how many values each one stands for. A degenerate
-    group takes the median scale of the sound ones (all-zero tensors: 1).
+    arXiv:1603.05279), whatever the estimator; an offset is the mean, and the scale that of what is left. `weights`:
+    (values,), how many values each one stands for. A degenerate group takes the median scale of the sound ones
+    (all-zero tensors: 1).
     """
     x = x.float()
     w = torch.ones(x.shape[1], device=x.device) if weights is None else weights.to(x)
     if scheme.bit_width == 1 and scheme.signed:
-        scale, offset = (x.abs() * w).sum(dim=1) / w.sum(), None
+        offset = (x * w).sum(dim=1) / w.sum() if scheme.offset else None
+        centred = x if offset is None else x - offset[:, None]
+        scale = (centred.abs() * w).sum(dim=1) / w.sum()
     elif estimator == "mse":
         fits = [_least_squares(part, w, scheme) for part in x.split(max(1, _AT_ONCE // x.shape[1]))]
         scale = torch.cat([scale for scale, _ in fits])

@@ -27,8 +27,6 @@ class QuantScheme:
             raise InputError(f"bit-width {self.bit_width} is not offered; choose from {ALLOWED_BIT_WIDTHS}.")
         if self.granularity not in GRANULARITIES:
             raise InputError(f"granularity {self.granularity!r} is unknown; choose from {GRANULARITIES}.")
-        if self.bit_width == 1 and self.signed and self.offset:
-            raise InputError("signed codes of 1 bit are -1 and 1 and have no offset; plan it without, or unsigned.")
 
     @property
     def quant_min(self) -> int:

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant.choices import ESTIMATORS
-from quant.errors import InputError
 from quant.functional import fake_quantize
 from quant.range_estimators import estimate_range
 from quant.scheme import QuantScheme
@@ -68,10 +67,15 @@ def test_signed_and_unsigned_codes_with_an_offset_are_the_same_grids(estimator, 
     torch.testing.assert_close(errors[1], errors[0], rtol=1e-3, atol=0)
 
 
-def test_one_signed_bit_has_no_offset():
-    """Its codes are -1 and 1: the scheme is refused, not silently another one."""
-    with pytest.raises(InputError, match="have no offset"):
-        QuantScheme(bit_width=1, signed=True, offset=True)
+def test_one_signed_bit_with_an_offset_is_the_mean_and_the_mean_deviation():
+    """The offset of a plan is there, and no other scale about it has a smaller squared error."""
+    x = torch.randn(2, 500, generator=torch.Generator().manual_seed(0)) * 0.1 + 3
+    scheme = QuantScheme(bit_width=1, signed=True, offset=True)
+    found = estimate_range(x, scheme, "mse")
+    torch.testing.assert_close(found.offset, x.mean(dim=1))
+    best = squared_error(x, found, scheme)
+    for share in (0.9, 0.99, 1.01, 1.1):
+        assert (squared_error(x, found._replace(scale=found.scale * share), scheme) > best).all()
 
 
 def test_minmax_covers_every_value_and_percentile_leaves_out_the_tails():
