@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import pandas as pd
 
+from analysis.budget_kinds import BUDGET_KINDS
 from analysis.plots import TENSOR_CLASSES
 from analysis.report_cells import DASH, Cell, Table, number, plain, text
 from analysis.report_content import RunContent
@@ -14,15 +15,14 @@ def certificate(content: RunContent) -> Table | None:
     plan = content.plan
     if plan is None:
         return None
-    units = (
-        ("mean weight bits", "weight_bits", 1, "{:.4f}"), ("mean activation bits", "activation_bits", 1, "{:.4f}"),
-        ("size (MiB)", "size_bytes", 2**20, "{:.4f}"), ("GBitOps", "bitops", 1e9, "{:.4f}"),
-        ("activations (MiB)", "activation_bytes", 2**20, "{:.4f}"), ("latency (ms)", "latency_ms", 1, "{:.4f}"),
-    )  # fmt: skip
-    totals, budget = asdict(plan.totals), asdict(plan.budget)
+    totals, budget = asdict(plan.totals), plan.budget.as_dict()
     rows = [
-        (text(label), number(_ratio(totals[name], unit), style), number(_ratio(budget[name], unit), "{:g}"))
-        for label, name, unit, style in units
+        (
+            text(kind.label),
+            number(None if totals[name] is None else totals[name] / kind.unit, "{:.4f}"),
+            number(budget[name] / kind.unit if name in budget else None, "{:g}"),
+        )
+        for name, kind in BUDGET_KINDS.items()
         if totals[name] is not None or name in ("weight_bits", "activation_bits")
     ]
     solver = plan.solver
@@ -85,7 +85,3 @@ def _mean_of(bits: pd.Series) -> Cell:
         return Cell(text=DASH, number=True)
     low, mean, high = bits.min(), float(bits.mean()), bits.max()
     return Cell(text=f"{mean:.2f} ({low} to {high})" if low < high else f"{low}", key=mean, number=True)
-
-
-def _ratio(value: float | None, unit: float) -> float | None:
-    return None if value is None else value / unit
