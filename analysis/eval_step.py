@@ -55,7 +55,9 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
         with running:
             logits, labels = logits_of(opened.model, opened.stream(data, "evaluation"))
         kind = _kind(request, opened.run.path)
-        keep_row(opened, verify_row(kind, opened, sites, logits, labels))
+        how = "none" if request.floating else "learned" if plan is None else request.estimator
+        batchnorm = "stored" if plan is None else request.batchnorm
+        keep_row(opened, verify_row(kind, opened, sites, logits, labels, estimator=how, batchnorm=batchnorm))
     show_rows(opened, kind)
 
 
@@ -80,9 +82,21 @@ def running_quantized(opened: Opened, made: Calibrated, batchnorm: str) -> Itera
 
 
 def verify_row(
-    kind: str, opened: Opened, sites: Sequence[PlannedSite], logits: Tensor, labels: Tensor
+    kind: str,
+    opened: Opened,
+    sites: Sequence[PlannedSite],
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    estimator: str,
+    batchnorm: str = "stored",
 ) -> dict[str, Any]:
-    """A row of verify.parquet: what the quantization of `sites` costs, and the figures of the logits."""
+    """A row of verify.parquet: what the quantization of `sites` costs, and the figures of the logits.
+
+    `estimator` set the scales: one of `ESTIMATORS`, `learned` or, in floating point, `none`. `batchnorm` is `stored` or
+    `re-estimate`.
+    """
+    treated = {"stored": "stored", "re-estimate": "re_estimated"}[batchnorm] if batchnorms(opened.model) else "none"
     per_image = scores(logits, labels)
     loss, loss_se = mean_and_error(per_image.loss)
     top1, top1_se = mean_and_error(per_image.hit)
@@ -99,12 +113,14 @@ def verify_row(
         "top1": top1,
         "top1_se": top1_se,
         "images": len(labels),
+        "estimator": estimator,
+        "batchnorm": treated,
     }
 
 
 def keep_row(opened: Opened, row: Mapping[str, Any], *, tell: bool = True) -> None:
-    """Add a row to verify.parquet; a row of the same plan and cost takes the place of the older one, with a warning."""
-    same = ("plan", "weight_bits", "activation_bits", "size_bytes", "bitops")
+    """Add a row to verify.parquet; an older one of the same plan, cost and treatment is replaced, with a warning."""
+    same = ("plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "estimator", "batchnorm")
     with opened.run.taking_turns():
         rows = _rows(opened)
         places = [i for i, old in enumerate(rows) if all(old[name] == row[name] for name in same)]
@@ -144,6 +160,8 @@ def show_rows(opened: Opened, kind: str) -> None:
         top1_percent=100 * rows["top1"],
         top1_se=100 * rows["top1_se"],
         images=rows["images"],
+        estimator=rows["estimator"],
+        batchnorm=rows["batchnorm"],
     )
     say(as_text(shown), quiet=opened.setup.quiet)
     say(f"{kind} is new in {opened.run.path / 'verify.parquet'}", quiet=opened.setup.quiet)

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +19,7 @@ from analysis.cost import cost_table
 from analysis.files import write_atomic
 from analysis.open_run import open_run
 from analysis.opened import Opened
+from analysis.run_record import typed_command
 from analysis.setup import Setup
 from analysis.trained_model import load_trained_
 from quant.bit_plan import BitPlan, PlannedSite, check_known_sites
@@ -55,7 +54,7 @@ def run_export(setup: Setup, out: Path, *, name: str | None = None) -> None:
     inputs = opened.inputs(None) | {"model_sha256": hashlib.sha256((trained / _TRAINED).read_bytes()).hexdigest()}
     inside = out.resolve().is_relative_to(opened.run.path.resolve())
     with opened.run.start_step(
-        "export", command=shlex.join(["qvw", *sys.argv[1:]]), options={"out": str(out), "name": name}, inputs=inputs,
+        "export", command=typed_command(), options={"out": str(out), "name": name}, inputs=inputs,
         files=[str(out.resolve().relative_to(opened.run.path.resolve()))] if inside else [],
         seed=0, device=opened.setup.device, renew=True,
     ):  # fmt: skip

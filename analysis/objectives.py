@@ -1,5 +1,6 @@
 """What a plan is to keep small: a measured change, its upper confidence bound, a proxy, or the user's own scores."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from analysis.console import warn
 from analysis.proxies import PROXIES, PROXY_COLUMNS, PROXY_IMAGE_COLUMNS
 from analysis.runs import Run
-from quant.bit_plan import check_known_sites
+from quant.bit_plan import PlannedSite, check_known_sites
 from quant.errors import InputError, first_line
 from quant.site import Site
 
@@ -82,6 +83,17 @@ def site_products(run: Run, options: pd.DataFrame) -> dict[tuple[Site, int], NDA
         (Site(row.module, row.tensor), int(row.bit_width)): np.asarray(row.products, dtype=np.float64)
         for row in kept.itertuples(index=False)
     }
+
+
+def summed(sites: Sequence[PlannedSite], measured: pd.DataFrame, column: str) -> float:
+    """What the bits of `sites` change each alone, added up; NaN where one of them was not measured.
+
+    `measured` has at most one row per (module, tensor, bit_width): of sensitivity.parquet, or options made of it.
+    """
+    if column not in measured:
+        return math.nan
+    chosen = measured.set_index(_KEY)[column].reindex([(s.module, s.tensor, s.bit_width) for s in sites])
+    return math.nan if chosen.isna().any() else float(chosen.sum())
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:

@@ -1,7 +1,5 @@
 """An open run folder: the model with its sites on a device, its images, and the record of the steps that use them."""
 
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +14,7 @@ from analysis.console import progress, warn
 from analysis.data import Batch, ImageData, batches, load_data, shared_batches
 from analysis.listing import InputConfig
 from analysis.models import num_classes
-from analysis.run_record import ModelRecord, RunRecord, StepRecord
+from analysis.run_record import ModelRecord, RunRecord, StepRecord, typed_command
 from analysis.runs import Run
 from analysis.setup import REMEMBERED, Setup
 from quant.errors import InputError
@@ -139,7 +137,7 @@ class Opened:
         assert setup.seed is not None
         fixed, before = self.inputs(data) | dict(inputs or {}), run.record.steps.get(name)
         with run.start_step(
-            name, command=shlex.join(["qvw", *sys.argv[1:]]), options=_jsonable(asdict(setup) | dict(options)),
+            name, command=typed_command(), options=_jsonable(asdict(setup) | dict(options)),
             inputs=fixed, seed=setup.seed if seed is None else seed, device=setup.device, files=files,
             temporary=temporary, instead=instead, overwrite=setup.overwrite and not renew,
             renew=setup.overwrite and renew,

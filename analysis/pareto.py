@@ -13,6 +13,7 @@ import pandas as pd
 
 from analysis import accounting
 from analysis.budget_kinds import BUDGET_KINDS
+from analysis.objectives import summed
 from analysis.planner import PlanSolution, plan_bits, read_options
 from quant.bit_plan import PlanBudget
 from quant.errors import InputError
@@ -21,10 +22,10 @@ from quant.site import Site
 TOTALS = ("weight_bits", "activation_bits", "size_bytes", "bitops")
 ON_REQUEST = ("activation_bytes", "latency_ms")  # have a curve where the budget sets them: few plans are about them
 PARETO_COLUMNS = (
-    "budget_kind", "budget", *TOTALS, *ON_REQUEST, "predicted_delta_loss", "lower_bound", "gap", "status",
-    "shadow_price",
+    "budget_kind", "budget", *TOTALS, *ON_REQUEST, "objective", "lower_bound", "gap", "status", "shadow_price",
+    "predicted_delta_loss",
 )  # fmt: skip
-UNIFORM_COLUMNS = ("budget_kind", "bit_width", *TOTALS, *ON_REQUEST, "predicted_delta_loss")
+UNIFORM_COLUMNS = ("budget_kind", "bit_width", *TOTALS, *ON_REQUEST, "objective", "predicted_delta_loss")
 _FLOATS = dict.fromkeys((*TOTALS, *ON_REQUEST), float)
 _WHOLE = ("size_bytes", "activation_bytes", "bitops")
 
@@ -48,11 +49,12 @@ def pareto_front(
     `kinds` are names of TOTALS and ON_REQUEST, by default all of TOTALS that some site counts for, and those of
     ON_REQUEST that `budget` sets. A curve has `points` budgets in equal ratios, from that of the cheapest plan to that
     of the plan with the least score, and the one that `budget` itself sets, if it lies between. Each row is the best of
-    all plans found that are within its budget, the cheaper of equals: so predicted_delta_loss never rises. A larger
+    all plans found that are within its budget, the cheaper of equals: so objective never rises. A larger
     budget that buys nothing has no row of its own. A bound for a larger budget holds for a smaller one too, so
     lower_bound never rises either.
 
-    predicted_delta_loss and lower_bound are sums of the scores of `options`, in their unit. shadow_price is what the
+    objective and lower_bound are sums of the scores of `options`, in their unit; predicted_delta_loss is that of the
+    column delta_loss of `options`, whatever was minimised (NaN without it). shadow_price is what the
     next unit of the budget (a bit on average, a byte, a bit operation, a millisecond) saves: the fall to the next row
     over the difference of the two budgets, 0 at the last row, where the scores cannot fall further. `relative_gap` and
     `time_limit` (seconds) are those of one point; `solved` is called after each. InputError: as of `plan_bits`.
@@ -78,7 +80,7 @@ def pareto_front(
             solutions.append(plan(options, budget=replace(others, **{kind: limit})))
             solved()
         solved()
-        curves.append(_curve(kind, limits, [*solutions, dearest], relative_gap))
+        curves.append(_curve(kind, limits, [*solutions, dearest], options, relative_gap))
     return pd.concat(curves, ignore_index=True)
 
 
@@ -116,7 +118,8 @@ def uniform_points(
                 solution = plan(uniform, budget=others)
             except InputError:  # not within the other budgets
                 continue
-            figures = {"budget_kind": kind, "bit_width": bit_width, "predicted_delta_loss": solution.objective}
+            figures = {"budget_kind": kind, "bit_width": bit_width, "objective": solution.objective}
+            figures["predicted_delta_loss"] = summed(solution.sites, options, "delta_loss")
             rows.append(figures | asdict(solution.totals))
     return pd.DataFrame(rows, columns=list(UNIFORM_COLUMNS)).astype(_FLOATS)
 
@@ -124,7 +127,7 @@ def uniform_points(
 def knee(front: pd.DataFrame) -> pd.DataFrame:
     """The row of each curve of `front` that lies farthest below the chord between its ends, under its own index.
 
-    Both axes are scaled to 0..1: what the plan costs, and predicted_delta_loss itself, not its logarithm. On a convex
+    Both axes are scaled to 0..1: what the plan costs, and the objective itself, not its logarithm. On a convex
     curve the next unit saves more than the average unit of the whole curve before the knee, and less after it; on a
     logarithmic axis a loss that falls by a constant factor a bit is a straight line, whose farthest point is noise,
     and a loss below 0 has no place. The knee belongs to the range of bit-widths offered. A curve that falls nowhere
@@ -133,7 +136,7 @@ def knee(front: pd.DataFrame) -> pd.DataFrame:
     found = []
     for kind in front["budget_kind"].unique():
         rows = np.flatnonzero(front["budget_kind"] == kind)
-        spent, loss = (front[column].to_numpy(dtype=float)[rows] for column in (kind, "predicted_delta_loss"))
+        spent, loss = (front[column].to_numpy(dtype=float)[rows] for column in (kind, "objective"))
         if not (spent[-1] > spent[0] and loss[0] > loss[-1]):
             continue
         below = (spent[-1] - spent) / (spent[-1] - spent[0]) - (loss - loss[-1]) / (loss[0] - loss[-1])
@@ -184,7 +187,9 @@ def _limits(kind: str, low: float, high: float, asked: float | None, points: int
     return [*sorted({limit for limit in [low, *inner] if low <= limit < high}), high]
 
 
-def _curve(kind: str, limits: list[Any], solutions: Sequence[PlanSolution], relative_gap: float) -> pd.DataFrame:
+def _curve(
+    kind: str, limits: list[Any], solutions: Sequence[PlanSolution], options: pd.DataFrame, relative_gap: float
+) -> pd.DataFrame:
     """The rows of one kind of budget; `solutions` has the plan of each limit."""
     bounds = np.maximum.accumulate([solution.lower_bound for solution in reversed(solutions)])[::-1]
     rows: list[tuple[PlanSolution, dict[str, Any]]] = []
@@ -201,13 +206,14 @@ def _curve(kind: str, limits: list[Any], solutions: Sequence[PlanSolution], rela
             "budget_kind": kind,
             "budget": float(limit),
             **asdict(best.totals),
-            "predicted_delta_loss": best.objective,
+            "objective": best.objective,
+            "predicted_delta_loss": summed(best.sites, options, "delta_loss"),
             "lower_bound": lower_bound,
             "gap": gap,
             "status": "optimal" if gap <= relative_gap else own.status,
         }
         rows.append((best, row))
     frame = pd.DataFrame([row for _, row in rows])
-    loss, budget = frame["predicted_delta_loss"].to_numpy(), frame["budget"].to_numpy()
+    loss, budget = frame["objective"].to_numpy(), frame["budget"].to_numpy()
     frame["shadow_price"] = [*((loss[:-1] - loss[1:]) / np.diff(budget)), 0.0]
     return frame[list(PARETO_COLUMNS)].astype(_FLOATS)

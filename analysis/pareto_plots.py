@@ -42,7 +42,7 @@ def plot_pareto(
         raise ValueError(f"The front has no row of {kind}: there is nothing to draw.")
     ax = new_axes(ax, (PAGE / 2, 2.4))
     ours, other = sns.color_palette("colorblind")[0], sns.color_palette("colorblind")[1]
-    spent, loss = curve[kind].to_numpy() / unit, curve["predicted_delta_loss"].to_numpy()
+    spent, loss = curve[kind].to_numpy() / unit, curve["objective"].to_numpy()
     end = curve["budget"].iloc[-1] / unit  # what more budget buys beyond the last plan: nothing
     ax.plot([*spent, max(spent[-1], end)], [*loss, loss[-1]], color=ours)
     ax.plot(spent, loss, "o", ms=2.5, color=ours, label="best plan")
@@ -52,7 +52,7 @@ def plot_pareto(
         shown.append(curve["lower_bound"].to_numpy())
     if uniform is not None and (uniform["budget_kind"] == kind).any():
         points = uniform[uniform["budget_kind"] == kind]
-        x, y = points[kind].to_numpy() / unit, points["predicted_delta_loss"].to_numpy()
+        x, y = points[kind].to_numpy() / unit, points["objective"].to_numpy()
         ax.plot(x, y, "x", ms=4, mew=1, color=other, label="uniform bits")
         for bits, *at in zip(points["bit_width"], x, y, strict=True):
             ax.annotate(f"{bits}", (at[0], at[1]), xytext=(3, 3), textcoords="offset points", fontsize=6, color=other)
@@ -61,7 +61,7 @@ def plot_pareto(
     _scale_loss(ax, values)
     note = "" if ax.get_yscale() == "linear" else " (on linear axes)"
     for _, row in knee(curve).iterrows():
-        place = row[kind] / unit, row["predicted_delta_loss"]
+        place = row[kind] / unit, row["objective"]
         ax.plot(*place, "o", ms=7, mfc="none", mec="black", mew=0.8, label=f"knee at {row['budget'] / unit:.4g}{note}")
     leave_room(ax, float(values.min()), float(values.max()), below=0.08, above=0.1)
     ax.margins(x=0.06)

@@ -2,8 +2,6 @@
 
 import hashlib
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +15,7 @@ from analysis.console import progress, say, warn
 from analysis.cost import COST_COLUMNS
 from analysis.files import write_bytes
 from analysis.interactions import FEW_IMAGES
-from analysis.objectives import MEASURED, read_csv, site_products
+from analysis.objectives import MEASURED, read_csv, site_products, summed
 from analysis.panels import bits_figure, save_figure
 from analysis.pareto import ON_REQUEST, pareto_front, uniform_points
 from analysis.pareto_plots import pareto_figure
@@ -26,7 +24,8 @@ from analysis.plan_files import NAME, PlanFiles
 from analysis.plan_offer import offered, tied
 from analysis.plan_request import PlanRequest
 from analysis.plan_words import knee_words, loose_budgets, plan_words, rising_scores
-from analysis.planner import PlanSolution, plan_bits, read_options
+from analysis.planner import plan_bits, read_options
+from analysis.run_record import typed_command
 from analysis.runs import Run
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
 from analysis.setup import Setup
@@ -61,13 +60,14 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     solution = plan_bits(
         options, cost, budget=budget, parameters=model.parameters, ties=ties, latency=latency, products=products
     )
+    loss = summed(solution.sites, rows, "delta_loss")
     plan = BitPlan(
         model=PlanModel(name=model.typed, kwargs=dict(model.kwargs), weights_sha256=model.weights_sha256),
         layout=request.layout,
         budget=budget,
         sites=solution.sites,
         totals=solution.totals,
-        predicted_delta_loss=_predicted_loss(solution, rows),
+        predicted_delta_loss=None if math.isnan(loss) else loss,
         solver=PlanSolver(
             name="highs",
             status=solution.status,
@@ -82,7 +82,7 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     }
     planned = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(request).items()}
     with run.start_step(
-        files.name, command=shlex.join(["qvw", *sys.argv[1:]]), options=planned, inputs=inputs, seed=0, device="cpu",
+        files.name, command=typed_command(), options=planned, inputs=inputs, seed=0, device="cpu",
         files=files.files, renew=True,
     ):  # fmt: skip
         json_file, csv_file, *_ = files.beside
@@ -183,10 +183,3 @@ def bits_frame(plan_sites: pd.DataFrame, stats: pd.DataFrame) -> pd.DataFrame:
     known = stats[["module", "tensor", "kind", "order"]]
     joined = plan_sites[["module", "tensor", "bit_width"]].merge(known, on=["module", "tensor"], how="left")
     return joined.sort_values("order", kind="stable", ignore_index=True)
-
-
-def _predicted_loss(solution: PlanSolution, rows: pd.DataFrame) -> float | None:
-    """Sum of the measured loss changes of the chosen bits; None where one of them was not measured."""
-    measured = rows.set_index(["module", "tensor", "bit_width"])["delta_loss"]
-    chosen = measured.reindex([(s.module, s.tensor, s.bit_width) for s in solution.sites])
-    return None if chosen.isna().any() else float(chosen.sum())

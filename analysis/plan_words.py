@@ -68,6 +68,6 @@ def knee_words(front: pd.DataFrame, objective: str) -> str:
         kind = BUDGET_KINDS[row["budget_kind"]]
         lines.append(
             f"  {amount(row['budget_kind'], row['budget']):32} predicted {objective} "
-            f"{row['predicted_delta_loss']:.4g}, {row['shadow_price'] * kind.unit:.3g} less for {kind.next_unit}"
+            f"{row['objective']:.4g}, {row['shadow_price'] * kind.unit:.3g} less for {kind.next_unit}"
         )
     return "\n".join(lines)

@@ -107,7 +107,7 @@ def _curve_table(content: RunContent, kind: str, curve: pd.DataFrame) -> Table:
         {f"budget: {label}": number(row["budget"] / unit, _style(rows["budget"] / unit))}
         | {cost.label: number(row[c] / cost.unit, _style(rows[c] / cost.unit)) for c, cost in costs.items()}
         | {
-            f"predicted {what}": number(row["predicted_delta_loss"], "{:#.4g}"),
+            f"predicted {what}": number(row["objective"], "{:#.4g}"),
             price: number(row["shadow_price"] * unit, "{:#.3g}"),
             "gap": number(row["gap"], "{:.1g}"),
             "point": text(",\N{NO-BREAK SPACE}".join(marks.get(index, []))),

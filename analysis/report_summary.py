@@ -51,6 +51,7 @@ def evaluated(content: RunContent) -> Table | None:
         return None
     columns = (
         "network", "top-1 (%)", "loss (nats)", "weight bits", "activation bits", "size (MiB)", "GBitOps", "images",
+        "scales", "BatchNorm",
     )  # fmt: skip
     cells = tuple(
         (
@@ -62,6 +63,8 @@ def evaluated(content: RunContent) -> Table | None:
             number(row["size_bytes"] / 2**20, "{:.3f}"),
             number(row["bitops"] / 1e9, "{:.3f}"),
             number(row["images"], "{:,.0f}"),
+            text(row["estimator"]),
+            text(row["batchnorm"].replace("_", "-")),
         )
         for row in rows
     )

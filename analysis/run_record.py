@@ -1,7 +1,9 @@
 """What run.json holds: model, images, and of each step how it was run, with which versions, and how it ended."""
 
 import platform
+import shlex
 import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -74,6 +76,14 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):  # a checkout that was not installed
             found[package] = version(package)
     return found
+
+
+def typed_command() -> str:
+    """The command of the terminal, `qvw ...`; of another program, such as a notebook, that it called the library."""
+    program = Path(sys.argv[0])
+    if program.stem == "qvw" or program.parts[-2:] == ("analysis", "__main__.py"):
+        return shlex.join(["qvw", *sys.argv[1:]])
+    return f"called from {program.name or 'Python'}"
 
 
 def git_commit() -> str | None:

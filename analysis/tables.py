@@ -39,6 +39,7 @@ _MEAN_BITS = Column(sort="number", least=0, most=32)  # 32: floating point
 _MODULE, _KIND = _TEXT, Column(sort="text", allowed=KINDS)
 _SITE = {"module": _MODULE, "tensor": Column(sort="text", allowed=QUANTIZABLE)}
 _GRANULARITY, _ESTIMATOR = Column(sort="text", allowed=GRANULARITIES), Column(sort="text", allowed=ESTIMATORS)
+_BATCHNORM = Column(sort="text", allowed=("stored", "re_estimated", "none"))
 _GROUP_GRANULARITY = Column(sort="text", allowed=(*GRANULARITIES, "default"))
 # Without labels, and the errors with a single image, figures are missing in all rows: all are of the same images.
 _TOGETHER = Column(sort="number", missing="together")
@@ -48,7 +49,7 @@ _KL = Column(sort="number", least=-1e-6)  # 0, but for rounding of large logits
 _SWEEP_ROW = {
     "module": _MODULE, "tensor": _TEXT, "group": _TEXT, "bit_width": _BITS,
     "protocol": Column(sort="text", allowed=PROTOCOLS), "granularity": _GROUP_GRANULARITY, "estimator": _ESTIMATOR,
-    "batchnorm": Column(sort="text", allowed=("stored", "re_estimated", "none")),
+    "batchnorm": _BATCHNORM,
 }  # fmt: skip
 
 
@@ -199,8 +200,9 @@ TABLES: Mapping[str, Table] = {
         columns={
             "plan": _TEXT, **_COSTS, "loss": _SIZE, "loss_se": _SIZE, "top1": _SHARE, "top1_se": _SIZE,
             "images": Column(sort="whole", least=1, most=COUNTABLE),
+            "estimator": Column(sort="text", allowed=(*ESTIMATORS, "learned", "none")), "batchnorm": _BATCHNORM,
         },
-        key=("plan", *_COSTS),
+        key=("plan", *_COSTS, "estimator", "batchnorm"),
     ),
     "verification": Table(
         columns={
@@ -215,13 +217,15 @@ TABLES: Mapping[str, Table] = {
     "pareto": Table(
         columns={
             "budget_kind": _BUDGET_KIND, "budget": Column(sort="number", least=0), **_FRONT_COSTS,
-            "predicted_delta_loss": _SUM, "lower_bound": _SUM, "gap": Column(sort="number", least=0, most=math.inf),
+            "objective": _SUM, "lower_bound": _SUM, "gap": Column(sort="number", least=0, most=math.inf),
             "status": Column(sort="text", allowed=("optimal", "time_limit", "feasible")), "shadow_price": _SUM,
+            "predicted_delta_loss": _SUM,
         },
         key=("budget_kind", "budget"),
     ),
     "pareto_uniform": Table(
-        columns={"budget_kind": _BUDGET_KIND, "bit_width": _BITS, **_FRONT_COSTS, "predicted_delta_loss": _SUM},
+        columns={"budget_kind": _BUDGET_KIND, "bit_width": _BITS, **_FRONT_COSTS, "objective": _SUM,
+                 "predicted_delta_loss": _SUM},
         key=("budget_kind", "bit_width"),
     ),
     "history": Table(

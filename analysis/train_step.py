@@ -243,4 +243,5 @@ def _finish(opened: Opened, plan: BitPlan | None, request: TrainRequest, logits:
             "Lower learning_rate, or change crop_area and horizontal_flip (--set)."
         )
     save_trained(run.path / name, opened, plan)
-    keep_row(opened, verify_row(name, opened, () if plan is None else plan.sites, logits, labels))
+    sites, how = ((), "none") if plan is None else (plan.sites, "learned")
+    keep_row(opened, verify_row(name, opened, sites, logits, labels, estimator=how))

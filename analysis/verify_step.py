@@ -23,6 +23,7 @@ from analysis.evaluation import compare_logits, logits_of, mean_and_error, score
 from analysis.files import RowLog
 from analysis.interactions import Products
 from analysis.interactions import predicted as with_interactions
+from analysis.objectives import summed
 from analysis.open_run import open_run
 from analysis.opened import Opened
 from analysis.panels import figure_files, save_figure
@@ -128,10 +129,13 @@ def run_verify(
                 )
                 if clean is None:
                     logits, labels = logits_of(opened.model, batches.get())
-                    keep_row(opened, verify_row("float", opened, (), logits, labels), tell=False)
+                    row = verify_row("float", opened, (), logits, labels, estimator="none")
+                    keep_row(opened, row, tell=False)
                     clean = _reference(opened, made.images, sweep_batches.get(), treatment)
                 with running_quantized(opened, made, treatment):
-                    figures = _measured(opened, made, kind, batches.get(), sweep_batches.get(), clean)
+                    figures = _measured(
+                        opened, made, kind, batches.get(), sweep_batches.get(), clean, estimator, treatment
+                    )
                 known[_bits(each)] = figures | {"inputs": fixed, "bits": _bits(each)}
                 log.append([known[_bits(each)]])
             own = known[_bits(each)]
@@ -221,13 +225,18 @@ def _measured(
     batches: Sequence[tuple[Tensor, Tensor]],
     sweep_batches: Sequence[tuple[Tensor, Tensor]],
     clean: Tensor,
+    estimator: Estimator,
+    treatment: str,
 ) -> dict[str, Any]:
     """Figures of one plan, in which the model runs: its row of verify.parquet, the changes, and those of images."""
     logits, labels = logits_of(opened.model, batches)
     noisy, sweep_labels = logits_of(opened.model, sweep_batches)
     figures, images = compare_logits(noisy, clean, sweep_labels)
     return {
-        "verify": verify_row(kind, opened, made.plan.sites, logits, labels), "figures": figures,
+        "verify": verify_row(
+            kind, opened, made.plan.sites, logits, labels, estimator=estimator, batchnorm=treatment
+        ),
+        "figures": figures,
         "hit": scores(logits, labels).hit.tolist(), "kl": images.kl.tolist(),
     }  # fmt: skip
 
@@ -240,21 +249,20 @@ def _row(
     products: Products | None,
 ) -> dict[str, object]:
     """A row of verification.parquet; differences from what was measured of the `planned` one are paired over images."""
-    known = measured.set_index(["module", "tensor", "bit_width"])[["kl", "delta_loss"]]
-    sites = plan.sites
-    predicted = known.reindex([(s.module, s.tensor, s.bit_width) for s in sites]).sum(min_count=len(sites))
     pairs = float("nan")
     if products is not None:
-        scores = {(Site(module, tensor), bits): kl for (module, tensor, bits), kl in known["kl"].items()}
+        swept = measured[["module", "tensor", "bit_width", "kl"]].itertuples(index=False)
+        scores = {(Site(module, tensor), bits): kl for module, tensor, bits, kl in swept}
         pairs = with_interactions(plan.bits, scores, products)
     figures = own["figures"]
     ahead, ahead_se = mean_and_error(torch.tensor(planned["hit"]).double() - torch.tensor(own["hit"]).double())
     excess, excess_se = mean_and_error(torch.tensor(own["kl"]).double() - torch.tensor(planned["kl"]).double())
     row = {name: own["verify"][name] for name in VERIFICATION_COLUMNS if name in own["verify"] and name != "plan"}
     return row | {
-        "predicted_kl": predicted["kl"], "predicted_kl_pairs": pairs,
+        "predicted_kl": summed(plan.sites, measured, "kl"), "predicted_kl_pairs": pairs,
         "measured_kl": figures["kl"], "measured_kl_se": figures["kl_se"],
-        "kl_excess": excess, "kl_excess_se": excess_se, "predicted_delta_loss": predicted["delta_loss"],
+        "kl_excess": excess, "kl_excess_se": excess_se,
+        "predicted_delta_loss": summed(plan.sites, measured, "delta_loss"),
         "measured_delta_loss": figures["delta_loss"], "measured_delta_loss_se": figures["delta_loss_se"],
         "planned_ahead": ahead, "planned_ahead_se": ahead_se,
     }  # fmt: skip

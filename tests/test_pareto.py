@@ -85,12 +85,12 @@ def test_each_point_is_the_best_of_all_plans(program, kind, held):
     assert front["budget"].iloc[0] == plans[kind].min()
     for row in front.itertuples():
         within = plans[plans[kind] <= row.budget]
-        assert row.predicted_delta_loss == pytest.approx(within["score"].min(), abs=1e-6)
+        assert row.objective == pytest.approx(within["score"].min(), abs=1e-6)
         assert row.lower_bound <= within["score"].min() + 1e-9
         assert getattr(row, kind) <= row.budget
         assert not held or getattr(row, other) <= limit
         assert ((plans[list(TOTALS)] == [getattr(row, name) for name in TOTALS]).all(axis=1)).any()
-    assert front["predicted_delta_loss"].iloc[-1] == pytest.approx(plans["score"].min(), abs=1e-6)
+    assert front["objective"].iloc[-1] == pytest.approx(plans["score"].min(), abs=1e-6)
 
 
 def test_the_front_falls_and_its_bounds_with_it():
@@ -102,9 +102,9 @@ def test_the_front_falls_and_its_bounds_with_it():
         assert len(curve) == 9
         assert (np.diff(curve["budget"]) > 0).all()
         assert (np.diff(curve[kind]) >= 0).all()
-        assert (np.diff(curve["predicted_delta_loss"]) <= 0).all()
+        assert (np.diff(curve["objective"]) <= 0).all()
         assert (np.diff(curve["lower_bound"]) <= 0).all()
-    assert (front["lower_bound"] <= front["predicted_delta_loss"]).all()
+    assert (front["lower_bound"] <= front["objective"]).all()
     assert front["gap"].between(0, 0.05).all()
     assert (front["status"] == "optimal").all()
 
@@ -123,8 +123,8 @@ def test_a_loose_solver_is_repaired(monkeypatch):
     front = pareto_front(options, cost, parameters=parameters, kinds=["weight_bits"], points=15)
     kept = exact[exact["budget"].isin(front["budget"])]
     assert 0 < len(front) < len(exact)  # the rows that would have risen are gone
-    np.testing.assert_array_equal(front["predicted_delta_loss"], kept["predicted_delta_loss"])
-    assert (np.diff(front["predicted_delta_loss"]) < 0).all()
+    np.testing.assert_array_equal(front["objective"], kept["objective"])
+    assert (np.diff(front["objective"]) < 0).all()
     assert not front["budget"].between(2.6, 4, inclusive="neither").any()
     assert (front["status"] == "optimal").all()  # the bound of a larger budget closes the gap
 
@@ -144,7 +144,7 @@ def test_the_shadow_price_is_the_finite_difference():
     front = pareto_front(options, cost, parameters=parameters, points=8)
     for _, curve in front.groupby("budget_kind"):
         fall = curve["shadow_price"].to_numpy()[:-1] * np.diff(curve["budget"])
-        loss = curve["predicted_delta_loss"].to_numpy()
+        loss = curve["objective"].to_numpy()
         np.testing.assert_allclose(loss[:-1] - fall, loss[1:], rtol=0, atol=1e-12)
         assert (curve["shadow_price"] >= 0).all()
         assert curve["shadow_price"].iloc[-1] == 0
@@ -160,7 +160,7 @@ def test_the_budget_asked_for_is_a_point_and_the_others_hold():
     plan = plan_bits(options, cost, budget=budget, parameters=parameters)
     for kind, limit in budget.as_dict().items():
         own = front[(front["budget_kind"] == kind) & (front["budget"] == limit)]
-        assert own["predicted_delta_loss"].tolist() == pytest.approx([plan.objective])
+        assert own["objective"].tolist() == pytest.approx([plan.objective])
         assert (front.loc[front["budget_kind"] != kind, kind] <= limit).all()
 
 
@@ -177,7 +177,7 @@ def test_uniform_bits_lie_on_the_front_or_above():
         limit = getattr(row, row.budget_kind)
         limit = int(limit) if row.budget_kind in ("size_bytes", "bitops") else limit
         best = plan_bits(options, cost, budget=PlanBudget(**held, **{row.budget_kind: limit}), parameters=parameters)
-        assert row.predicted_delta_loss >= best.objective - 1e-9
+        assert row.objective >= best.objective - 1e-9
     own = uniform[uniform["budget_kind"] == "weight_bits"]
     assert own["weight_bits"].tolist() == own["bit_width"].tolist()
 
@@ -191,10 +191,10 @@ def test_a_latency_budget_stays_in_force():
     free = pareto_front(options, cost, parameters=parameters, points=3)
     assert front["budget_kind"].drop_duplicates().tolist() == [*TOTALS, "latency_ms"]
     front = front[front["budget_kind"] != "latency_ms"]
-    assert (front.groupby("budget_kind")["predicted_delta_loss"].min() > free["predicted_delta_loss"].min()).all()
+    assert (front.groupby("budget_kind")["objective"].min() > free["objective"].min()).all()
     best = plan_bits(options, cost, budget=budget, parameters=parameters, latency=latency)
     last = front.groupby("budget_kind").last()
-    assert last["predicted_delta_loss"].tolist() == pytest.approx([best.objective] * 4)
+    assert last["objective"].tolist() == pytest.approx([best.objective] * 4)
 
 
 @pytest.mark.parametrize("kind", ["activation_bytes", "latency_ms"])
@@ -215,7 +215,7 @@ def test_a_budget_of_bytes_or_time_has_its_own_curve(kind):
     own = front[front["budget_kind"] == kind]
     assert own["budget"].iloc[0] == least
     for row in own.itertuples():
-        assert row.predicted_delta_loss == pytest.approx(min(loss for spent, loss in plans if spent <= row.budget))
+        assert row.objective == pytest.approx(min(loss for spent, loss in plans if spent <= row.budget))
     uniform = uniform_points(options, cost, parameters=parameters, kinds=[kind], latency=latency)
     assert uniform["bit_width"].tolist() == [2, 4, 8]
     ax = plot_pareto(front, kind=kind, uniform=uniform)
@@ -255,7 +255,7 @@ def test_wrong_requests_are_refused():
 def curve(bits, loss):
     """A front over mean weight bits with these losses."""
     return pd.DataFrame(
-        {"budget_kind": "weight_bits", "budget": bits, "weight_bits": bits, "predicted_delta_loss": loss, "gap": 0.0,
+        {"budget_kind": "weight_bits", "budget": bits, "weight_bits": bits, "objective": loss, "gap": 0.0,
          "lower_bound": loss, "status": "optimal", "shadow_price": 0.0}
     )  # fmt: skip
 
@@ -288,7 +288,7 @@ def test_the_figure_holds_the_points():
         lines = {line.get_label().partition(" at ")[0]: line.get_xydata() for line in ax.lines}
         for label, frame in (("best plan", front), ("uniform bits", uniform), ("knee", knee(front))):
             rows = frame[frame["budget_kind"] == kind]
-            np.testing.assert_allclose(lines[label], np.c_[rows[kind] / unit, rows["predicted_delta_loss"]])
+            np.testing.assert_allclose(lines[label], np.c_[rows[kind] / unit, rows["objective"]])
         marks = [text.get_text() for text in ax.get_legend().get_texts()]
         assert marks[-1].endswith("(on linear axes)")  # of the chord; the figure's are not
         box = ax.get_tightbbox()

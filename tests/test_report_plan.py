@@ -93,7 +93,7 @@ def test_the_front_is_in_units_that_people_read(content):
         assert [cell.key for cell in cells[f"budget: {label}"]] == (curve["budget"] / unit).tolist()
         for other, (cost, of) in units.items():
             assert [cell.key for cell in cells[other]] == (curve[cost] / of).tolist()
-        assert [c.key for c in cells["predicted KL of the logits (nats)"]] == curve["predicted_delta_loss"].tolist()
+        assert [c.key for c in cells["predicted KL of the logits (nats)"]] == curve["objective"].tolist()
         price = next(name for name in cells if name.startswith("shadow price (nats a"))
         np.testing.assert_allclose([cell.key for cell in cells[price]], curve["shadow_price"] * unit)
         marks = {index: cell.text for index, cell in zip(curve.index, cells["point"], strict=True) if cell.text}
@@ -110,7 +110,7 @@ def test_a_long_curve_is_thinned(content):
     budgets = np.linspace(weights["budget"].min(), weights["budget"].max(), 301)
     values = {
         name: np.interp(budgets, weights["budget"], weights[name])
-        for name in ("weight_bits", "activation_bits", "size_bytes", "bitops", "predicted_delta_loss", "shadow_price")
+        for name in ("weight_bits", "activation_bits", "size_bytes", "bitops", "objective", "shadow_price")
     }
     long = pd.DataFrame(values | {"budget": budgets}).assign(
         budget_kind="weight_bits", gap=0.0, plan_sha256=content.front["plan_sha256"].iloc[0]
@@ -138,7 +138,7 @@ def test_knee_and_price_are_said_in_a_sentence_each(content):
         at = content.front[(content.front["budget_kind"] == kind) & (content.front["budget"] == limit)]
         assert f"{at['shadow_price'].iloc[0]:.3g} {words}" in prices
     assert "MiB" not in prices  # no such budget
-    flat = content.front.assign(predicted_delta_loss=1.0, shadow_price=0.0)
+    flat = content.front.assign(objective=1.0, shadow_price=0.0)
     assert front_sentences(replace(content, front=flat, plan=None)) == (
         "No curve has a knee: more budget saves at an even pace, or nothing.",
     )

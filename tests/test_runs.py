@@ -13,7 +13,7 @@ import pytest
 
 from analysis.files import RowLog, write_atomic, write_bytes
 from analysis.input_changes import input_changes
-from analysis.run_record import ModelRecord
+from analysis.run_record import ModelRecord, typed_command
 from analysis.runs import Run
 from quant.errors import InputError
 
@@ -276,6 +276,20 @@ def test_hashes_are_told_in_words():
     assert input_changes(old, old | {"images_sha256": b, "images": 5}) == "images: 4 -> 5"
     assert input_changes(old, old | {"plan": b, "teacher_sha256": b}) == "another plan, another teacher"
     assert input_changes(old, old | {"plan": "w2a2"}) == 'plan: "w3a4" -> "w2a2"'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["/usr/bin/qvw", "plan", "--run", "my runs"], "qvw plan --run 'my runs'"),
+        (["/home/me/analysis/__main__.py", "stats"], "qvw stats"),
+        (["/opt/ipykernel_launcher.py", "-f", "kernel.json"], "called from ipykernel_launcher.py"),
+    ],
+)
+def test_only_what_was_typed_is_called_a_command(monkeypatch, arguments, command):
+    """A step that a notebook or a script made does not claim a command that nobody can repeat."""
+    monkeypatch.setattr("sys.argv", arguments)
+    assert typed_command() == command
 
 
 def test_commands_that_added_to_a_step_are_kept(tmp_path):
