@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from quant.functional import blocks, dequantize, in_rows, in_single, in_steps, quant_range, to_codes_
+from quant.functional import blocks, in_rows, in_single, in_steps, quant_range, to_codes_
 
 UNIFORM_KURTOSIS = 1.8
 """Raw kurtosis of a uniform distribution, the one that a uniform quantizer harms least; a Gaussian has 3."""
@@ -150,36 +150,41 @@ class _BinLoss(torch.autograd.Function):
         low, levels = quant_range(*ctx.scheme)[0], count.shape[1]
         to_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         result = to_weight.view(-1, weight.shape[2])
-        for block, residual, codes, inside in _residuals(weight, scale, offset, *ctx.scheme):
+        for block, residual, codes, v in _residuals(weight, scale, offset, *ctx.scheme):
             bins = _bins(codes, low, levels, len(codes) * levels)
             # index_select: ten times as fast as factor[bins].
             factors, shifts = (x[block[0]].flatten().index_select(0, bins).view_as(codes) for x in (factor, shift))
-            torch.addcmul(inside.mul_(shifts), residual, factors, out=result[block])
+            torch.addcmul(_inside_(v, *ctx.scheme).mul_(shifts), residual, factors, out=result[block])
         return to_weight, None, None, None, None
 
 
 def _residuals(
     weight: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool
 ) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, Tensor]]:
-    """Each block of `in_rows`, with clip(w) - w_q, the integer codes, and 1.0 inside the clip.
+    """Each block of `in_rows`, with clip(w) - w_q, the integer codes, and the weights in steps.
 
-    A weight at or beyond the clip lies on the grid point at its end: the residual is 0 there, and so is its gradient.
-    That is decided by comparison, as in `quant.functional.fake_quantize`, and not by clamp's own gradient.
+    A weight at or beyond the clip lies on the grid point at its end: the residual is 0 there.
     """
     rows, scales, offsets = in_rows(weight, scale, offset)
-    low, high = _inside(bit_width, signed, weight.dtype)
     for block in blocks(rows):
-        w, s, o = rows[block], scales[block[0]], None if offsets is None else offsets[block[0]]
-        v = in_steps(w, s, o)
-        clipped = v.clamp(low, high)
-        inside = torch.eq(clipped, v, out=v)  # floats: masks of booleans take five times as long
-        codes = to_codes_(clipped, bit_width, signed)
-        on_grid = dequantize(codes, s, o)
-        yield block, torch.sub(w, on_grid, out=on_grid).mul_(inside), codes, inside
+        s = scales[block[0]]
+        v = in_steps(rows[block], s, None if offsets is None else offsets[block[0]])
+        clipped = v.clamp(*quant_range(bit_width, signed))
+        codes = to_codes_(clipped.clone(), bit_width, signed) if signed and bit_width == 1 else clipped.round()
+        yield block, clipped.sub_(codes).mul_(s[:, None]), codes, v
+
+
+def _inside_(v: Tensor, bit_width: int, signed: bool) -> Tensor:
+    """1.0 where weights in steps lie inside the clip, 0.0 at and beyond it; in the place of `v`.
+
+    By comparison, as in `quant.functional.fake_quantize`, and not by clamp's own gradient. Floats: masks of booleans
+    take five times as long.
+    """
+    return torch.eq(v.clamp(*_outermost(bit_width, signed, v.dtype)), v, out=v)
 
 
 @cache
-def _inside(bit_width: int, signed: bool, dtype: torch.dtype) -> tuple[float, float]:
+def _outermost(bit_width: int, signed: bool, dtype: torch.dtype) -> tuple[float, float]:
     """The outermost numbers between the ends of the range of the codes."""
     ends = torch.tensor(quant_range(bit_width, signed), dtype=dtype)
     low, high = ends.nextafter(ends.flip(0)).tolist()

@@ -172,7 +172,7 @@ def test_kurtosis_of_half_precision_weights_is_computed_in_float32():
 
 @given(seed=st.integers(0, 1000), bit_width=st.sampled_from([1, 2, 3, 4]), signed=st.booleans())
 def test_weights_on_the_grid_cost_nothing(seed, bit_width, signed):
-    """Every weight on its grid point: no distance, no variance, no gradient."""
+    """Every weight on its grid point: no distance, no variance, no gradient, but for rounding of w / scale."""
     weight, scale, offset = example(bit_width, signed, offset=True, seed=seed, dtype=torch.float32)
     low, high = RANGES[bit_width, signed]
     codes = torch.randint(low, high + 1, weight.shape, generator=torch.Generator().manual_seed(seed)).float()
@@ -180,8 +180,9 @@ def test_weights_on_the_grid_cost_nothing(seed, bit_width, signed):
         codes = codes.sign() + (codes == 0)  # binary has no 0
     arguments = (scale, offset, bit_width, signed)
     on_grid = dequantize(codes, scale, offset)
-    assert [part.item() for part in oscillation_bin_loss(on_grid, *arguments)] == [0, 0]
-    assert all((gradient == 0).all() for gradient in gradients(on_grid, *arguments))
+    rounding = 2 * torch.finfo(torch.float32).eps * float((on_grid.abs() + offset.abs()[:, None]).max())
+    assert all(0 <= part.item() <= weight.numel() * rounding**2 for part in oscillation_bin_loss(on_grid, *arguments))
+    assert all((abs(gradient) <= 4 * rounding).all() for gradient in gradients(on_grid, *arguments))
 
 
 def test_the_variance_is_about_the_mean_of_the_bin_and_not_its_centre():
@@ -248,12 +249,21 @@ def test_scale_and_offset_get_no_gradient(bit_width, signed):
     assert offset.grad is None
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_weight_that_is_not_finite_makes_the_loss_nan(value):
+def test_a_weight_of_nan_makes_the_loss_nan():
     """A training that diverged shows in the loss, where the loop looks; it is no failure inside the term."""
     weight, scale, _ = example(4, True, offset=False)
-    weight[1, 2, 3] = value
+    weight[1, 2, 3] = math.nan
     assert all(part.isnan() for part in oscillation_bin_loss(weight, scale, None, 4, True))
+
+
+def test_an_infinite_weight_lies_beyond_the_clip():
+    """It counts like any weight beyond the last grid point, as the quantizer takes it."""
+    weight, scale, _ = example(4, True, offset=False)
+    losses = []
+    for value in (1e6, math.inf):
+        weight[1, 2, 3] = value
+        losses.append(torch.stack(oscillation_bin_loss(weight, scale, None, 4, True)))
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("bit_width", "signed"), RANGES)
