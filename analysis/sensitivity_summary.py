@@ -52,7 +52,7 @@ def _doubts(rows: Sequence[dict], table: pd.DataFrame) -> list[str]:
         left_out = (table["protocol"] == "leave_one_out").all()  # there the least are the first
         needed, have = images_to_separate(-costs if left_out else costs), len(values[0])
         if needed > have:
-            amount = f"about {needed:,.0f} images" if needed < 1e6 else "more than a million images"
-            first = f"first {min(10, len(values))}"
-            doubts.append(f"The {first} cannot all be told apart with {have} images; {amount} would.")
+            first = f"The first {min(10, len(values))} cannot all be told apart with {have} images"
+            more = f"about {needed:,.0f} images would do" if needed < 1e6 else "more would hardly help: some are as good as equal"
+            doubts.append(f"{first}; {more}.")
     return doubts

@@ -1,6 +1,7 @@
 """`qvw train`: quantization-aware training from a plan or uniform bits, and the float model trained the same way."""
 
 import copy
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -29,11 +30,14 @@ from analysis.training_rows import LOGS, TABLES, TrainingRows
 from quant.batchnorm import batchnorms, reestimate_batchnorm_
 from quant.bit_plan import BitPlan
 from quant.checkpoints import last_step
+from quant.config import QATConfig
 from quant.errors import InputError, first_line
 from quant.prepare import prepare_qat_
 from quant.soft_labels import SoftLabels
 from quant.train import total_steps, train_qat
 from quant.trial import check_trainable
+
+FEW_BITS = 3.5  # mean bits below which the default learning rate is low: reports/ablation
 
 
 def run_train(setup: Setup, request: TrainRequest) -> None:
@@ -92,6 +96,8 @@ def _run_train(setup: Setup, request: TrainRequest) -> None:
             opened.run.write_json(f"{request.folder}/config", asdict(config))
         accelerator.wait_for_everyone()  # what --overwrite removes is gone before anyone looks for a checkpoint
         plan, calibration = _prepare_(opened, plan, request)
+        if main and (hint := _rate_hint(plan, config)):
+            say(hint, quiet=setup.quiet)
         with resumable(lambda: _kept(folder, total)):
             logits, labels = _train(opened, teacher, soft_labels, request, train, val, total, accelerator, calibration)
         if main:
@@ -99,6 +105,18 @@ def _run_train(setup: Setup, request: TrainRequest) -> None:
     if main:
         show_rows(opened, request.folder)
         say(f"the model and its history are in {folder}", quiet=setup.quiet)
+
+
+def _rate_hint(plan: BitPlan | None, config: QATConfig) -> str:
+    """What to try where bits are few and the learning rate is the default, which suits 4 bits and more."""
+    means = () if plan is None else (plan.totals.weight_bits, plan.totals.activation_bits)
+    fewest = min((bits for bits in means if bits is not None), default=math.inf)
+    if fewest >= FEW_BITS or config.learning_rate != QATConfig().learning_rate:
+        return ""
+    return (
+        f"{fewest:.2g} bits on average: learning_rate={config.learning_rate:g}, the default, is low for so few. Try "
+        "--set learning_rate=0.001, or 0.002 on a CNN (docs/training.md)."
+    )
 
 
 def _kept(folder: Path, total: int) -> str:

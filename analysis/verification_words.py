@@ -16,7 +16,7 @@ def verification_words(table: pd.DataFrame, plan: BitPlan, others: Sequence[BitP
     """The table of a verification, the verdicts, and what the uniform plan is; `others` are the plans beside `plan`."""
     shown = pd.DataFrame(
         {
-            "plan": table["plan"],
+            "plan": plan_names(table),
             "weight_bits": table["weight_bits"].round(3),
             "activation_bits": table["activation_bits"].round(3),
             "top1_percent": (100 * table["top1"]).round(2),
