@@ -55,7 +55,7 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
         with running:
             logits, labels = logits_of(opened.model, opened.stream(data, "evaluation"))
         kind = _kind(request, opened.run.path)
-        how = "none" if request.floating else "learned" if plan is None else request.estimator
+        how = request.estimator if plan is not None else "learned" if sites else "none"
         batchnorm = "stored" if plan is None else request.batchnorm
         keep_row(opened, verify_row(kind, opened, sites, logits, labels, estimator=how, batchnorm=batchnorm))
     show_rows(opened, kind)

@@ -13,7 +13,11 @@ from analysis.options import ListOf, quiet_option
               help="The run folder, which holds `qvw sensitivity`.")  # fmt: skip
 @click.option("--weight-bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of all weights.")
 @click.option("--activation-bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of all activations.")
-@click.option("--size-mib", type=click.FloatRange(min=0, min_open=True), help="Size of the whole model; what is not planned has 32 bits.")
+@click.option(
+    "--size-mib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Size of the whole model; what is not planned has 32 bits.",
+)
 @click.option("--gbitops", type=click.FloatRange(min=0, min_open=True), help="10^9 bit operations of one image.")
 @click.option("--activation-mib", type=click.FloatRange(min=0, min_open=True),
               help="Size of all quantized activations of one image.")  # fmt: skip

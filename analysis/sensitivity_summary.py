@@ -53,6 +53,6 @@ def _doubts(rows: Sequence[dict], table: pd.DataFrame) -> list[str]:
         needed, have = images_to_separate(-costs if left_out else costs), len(values[0])
         if needed > have:
             first = f"The first {min(10, len(values))} cannot all be told apart with {have} images"
-            more = f"about {needed:,.0f} images would do" if needed < 1e6 else "more would hardly help: some are as good as equal"
-            doubts.append(f"{first}; {more}.")
+            enough = f"about {needed:,.0f} would do" if needed < 1e6 else "more hardly help: some are as good as equal"
+            doubts.append(f"{first}; {enough}.")
     return doubts

@@ -1,6 +1,5 @@
 """`qvw train`: quantization-aware training from a plan or uniform bits, and the float model trained the same way."""
 
-import copy
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,29 +11,25 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from analysis.calibration import calibrated, read_plan, warn_of_fewer
+from analysis.calibration import calibrated, warn_of_fewer
 from analysis.console import progress, resumable, say, warn
-from analysis.data import ImageData
 from analysis.eval_step import drop_rows, keep_row, show_rows, verify_row
 from analysis.evaluation import logits_of, scores
-from analysis.models import ModelSource, load_model, weights_sha256
 from analysis.open_run import open_run
 from analysis.opened import Opened
 from analysis.processes import work_together
 from analysis.setup import Setup
-from analysis.soft_labels import open_soft_labels
 from analysis.train_request import TrainRequest
 from analysis.trained_model import save_trained
 from analysis.training_data import TrainingImages, training_batches
 from analysis.training_rows import LOGS, TABLES, TrainingRows
+from analysis.training_task import TrainingTask, training_task
 from quant.batchnorm import batchnorms, reestimate_batchnorm_
 from quant.bit_plan import BitPlan
 from quant.checkpoints import last_step
 from quant.config import QATConfig
-from quant.errors import InputError, first_line
 from quant.prepare import prepare_qat_
-from quant.soft_labels import SoftLabels
-from quant.train import total_steps, train_qat
+from quant.train import train_qat
 from quant.trial import check_trainable
 
 FEW_BITS = 3.5  # mean bits below which the default learning rate is low: reports/ablation
@@ -53,58 +48,40 @@ def _run_train(setup: Setup, request: TrainRequest) -> None:
     config, accelerator = request.config, _accelerator(setup.device)
     opened = open_run(setup, needs_data=True)
     folder, main = opened.run.path / request.folder, accelerator.is_main_process
-    plan = _plan(opened, request)
-    before = opened.run.record.steps.get(request.folder)
-    known = before.inputs if before is not None and not setup.overwrite else {}
-    train = opened.step_images(request.folder, "train")
-    val = opened.images("val", request.val_images or known.get("val_images"))
-    if not (train.labelled and val.labelled):
-        raise InputError("training needs labels, of the training and of the validation images.")
-    total = total_steps(config, train.images, accelerator.num_processes)
-    teacher, teacher_sha256 = _teacher(opened, request)
-    soft_labels = None
-    if request.soft_labels is not None:
-        soft_labels = open_soft_labels(request.soft_labels, opened, train, config)
-    elif config.crops_per_image > 1 and config.crop_area == 1 and not config.horizontal_flip:
-        raise InputError(
-            f"crops_per_image={config.crops_per_image}, but all would be the whole image. Give --soft-labels, or set "
-            "crop_area below 1."
-        )
-    inputs = {
-        "val_images": val.images, "val_sha256": val.sha256, "teacher_sha256": teacher_sha256, "layout": request.layout,
-        "plan": plan.sha256 if isinstance(plan, BitPlan) else plan,
-        **{f"config.{key}": value for key, value in asdict(config).items()},
-        **({} if soft_labels is None else {"soft_labels_sha256": soft_labels.sha256}),
-    }  # fmt: skip
-    if opened.run.is_done(request.folder, opened.inputs(train) | inputs) and not setup.overwrite:
+    task = training_task(opened, request, accelerator.num_processes)
+    if opened.run.is_done(request.folder, opened.inputs(task.train) | task.inputs) and not setup.overwrite:
         say(f"{folder} holds this training already; --overwrite trains anew.", quiet=setup.quiet)
         return
     image = opened.probe_image()
     check_trainable(opened.model, config, torch.cat((image, image.flip(-1))))
-    files, temporary = ([f"{request.folder}/{name}" for name in names] for names in (_FILES, _TEMPORARY))
-    options = {name: value for name, value in asdict(request).items() if name != "config"}
-    if soft_labels is not None:
-        options["soft_labels_header"] = asdict(soft_labels.header)
-    step: AbstractContextManager[None] = nullcontext()
-    if main:
-        step = opened.step(request.folder, train, files, options, inputs, seed=config.seed, temporary=temporary,
-                           instead="--name")  # fmt: skip
-    with step:
+    with _step(opened, request, task) if main else nullcontext():
         if main:
             if setup.overwrite:
                 drop_rows(opened, request.folder)
             opened.run.write_json(f"{request.folder}/config", asdict(config))
         accelerator.wait_for_everyone()  # what --overwrite removes is gone before anyone looks for a checkpoint
-        plan, calibration = _prepare_(opened, plan, request)
+        plan, calibration = _prepare_(opened, task.plan, request)
         if main and (hint := _rate_hint(plan, config)):
             say(hint, quiet=setup.quiet)
-        with resumable(lambda: _kept(folder, total)):
-            logits, labels = _train(opened, teacher, soft_labels, request, train, val, total, accelerator, calibration)
+        with resumable(lambda: _kept(folder, task.steps)):
+            logits, labels = _train(opened, request, task, accelerator, calibration)
         if main:
             _finish(opened, plan, request, logits, labels)
     if main:
         show_rows(opened, request.folder)
         say(f"the model and its history are in {folder}", quiet=setup.quiet)
+
+
+def _step(opened: Opened, request: TrainRequest, task: TrainingTask) -> AbstractContextManager[None]:
+    """The step of run.json that the training is."""
+    files, temporary = ([f"{request.folder}/{name}" for name in names] for names in (_FILES, _TEMPORARY))
+    options = {name: value for name, value in asdict(request).items() if name != "config"}
+    if task.soft_labels is not None:
+        options["soft_labels_header"] = asdict(task.soft_labels.header)
+    return opened.step(
+        request.folder, task.train, files, options, task.inputs, seed=request.config.seed, temporary=temporary,
+        instead="--name",
+    )  # fmt: skip
 
 
 def _rate_hint(plan: BitPlan | None, config: QATConfig) -> str:
@@ -136,53 +113,6 @@ def _accelerator(device: str) -> Accelerator:
     return Accelerator(cpu=device == "cpu", device_placement=False)  # the model is where the run put it
 
 
-def _plan(opened: Opened, request: TrainRequest) -> BitPlan | str | None:
-    """The plan, or uniform bits as `w3a4`, or None for floating point."""
-    if request.floating:
-        return None
-    if request.uniform is not None:
-        return request.uniform
-    own = opened.run.path / "plan.json"
-    if request.plan_file is None and not own.exists():
-        raise InputError(f"{own} does not exist: make it with `qvw plan`, or give --plan, --uniform w4a4 or --float.")
-    return read_plan(request.plan_file or own, opened)
-
-
-def _teacher(opened: Opened, request: TrainRequest) -> tuple[nn.Module | None, str | None]:
-    """The network whose logits are distilled, and its hash; checked against the student on one image."""
-    if not request.config.kd_weight or request.soft_labels is not None:
-        return None, None
-    if request.teacher is None:
-        teacher, name = copy.deepcopy(opened.model), opened.name
-    else:
-        source = ModelSource(
-            model=request.teacher, pretrained=request.teacher_pretrained, kwargs=request.teacher_kwargs or {},
-            weights=None if request.teacher_weights is None else str(request.teacher_weights), seed=0,
-        )  # fmt: skip
-        teacher, name = load_model(source).to(opened.setup.device), request.teacher
-        if source.factory is None and not source.pretrained and source.weights is None:
-            warn(f"the teacher {name} has untrained weights: give --teacher-pretrained or --teacher-weights FILE.")
-    image, size = opened.probe_image(), opened.input_config.input_size
-    with torch.no_grad():
-        expected = opened.model(image)
-        try:
-            answer = teacher(image)
-        except Exception as error:  # whatever the forward of a network of other images raises
-            raise InputError(
-                f"the teacher {name} does not take the images of {opened.name}, {size}: {first_line(error)}. "
-                "Choose another --teacher, or build it with --teacher-kwargs."
-            ) from error
-    if not isinstance(answer, Tensor) or answer.shape != expected.shape:
-        came = f"{answer.shape[-1]} classes" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
-        raise InputError(
-            f"the teacher {name} answers with {came}, {opened.name} has {expected.shape[-1]} classes. "
-            "Choose another --teacher, or train without one: --set kd_weight=0."
-        )
-    if not torch.isfinite(answer).all():
-        raise InputError(f"the teacher {name} answers with NaN or Inf. Look for other weights of it.")
-    return teacher.requires_grad_(False).eval(), weights_sha256(teacher)
-
-
 def _prepare_(
     opened: Opened, plan: BitPlan | str | None, request: TrainRequest
 ) -> tuple[BitPlan | None, Sequence[Tensor]]:
@@ -207,41 +137,33 @@ def _prepare_(
 
 
 def _train(
-    opened: Opened,
-    teacher: nn.Module | None,
-    soft_labels: SoftLabels | None,
-    request: TrainRequest,
-    train: ImageData,
-    val: ImageData,
-    total: int,
-    accelerator: Accelerator,
-    calibration: Sequence[Tensor],
+    opened: Opened, request: TrainRequest, task: TrainingTask, accelerator: Accelerator, calibration: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Run the loop, its rows on the disk as they come; logits and labels of the trained model's validation."""
     folder, config, setup = opened.run.path / request.folder, request.config, opened.setup
-    images = TrainingImages(train, config, opened.input_config, soft_labels)
+    images = TrainingImages(task.train, config, opened.input_config, task.soft_labels)
     first = last_step(folder / "checkpoints")
     rows = TrainingRows(folder)
     if accelerator.is_main_process:
-        rows.keep(first, config, total)
+        rows.keep(first, config, task.steps)
 
     latest: list[tuple[Tensor, Tensor]] = []
 
     def validate(model: nn.Module) -> dict[str, float]:
-        latest[:] = [logits_of(model.eval(), opened.stream(val, "validation"))]
+        latest[:] = [logits_of(model.eval(), opened.stream(task.val, "validation"))]
         figures = scores(*latest[0])
         return {"loss": figures.loss.mean().item(), "top1": figures.hit.mean().item()}
 
     reports = train_qat(
-        opened.model, teacher, config=config, images=train.images, validate=validate, accelerator=accelerator,
-        load=lambda sampler: training_batches(images, sampler, train, num_workers=setup.num_workers),
+        opened.model, task.teacher, config=config, images=task.train.images, validate=validate, accelerator=accelerator,
+        load=lambda sampler: training_batches(images, sampler, task.train, num_workers=setup.num_workers),
         checkpoints=folder / "checkpoints", calibration=calibration,
     )  # fmt: skip
     quiet = setup.quiet or not accelerator.is_main_process
-    with progress(total, f"train {request.folder}", "step", quiet=quiet) as bar:
+    with progress(task.steps, f"train {request.folder}", "step", quiet=quiet) as bar:
         bar.update(first)
         if first:
-            say(f"goes on after step {first:,} of {total:,}", quiet=quiet)
+            say(f"goes on after step {first:,} of {task.steps:,}", quiet=quiet)
         for report in reports:
             if accelerator.is_main_process:
                 rows.append(report)
