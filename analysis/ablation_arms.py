@@ -48,7 +48,8 @@ def _planned(setup: Setup, subject: Subject, arm: Arm, like: str, key: str) -> P
     file = setup.run / f"plan-{like}-{arm.layout}-{key}.json"
     if not file.exists():
         sweep = SweepConfig(bit_widths=subject.sweep_bits, batchnorm="re-estimate")
-        run_sensitivity(replace(setup, images=subject.sweep_images), sweep, tensors=TENSORS)
+        images = open_run(setup, needs_data=True).images("train", None, at_most=subject.sweep_images).images
+        run_sensitivity(replace(setup, images=images), sweep, tensors=TENSORS)
         run_plan(setup.run, PlanRequest(like=like, layout=arm.layout, out=file, quiet=True))
     if arm.per_head:
         return file

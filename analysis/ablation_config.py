@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from analysis.train_options import checked_config
 from analysis.uniform import parse_uniform
@@ -19,7 +19,7 @@ from quant.config import QATConfig
 from quant.errors import InputError, first_line
 
 _STRICT = ConfigDict(extra="forbid")
-_NAME = r"[A-Za-z0-9_.+-]{1,40}"
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,39}"
 _UNSET = re.compile(r"\$\{?(\w+)")
 
 
@@ -38,6 +38,9 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)  # of QATConfig
 
 
+Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """A network and its images; options are named as on the command line, what is None is the model's or a default."""
@@ -49,8 +52,8 @@ class Subject:
     pretrained: bool = False
     weights: str | None = None
     model_kwargs: dict[str, Any] | None = None
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: Patterns = ()
+    exclude: Patterns = ()
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     input_size: tuple[int, int, int] | None = None
@@ -92,7 +95,7 @@ class Ablation:
     subjects: dict[str, Subject]
     arms: dict[str, Arm]
     baseline: str
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = (0, 1, 2)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32, strict=True)], ...] = (0, 1, 2)
     settings: dict[str, Any] = field(default_factory=dict)
 
     def jobs(self) -> Iterator[Job]:
@@ -110,7 +113,7 @@ class Ablation:
     def _fixed(self, subject: str, arm: str) -> dict[str, Any]:
         free = {"arms", "seeds", "settings", "title", "against"}
         both = {"subject": asdict(self.subjects[subject]), "arm": asdict(self.arms[arm])}
-        plain = json.loads(json.dumps(both))
+        plain = json.loads(json.dumps(both, default=str))
         return {f"{of}.{key}": value for of, some in plain.items() for key, value in some.items() if key not in free}
 
     def _config(self, subject: str, arm: str, seed: int) -> QATConfig:
@@ -143,6 +146,11 @@ def read_ablation(path: Path) -> Ablation:
         if name not in found.arms:
             near = difflib.get_close_matches(name, found.arms, n=1, cutoff=0.0)[0]
             raise InputError(f"{path} has no arm {name!r}; the nearest is {near}.")
+    for subject_name, subject in found.subjects.items():
+        arms = found.arms if subject.arms is None else subject.arms
+        if not arms or len(set(arms)) < len(arms):
+            place = file.place("subjects", subject_name, "arms")
+            raise InputError(f"{place}: the arms {list(arms)} must be one or more, each of them once.")
     for seeds in (found.seeds, *(s.seeds for s in found.subjects.values() if s.seeds is not None)):
         if not seeds or len(set(seeds)) < len(seeds):
             raise InputError(f"{path}: the seeds {list(seeds)} must be one or more, each of them once.")
@@ -157,6 +165,9 @@ def read_ablation(path: Path) -> Ablation:
     named += [(("subjects", name), subject.settings) for name, subject in found.subjects.items()]
     named += [(("arms", name), arm.settings) for name, arm in found.arms.items()]
     for above, settings in named:  # every setting is checked before hours are spent
+        if "seed" in settings:
+            place = file.place(*above, "settings", "seed")
+            raise InputError(f"{place}: the seed of each training is one of `seeds`; leave it out of the settings.")
         checked_config(settings, {str(key): file.place(*above, "settings", key) for key in settings})
     return found
 

@@ -1,6 +1,7 @@
 """`qvw ablate`: train every arm on every network with every seed, and say what each arm is worth."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,14 @@ def run_ablation(
         for number, job in enumerate(wanted, start=1):
             subject, arm = ablation.subjects[job.subject], ablation.arms[job.arm]
             setup = replace(setup_of(out / job.subject, subject), device=device, num_workers=num_workers, quiet=True)
+            _forget_deleted(Run(setup.run), job)
             done = _is_done(Run(setup.run), job)
             step = 0 if done else last_step(setup.run / f"qat-{job.name}" / "checkpoints")
             state = ": finished already" if done else f": goes on after step {step:,}" if step else ""
             say(f"== {number} of {len(wanted)}: {job.subject}, {arm.title}, seed {job.seed}{state}", quiet=quiet)
             if not done:
-                run_train(setup, request_of(setup, subject, arm, job))
+                with _of_job(job, setup.run):
+                    run_train(setup, request_of(setup, subject, arm, job))
                 _note(Run(setup.run), job)
                 _write(out, ablation, jobs)
     summary = _write(out, ablation, jobs)
@@ -50,6 +53,25 @@ def run_ablation(
     for line in verdicts(summary, ablation):
         say(line, quiet=quiet)
     say(f"the ablation is in {out}: ablation.csv, summary.csv, ablation.png", quiet=quiet)
+
+
+def _forget_deleted(run: Run, job: Job) -> None:
+    """Let run.json forget a training whose folder the user has deleted, so that it is made anew."""
+    name = f"qat-{job.name}"
+    if name in run.record.steps and not (run.path / name).exists():
+        run.edit(lambda now: replace(now, steps={key: step for key, step in now.steps.items() if key != name}))
+
+
+@contextmanager
+def _of_job(job: Job, run: Path) -> Iterator[None]:
+    """Let an error say of which training it is, and what stands for the options that it names."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(
+            f"{job.subject}, arm {job.arm}, seed {job.seed}: {error} (Here options are keys of the file. To train anew "
+            f"with other ones, delete {run / f'qat-{job.name}'}, or give the arm another name.)"
+        ) from error
 
 
 def _kept(out: Path, jobs: Sequence[Job]) -> str:

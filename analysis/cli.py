@@ -1,17 +1,15 @@
 """`qvw`: from a model and images to statistics, sensitivity, a bit plan and its accuracy. One function a command."""
 
 import errno
-import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import click
 
 from analysis.ablation_cli import ablate
 from analysis.export_cli import export
+from analysis.interrupts import catch_interrupts
 from analysis.options import quiet_option
 from analysis.plan_cli import plan, plan_diff
 from analysis.sensitivity_cli import sensitivity
@@ -116,8 +114,7 @@ def demo(run: Path, quiet: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `qvw`; wrong input ends with exit code 2, an interrupt with 130, a defect with its traceback and 1."""
-    with suppress(ValueError):  # only the main thread may set handlers
-        signal.signal(signal.SIGTERM, _interrupt)
+    catch_interrupts()
     try:
         code = cli.main(list(arguments) if arguments is not None else None, prog_name="qvw", standalone_mode=False)
     except InputError as error:
@@ -134,15 +131,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stdout = None  # or Python complains of the pipe once more at exit
         code = 0
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        code = _complain(
+            "qvw: error: a process that reads images was killed, most often for want of memory. Give fewer "
+            "--num-workers (0: none); what was kept of the work is used by the same command."
+        )
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         code = _complain(f"qvw: error: no space left to write ({error.strerror}). Free some and run the command again.")
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _interrupt(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _kept(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """What a command prints: progress bars, one short table, warnings."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -10,9 +11,23 @@ from tqdm import tqdm
 from quant.errors import InputError
 
 
+class _Lines(tqdm):
+    """Progress for a file: a line a minute, and none for what takes less."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if msg is None:  # else the empty text that clears a bar
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+
+
 def progress(total: int, what: str, unit: str, *, quiet: bool) -> tqdm:
-    """A bar on standard error; silent if `quiet` and where standard error is no terminal."""
-    return tqdm(total=total, desc=what, unit=f" {unit}", disable=True if quiet else None, leave=False)
+    """A bar on standard error, or a line a minute where that is no terminal; silent if `quiet`."""
+    if quiet or sys.stderr.isatty():
+        return tqdm(total=total, desc=what, unit=f" {unit}", disable=quiet, leave=False)
+    return _Lines(
+        total=total, desc=what, unit=f" {unit}", leave=False, delay=60, mininterval=60, miniters=1,
+        bar_format="{desc}: {n_fmt} of {total_fmt}{unit}s after {elapsed}, {remaining} to go",
+    )  # fmt: skip
 
 
 def say(text: str, *, quiet: bool) -> None:

@@ -57,8 +57,9 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
         kind = _kind(request, opened.run.path)
         how = request.estimator if plan is not None else "learned" if sites else "none"
         batchnorm = "stored" if plan is None else request.batchnorm
-        keep_row(opened, verify_row(kind, opened, sites, logits, labels, estimator=how, batchnorm=batchnorm))
-    show_rows(opened, kind)
+        row = verify_row(kind, opened, sites, logits, labels, estimator=how, batchnorm=batchnorm)
+        what = keep_row(opened, row)
+    show_rows(opened, f"{kind} is {what}")
 
 
 def _kind(request: EvalRequest, run: Path) -> str:
@@ -118,20 +119,26 @@ def verify_row(
     }
 
 
-def keep_row(opened: Opened, row: Mapping[str, Any], *, tell: bool = True) -> None:
-    """Add a row to verify.parquet; an older one of the same plan, cost and treatment is replaced, with a warning."""
+def keep_row(opened: Opened, row: Mapping[str, Any]) -> str:
+    """Add a row to verify.parquet, in place of one of the same plan, cost and treatment; says what it is then."""
     same = ("plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "estimator", "batchnorm")
     with opened.run.taking_turns():
         rows = _rows(opened)
         places = [i for i, old in enumerate(rows) if all(old[name] == row[name] for name in same)]
+        before = rows[places[0]] if places else None
         if places:
             rows[places[0]] = dict(row)
         else:
             rows.append(dict(row))
         opened.run.write_table("verify", pd.DataFrame(rows, columns=list(VERIFY_COLUMNS)))
-    if places and tell:
-        path = opened.run.path / "verify.parquet"
-        warn(f"the row takes the place of an earlier one of the same plan in {path}.")
+    if before is None:
+        return "new"
+    if all(before[name] == row[name] for name in ("loss", "top1", "images")):
+        return "the same to the last digit as the row that was there"
+    return (
+        f"measured anew, in place of top-1 {100 * before['top1']:.2f} %, loss {before['loss']:.4g} on "
+        f"{before['images']:,} images"
+    )
 
 
 def _rows(opened: Opened) -> list[dict[str, Any]]:
@@ -149,8 +156,8 @@ def drop_rows(opened: Opened, kind: str) -> None:
             opened.run.write_table("verify", pd.DataFrame(kept, columns=list(VERIFY_COLUMNS)))
 
 
-def show_rows(opened: Opened, kind: str) -> None:
-    """Print verify.parquet in the units of a reader: MiB, GBitOps, percent."""
+def show_rows(opened: Opened, what: str) -> None:
+    """Print verify.parquet in the units of a reader: MiB, GBitOps, percent; `what` says which row is new."""
     rows = opened.run.read_table("verify")
     shown = rows[["plan", "weight_bits", "activation_bits"]].assign(
         size_mib=rows["size_bytes"] / 2**20,
@@ -164,4 +171,4 @@ def show_rows(opened: Opened, kind: str) -> None:
         batchnorm=rows["batchnorm"],
     )
     say(as_text(shown), quiet=opened.setup.quiet)
-    say(f"{kind} is new in {opened.run.path / 'verify.parquet'}", quiet=opened.setup.quiet)
+    say(f"{what}, in {opened.run.path / 'verify.parquet'}", quiet=opened.setup.quiet)

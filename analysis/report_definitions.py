@@ -72,15 +72,20 @@ TRAINING: Definitions = (
                    "cross-entropy with the labels, kd the divergence from the teacher's answers, obr_distance and "
                    "obr_variance the parts of oscillation-aware bin regularisation (squared distance of weights to "
                    "their grid points, variance of the weights in each bin), dampening and kurtosis others."),
-    ("gradient norm", "Length of the gradient of one term over the weights: a term whose norm is far below the "
-                      "others' does nothing."),
+    ("gradient norm", "Length of the gradient of one term over the weights: how hard it pulls, which its value does "
+                      "not tell. A sixteenth of the task's is enough for OBR to halve oscillation; a thousandth of "
+                      "the strongest hardly moves a weight."),
     ("oscillating", "Share of the weights of at most 4 bits whose integer code reversed its direction at least twice "
-                    "in the last oscillation_window steps of the configuration."),
+                    "in the last oscillation_window steps of the configuration; a dash where the training was "
+                    "shorter than that."),
     ("oscillating, EMA", "Share whose moving average of reversals is above a threshold (Nagel et al., 2022); "
                          "comparable only between trainings of the same momentum."),
     ("bin edge", "Where a latent weight's integer code changes, halfway between two neighbouring grid points (the "
                  "centres of the bins). The density of weights over their distance from the nearest edge is 1 where "
-                 "they are spread evenly; those that were clipped are left out."),
+                 "they are spread evenly; those that were clipped are left out. A peak at the edge that "
+                 "grows from the start to the end is oscillation, weights that leave the edges are what OBR wants; a "
+                 "slope that is there at the start is the bell shape of the weights on a grid with one code more "
+                 "below 0 than above."),
 )  # fmt: skip
 STEPS: Definitions = (
     ("status", "How the last start of a step ended."),

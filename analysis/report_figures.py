@@ -147,6 +147,11 @@ def trainings(content: RunContent) -> list[Picture]:
     if names:
         words = f"{', '.join(names)} over steps, a panel a training"
         pictures.append(picture(terms_figure(history, names, content.name), f"{content.name}: loss terms", words))
+    pulls = [name for name in names if f"grad_{name}" in history and history[f"grad_{name}"].notna().any()]
+    if pulls:
+        words = f"norms of the gradients of {', '.join(pulls)} over steps, a panel a training: how hard each pulls"
+        figure = terms_figure(history, pulls, content.name, gradients=True)
+        pictures.append(picture(figure, f"{content.name}: pull of each term", words))
     return [*pictures, *filter(None, (_oscillation(training, content.name) for training in content.trainings))]
 
 

@@ -74,6 +74,8 @@ def _trained_row(training: Training) -> tuple[Cell, ...]:
     validated = history[history["split"] == "val"]
     loss, top1 = validated["loss"].dropna(), 100 * validated["top1"].dropna()
     last = {} if training.oscillation is None else oscillating_shares(training.oscillation).iloc[-1].to_dict()
+    if history["step"].max() < training.config.get("oscillation_window", 0):
+        last.pop("oscillating", None)  # the window was never full
     return (
         text(training.name),
         text("finished" if training.finished else "not finished"),

@@ -48,6 +48,8 @@ def checked_config(values: Mapping[str, Any], sources: Mapping[str, str]) -> QAT
                 f"{sources[str(key)]}: {str(key)!r} is no setting of a training; the nearest is {near}. All: "
                 f"{', '.join(names)}."
             )
+        if isinstance(values[key], bool) and not isinstance(getattr(QATConfig(), str(key)), bool):
+            raise InputError(f"{sources[str(key)]}: {key}={str(values[key]).lower()}: a number or a name is expected.")
     try:
         return TypeAdapter(QATConfig).validate_python(values)
     except ValidationError as error:

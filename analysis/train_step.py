@@ -1,6 +1,5 @@
 """`qvw train`: quantization-aware training from a plan or uniform bits, and the float model trained the same way."""
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -24,15 +23,13 @@ from analysis.trained_model import save_trained
 from analysis.training_data import TrainingImages, training_batches
 from analysis.training_rows import LOGS, TABLES, TrainingRows
 from analysis.training_task import TrainingTask, training_task
+from analysis.training_words import extent, low_rate, outcome, strengths
 from quant.batchnorm import batchnorms, reestimate_batchnorm_
 from quant.bit_plan import BitPlan
 from quant.checkpoints import last_step
-from quant.config import QATConfig
 from quant.prepare import prepare_qat_
 from quant.train import train_qat
 from quant.trial import check_trainable
-
-FEW_BITS = 3.5  # mean bits below which the default learning rate is low: reports/ablation
 
 
 def run_train(setup: Setup, request: TrainRequest) -> None:
@@ -54,46 +51,37 @@ def _run_train(setup: Setup, request: TrainRequest) -> None:
         return
     image = opened.probe_image()
     check_trainable(opened.model, config, torch.cat((image, image.flip(-1))))
-    with _step(opened, request, task) if main else nullcontext():
+    with _step(opened, request, task, accelerator.num_processes) if main else nullcontext():
         if main:
             if setup.overwrite:
                 drop_rows(opened, request.folder)
             opened.run.write_json(f"{request.folder}/config", asdict(config))
         accelerator.wait_for_everyone()  # what --overwrite removes is gone before anyone looks for a checkpoint
         plan, calibration = _prepare_(opened, task.plan, request)
-        if main and (hint := _rate_hint(plan, config)):
-            say(hint, quiet=setup.quiet)
+        if main:
+            say(extent(config, task.steps, task.train.images, task.val.images), quiet=setup.quiet)
+            if hint := low_rate(plan, config):
+                say(hint, quiet=setup.quiet)
         with resumable(lambda: _kept(folder, task.steps)):
             logits, labels = _train(opened, request, task, accelerator, calibration)
         if main:
             _finish(opened, plan, request, logits, labels)
     if main:
-        show_rows(opened, request.folder)
+        show_rows(opened, f"{request.folder} is new")
         say(f"the model and its history are in {folder}", quiet=setup.quiet)
 
 
-def _step(opened: Opened, request: TrainRequest, task: TrainingTask) -> AbstractContextManager[None]:
+def _step(opened: Opened, request: TrainRequest, task: TrainingTask, processes: int) -> AbstractContextManager[None]:
     """The step of run.json that the training is."""
     files, temporary = ([f"{request.folder}/{name}" for name in names] for names in (_FILES, _TEMPORARY))
     options = {name: value for name, value in asdict(request).items() if name != "config"}
+    options["processes"] = processes
     if task.soft_labels is not None:
         options["soft_labels_header"] = asdict(task.soft_labels.header)
     return opened.step(
         request.folder, task.train, files, options, task.inputs, seed=request.config.seed, temporary=temporary,
         instead="--name",
     )  # fmt: skip
-
-
-def _rate_hint(plan: BitPlan | None, config: QATConfig) -> str:
-    """What to try where bits are few and the learning rate is the default, which suits 4 bits and more."""
-    means = () if plan is None else (plan.totals.weight_bits, plan.totals.activation_bits)
-    fewest = min((bits for bits in means if bits is not None), default=math.inf)
-    if fewest >= FEW_BITS or config.learning_rate != QATConfig().learning_rate:
-        return ""
-    return (
-        f"{fewest:.2g} bits on average: learning_rate={config.learning_rate:g}, the default, is low for so few. Try "
-        "--set learning_rate=0.001, or 0.002 on a CNN (docs/training.md)."
-    )
 
 
 def _kept(folder: Path, total: int) -> str:
@@ -175,13 +163,13 @@ def _finish(opened: Opened, plan: BitPlan | None, request: TrainRequest, logits:
     """Write the tables, the model and its row of verify.parquet."""
     run, name = opened.run, request.folder
     TrainingRows(run.path / name).write(run, opened.by_site)
-    history = run.read_table(f"{name}/history")
-    loss = history[history["split"] == "val"]["loss"]
-    if loss.iloc[-1] > loss.iloc[0]:
-        warn(
-            f"the validation loss rose from {loss.iloc[0]:.4g} to {loss.iloc[-1]:.4g}: the training did harm. "
-            "Lower learning_rate, or change crop_area and horizontal_flip (--set)."
-        )
     save_trained(run.path / name, opened, plan)
     sites, how = ((), "none") if plan is None else (plan.sites, "learned")
-    keep_row(opened, verify_row(name, opened, sites, logits, labels, estimator=how))
+    row = verify_row(name, opened, sites, logits, labels, estimator=how)
+    keep_row(opened, row)
+    history = run.read_table(f"{name}/history")
+    words, worse = outcome(history, loss_se=row["loss_se"], top1_se=row["top1_se"])
+    for line in filter(None, (words, strengths(history))):
+        say(line, quiet=opened.setup.quiet)
+    if worse:
+        warn("the training did harm: lower learning_rate, or change crop_area and horizontal_flip (--set).")

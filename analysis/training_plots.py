@@ -43,18 +43,21 @@ def plot_history(history: pd.DataFrame, *, value: str = "loss", ax: Axes | None 
 
 
 @mpl.rc_context(plots.STYLE)
-def plot_terms(history: pd.DataFrame, terms: Sequence[str], *, ax: Axes | None = None) -> Axes:
+def plot_terms(history: pd.DataFrame, terms: Sequence[str], *, gradients: bool = False, ax: Axes | None = None) -> Axes:
     """One line per term of the loss over steps, of one training's batches (rows of split `train`).
 
-    Logarithmic; zeros, as of a term that is not yet switched on, lie on a linear stretch at the bottom.
+    With `gradients` the norms of their gradients, which say how hard each pulls, in place of their values. Logarithmic;
+    zeros, as of a term that is not yet switched on, lie on a linear stretch at the bottom.
     """
     ax = _axes(ax)
     rows = history[history["split"] == "train"]
-    for i, term in enumerate(terms):
-        measured = rows.dropna(subset=[term])
-        ax.plot(measured["step"], measured[term], color=_colour(i), ls=_dash(i), linewidth=0.8)
-    _scale_terms(ax, rows[list(terms)])
-    _finish(ax, "part of the loss")
+    columns = [f"grad_{term}" if gradients else term for term in terms]
+    for i, column in enumerate(columns):
+        measured = rows.dropna(subset=[column])
+        marker = "." if gradients else None  # few points, which a line alone would hide
+        ax.plot(measured["step"], measured[column], color=_colour(i), ls=_dash(i), linewidth=0.8, marker=marker, ms=3)
+    _scale_terms(ax, rows[columns])
+    _finish(ax, "gradient norm" if gradients else "part of the loss")
     _legend(ax, list(terms), markers=False)
     return ax
 
@@ -99,8 +102,8 @@ def training_figure(history: pd.DataFrame, shares: pd.DataFrame, name: str) -> F
 
 
 @mpl.rc_context(plots.STYLE)
-def terms_figure(history: pd.DataFrame, terms: Sequence[str], name: str) -> Figure:
-    """The terms of the loss, a panel a training; `history` has rows of all of a run's trainings."""
+def terms_figure(history: pd.DataFrame, terms: Sequence[str], name: str, *, gradients: bool = False) -> Figure:
+    """The terms of the loss, or the norms of their `gradients`, a panel a training; `history` has rows of all."""
     names = history["training"].unique().tolist()
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
@@ -109,16 +112,18 @@ def terms_figure(history: pd.DataFrame, terms: Sequence[str], name: str) -> Figu
         sharey=True,
     )  # fmt: skip
     for ax, training in zip(axes.flat, names, strict=False):
-        plot_terms(history[history["training"] == training], terms, ax=ax)
+        plot_terms(history[history["training"] == training], terms, gradients=gradients, ax=ax)
         ax.get_legend().remove()
         ax.set_title(plots.plain(training))
-    _scale_terms(axes.flat[0], history.loc[history["split"] == "train", list(terms)])  # panels share it
+    columns_drawn = [f"grad_{term}" if gradients else term for term in terms]
+    _scale_terms(axes.flat[0], history.loc[history["split"] == "train", columns_drawn])  # panels share it
     for ax in axes.flat[len(names) :]:
         ax.remove()
     for ax in axes[:, 1:].flat:
         ax.set_ylabel("")
     figure.legend(_handles(len(terms), markers=False), list(terms), ncols=4, loc="outside lower left", fontsize=7)
-    figure.suptitle(f"{plots.plain(name)}: terms of the loss", fontsize=9)
+    what = "gradients of the terms over all weights" if gradients else "terms of the loss"
+    figure.suptitle(f"{plots.plain(name)}: {what}", fontsize=9)
     return figure
 
 

@@ -130,7 +130,7 @@ def run_verify(
                 if clean is None:
                     logits, labels = logits_of(opened.model, batches.get())
                     row = verify_row("float", opened, (), logits, labels, estimator="none")
-                    keep_row(opened, row, tell=False)
+                    keep_row(opened, row)
                     clean = _reference(opened, made.images, sweep_batches.get(), treatment)
                 with running_quantized(opened, made, treatment):
                     figures = _measured(
@@ -139,7 +139,7 @@ def run_verify(
                 known[_bits(each)] = figures | {"inputs": fixed, "bits": _bits(each)}
                 log.append([known[_bits(each)]])
             own = known[_bits(each)]
-            keep_row(opened, own["verify"] | {"plan": kind}, tell=False)
+            keep_row(opened, own["verify"] | {"plan": kind})
             row = _row(own, known[_bits(plan)], each, measured, products)
             rows.append({"plan": kind, **row, "plan_sha256": each.sha256})
             bar.update()

@@ -53,6 +53,10 @@ def _lines(node: yaml.Node | None, above: tuple[str, ...]) -> list[tuple[tuple[s
         below = [(str(i), item, item) for i, item in enumerate(node.value)]
     else:
         below = []
+    names = [name for name, _, _ in below]
+    for name, key, _ in below:
+        if names.count(name) > 1 and name != "<<":
+            raise ValueError(f"line {key.start_mark.line + 1} has {name!r}, which is there {names.count(name)} times")
     for name, key, value in below:
         found.append(((*above, name), key.start_mark.line + 1))
         found += _lines(value, (*above, name))

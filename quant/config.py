@@ -35,7 +35,7 @@ class QATConfig:
     accumulate: Count = 1  # parts of a step that go through the network one after another, to save memory
     crops_per_image: Count = 1  # views of an image in one step (Shen and Xing, ECCV 2022, arXiv:2112.01528)
     optimizer: str = "adamw"  # timm's name
-    learning_rate: Positive = 2e-4  # peak; for a trained network: at 1e-3 one that has lost little loses more
+    learning_rate: Positive = 2e-4  # peak; for 4 bits and more, where 1e-3 undoes what was learned; 2 bits want 1e-3
     scale_learning_rate: Positive = 1e-2  # peak, of scales and offsets, as a share of the scale that each starts at
     gradient_scale: GradientScale = "lsq"  # of weights' scales, 1/sqrt(N Q_P); module: 1/sqrt(Q_P ||w||_1), TMLR 2024
     weight_decay: NotNegative = 1e-4  # of weights; biases, norms and scales have none

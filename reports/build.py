@@ -1,6 +1,7 @@
 """What is kept of real runs: small tables, each run.json without a machine's paths, and the gallery of every figure.
 
-python reports/build.py RUNS ABLATION: RUNS is the folder that networks/runs.sh made, ABLATION that of `qvw ablate`.
+python reports/build.py RUNS ABLATION TUNING: RUNS is the folder that networks/runs.sh made, the others those that
+`qvw ablate` made of ablation/cifar10.yaml and ablation/tuning.yaml. The environment variables of runs.sh are needed.
 """
 
 import base64
@@ -31,12 +32,15 @@ STATS = ("module", "tensor", "kind", "order", "numel", "std", "abs_mean", "exces
 SWEEP = ("module", "tensor", "group", "bit_width", "protocol", "batchnorm", "kl", "kl_se", "delta_loss",
          "delta_loss_se", "delta_top1", "top1_se", "sqnr_db", "rank_low", "rank_high")  # fmt: skip
 PLACES = ("QVW_IMAGENET", "QVW_CIFAR10", "QVW_MODELS")  # environment variables that runs.sh reads
+CHANGED = ("learning_rate", "crop_area", "task_weight", "kd_weight", "kd_temperature", "obr_weight", "gradient_scale")
 COLOURS = 40  # of a figure's palette
 
 
 def main() -> None:
-    """Write networks/NAME/ and gallery/index.html."""
-    runs, ablation = Path(sys.argv[1]), Path(sys.argv[2])
+    """Write networks/NAME/, ablation/cifar10/, ablation/tuning/ and gallery/index.html."""
+    runs, ablation, tuning = map(Path, sys.argv[1:])
+    for name, folder in (("cifar10", ablation), ("tuning", tuning)):
+        keep_ablation(folder, HERE / "ablation" / name, f"{name}.yaml")
     for name in NETWORKS:
         keep(runs / name, HERE / "networks" / name, {str(runs.resolve()): "$RUNS"})
     kept = HERE / "networks" / "comparison.csv"
@@ -67,6 +71,32 @@ def keep(run: Path, to: Path, paths: dict[str, str]) -> None:
     verified = [pd.read_parquet(file).assign(like=like) for like, file in found.items()]
     table = pd.concat(verified).drop(columns="plan_sha256").set_index("like").reset_index()
     (to / "verification.csv").write_text(rounded(table), encoding="utf-8")
+
+
+def keep_ablation(made: Path, to: Path, config: str) -> None:
+    """Tables and figure of an ablation, of each network the run.json, and a row for each of its trainings."""
+    paths = {str(made.resolve()): f"runs/{to.name}", str(made.resolve().parent / config): f"reports/ablation/{config}"}
+    for name in ("ablation.csv", "summary.csv"):
+        (to / name).write_text(rounded(pd.read_csv(made / name)), encoding="utf-8")
+    image = Image.open(made / "ablation.png").convert("RGB")
+    image.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE).save(to / "ablation.png", optimize=True)
+    rows = []
+    for run in sorted(path.parent for path in made.glob("*/run.json")):
+        write_record(run / "run.json", to / f"{run.name}.run.json", paths)
+        rows += [training(folder) for folder in sorted(run.glob("qat-*")) if (folder / "history.parquet").exists()]
+    (to / "trainings.csv").write_text(rounded(pd.DataFrame(rows)), encoding="utf-8")
+
+
+def training(folder: Path) -> dict[str, object]:
+    """The settings of a training that the ablations change, and its first and last validation."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    history = pd.read_parquet(folder / "history.parquet")
+    validated = history[history["split"] == "val"]
+    return {
+        "network": folder.parent.name, "training": folder.name, **{name: config[name] for name in CHANGED},
+        "steps": int(history["step"].max()), "top1_start": validated["top1"].iloc[0],
+        "top1_last": validated["top1"].iloc[-1], "loss_last": validated["loss"].iloc[-1],
+    }  # fmt: skip
 
 
 def planned(file: Path) -> pd.Series:

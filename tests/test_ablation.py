@@ -65,6 +65,12 @@ def written(tmp_path, **changes):
         ({"arms.lsq.like": "w3a3"}, "both `uniform` and `like`"),
         ({"subjects.vit.weights": "$QVW_NOT_SET/w"}, "names .QVW_NOT_SET, which the environment does not set"),
         ({"arms": {}}, "has no arm"),
+        ({"subjects.vit.arms": ["lsq", "lsq"]}, "arms .'lsq', 'lsq'. must be one or more, each of them once"),
+        ({"subjects.vit.arms": []}, "must be one or more"),
+        ({"seeds": [True, False]}, "seeds.0: input should be a valid integer"),
+        ({"arms.obr.settings": {"seed": 5}}, "the seed of each training is one of `seeds`"),
+        ({"arms.obr.settings": {"batch_size": True}}, "batch_size=true: a number or a name is expected"),
+        ({"arms": SMALL["arms"] | {"..": {"title": "x"}}}, "arm '..' is no name of a folder"),
         ({"seeds": [0, 1, 0]}, "seeds .0, 1, 0. must be one or more, each of them once"),
         ({"arms.a/b": {"title": "x"}}, "no name of a folder"),
     ],
@@ -75,6 +81,20 @@ def test_a_wrong_file_is_told_before_anything_is_trained(tmp_path, changes, mess
         changes = changes | {"subjects.vit.arms": ["lsq", "obr"]}
     with pytest.raises(InputError, match=message):
         read_ablation(written(tmp_path, **changes))
+
+
+def test_a_key_that_is_there_twice_is_told(tmp_path):
+    """YAML keeps the last of two arms of one name, and the other would be missing without a word."""
+    file = written(tmp_path)
+    file.write_text(file.read_text().replace("baseline: lsq", "baseline: lsq\nbaseline: obr"))
+    with pytest.raises(InputError, match=r"line \d+ has 'baseline', which is there 2 times"):
+        read_ablation(file)
+
+
+def test_one_pattern_needs_no_list(tmp_path):
+    """`exclude: "*x*"` is what a user writes first."""
+    found = read_ablation(written(tmp_path, **{"subjects.vit.exclude": "*downsample*"}))
+    assert found.subjects["vit"].exclude == ("*downsample*",)
 
 
 def test_trainings_come_seed_by_seed_and_settings_of_the_arm_win(tmp_path):

@@ -526,5 +526,8 @@ def test_terms_that_are_not_yet_switched_on_are_drawn():
     later = history.assign(training="qat-float", obr_distance=np.nan)
     figure = terms_figure(pd.concat([history, later]), ["task", "obr_distance"], "mine")
     assert [ax.yaxis.get_transform().linthresh for ax in figure.axes] == [1e-3, 1e-3]  # of all panels, not of the last
+    pulls = terms_figure(history.assign(grad_task=2.0, grad_obr_distance=0.1), ["task"], "mine", gradients=True)
+    assert pulls.axes[0].get_ylabel() == "gradient norm"
+    assert set(pulls.axes[0].lines[0].get_ydata()) == {2.0}
     assert plot_oscillation(pd.DataFrame({"training": [], "step": [], "oscillating": []})).get_ylabel()
     plt.close("all")
