@@ -41,7 +41,7 @@ asked cifar10_swin_e48 "$@" && cifar cifar10_swin_e48 "${tokens[@]}"
 asked cifar10_resnet20 "$@" &&
     cifar cifar10_resnet20 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --exclude '*downsample*'
 asked imagenet_mobilenetv1_025 "$@" &&
-    network imagenet_mobilenetv1_025 500 500 "$QVW_MODELS/models.py:imagenet_mobilenetv1_025" \
+    network imagenet_mobilenetv1_025 200 500 "$QVW_MODELS/models.py:imagenet_mobilenetv1_025" \
         --weights "$QVW_MODELS/weights/imagenet_mobilenetv1_025.safetensors" --data "csv:$QVW_IMAGENET" \
         --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 --input-size 3,224,224
 
@@ -55,4 +55,4 @@ for name in resnet50 swin_tiny_patch4_window7_224; do
     fi
 done
 
-qvw compare "$out/cifar10_resnet20" "$out/cifar10_vit_d128_l4" "$out/cifar10_swin_e48" --out "$out/compare"
+[[ $# -gt 0 ]] || qvw compare "$out/cifar10_resnet20" "$out/cifar10_vit_d128_l4" "$out/cifar10_swin_e48" --out "$out/compare"
