@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -33,7 +34,7 @@ SWEEP = ("module", "tensor", "group", "bit_width", "protocol", "batchnorm", "kl"
          "delta_loss_se", "delta_top1", "top1_se", "sqnr_db", "rank_low", "rank_high")  # fmt: skip
 PLACES = ("QVW_IMAGENET", "QVW_CIFAR10", "QVW_MODELS")  # environment variables that runs.sh reads
 CHANGED = ("learning_rate", "crop_area", "task_weight", "kd_weight", "kd_temperature", "obr_weight", "gradient_scale")
-COLOURS = 40  # of a figure's palette
+COLOURS = 64  # of a figure's palette
 
 
 def main() -> None:
@@ -50,10 +51,15 @@ def main() -> None:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    sections = [(title, lead, [small(each) for each in pictures]) for title, lead, pictures in gallery(runs, ablation)]
+    for old in page.parent.glob("*.webp"):
+        old.unlink()
+    sections = [
+        (title, lead, [drawn(each, page.parent) for each in some]) for title, lead, some in gallery(runs, ablation)
+    ]
     style = (HERE.parent / "analysis" / "templates" / "report.css").read_text(encoding="utf-8")
     page.write_text(environment.get_template("gallery.html.jinja").render(sections=sections, style=style), "utf-8")
-    print(f"{sum(len(each[2]) for each in sections)} figures, {page.stat().st_size // 1024} KiB in {page}")
+    size = sum(file.stat().st_size for file in HERE.rglob("*") if file.is_file())
+    print(f"{sum(len(each[2]) for each in sections)} figures in {page}; {size / 2**20:.2f} MiB in {HERE}")
 
 
 def keep(run: Path, to: Path, paths: dict[str, str]) -> None:
@@ -75,7 +81,8 @@ def keep(run: Path, to: Path, paths: dict[str, str]) -> None:
 
 def keep_ablation(made: Path, to: Path, config: str) -> None:
     """Tables and figure of an ablation, of each network the run.json, and a row for each of its trainings."""
-    paths = {str(made.resolve()): f"runs/{to.name}", str(made.resolve().parent / config): f"reports/ablation/{config}"}
+    paths = {str(made.resolve()): f"runs/{to.name}"}
+    paths |= {str(file): f"reports/ablation/{config}" for file in made.resolve().parent.glob("*.yaml")}
     for name in ("ablation.csv", "summary.csv"):
         (to / name).write_text(rounded(pd.read_csv(made / name)), encoding="utf-8")
     image = Image.open(made / "ablation.png").convert("RGB")
@@ -171,14 +178,16 @@ def some(*pictures: Picture | None) -> list[Picture]:
     return [each for each in pictures if each is not None]
 
 
-def small(drawn: Picture) -> Picture:
-    """The same picture at the size of the page, with few colours: this folder is kept in git."""
-    image = Image.open(io.BytesIO(base64.b64decode(drawn.png))).convert("RGB")
-    image = image.resize((drawn.pixels, round(image.height * drawn.pixels / image.width)), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    few = image.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    few.save(buffer, "png", optimize=True)
-    return replace(drawn, png=base64.b64encode(buffer.getvalue()).decode())
+def drawn(picture: Picture, folder: Path) -> dict[str, object]:
+    """The picture as a file of few colours at the size of the page, in git for good; what the page says of it."""
+    image = Image.open(io.BytesIO(base64.b64decode(picture.png))).convert("RGB")
+    size = picture.pixels, round(image.height * picture.pixels / image.width)
+    few = image.resize(size, Image.Resampling.LANCZOS).quantize(
+        COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    )
+    file = folder / f"{re.sub(r'[^a-z0-9]+', '-', picture.caption.lower()).strip('-')}.webp"
+    few.convert("RGB").save(file, lossless=True, quality=100, method=6)
+    return {"file": file.name, "caption": picture.caption, "words": picture.words, "size": size}
 
 
 if __name__ == "__main__":
