@@ -339,9 +339,9 @@ def _head_labels(
         names = {indices_of[name]: name for name in names.values()}
     elif num_classes is not None and names is not None and listing.complete and len(names) != num_classes:
         raise InputError(
-            f"{spec} has {len(names)} classes, the model's head has {num_classes}. Give "
-            f"""--model-kwargs '{{"num_classes": {len(names)}}}' for a new head, or """
-            "`--class-map FILE` where the classes are some of the head's."
+            f"{spec} has {len(names)} classes, the model's head has {num_classes}. Give `--class-map FILE` where the "
+            f"""classes are some of the head's, or --model-kwargs '{{"num_classes": {len(names)}}}' for a new head, """
+            "which is untrained."
         )
     if num_classes is not None and labels.max(initial=-1) >= num_classes:
         raise InputError(

@@ -143,8 +143,8 @@ def _timm_model(source: ModelSource) -> nn.Module:
             raise InputError(f"timm has no weights {source.model!r}. The nearest: {', '.join(near)}.") from error
         if source.pretrained or ":" in source.model:
             raise InputError(
-                f"The pretrained weights of {source.model} could not be had: no network, or unknown "
-                f"({first_line(error)}). Fetch them elsewhere and give `--weights FILE.safetensors`."
+                f"The pretrained weights of {source.model} could not be had: no network and not in the cache, or "
+                f"unknown ({type(error).__name__}). Fetch them elsewhere and give `--weights FILE.safetensors`."
             ) from error
         given = f" with `--model-kwargs` {dict(source.kwargs)}" if source.kwargs else ""
         raise InputError(

@@ -190,8 +190,11 @@ def uniform_bits(
 def _advice(who: str, bits: int) -> str:
     """What to do about bits that were not measured, by who asks for them."""
     if who == "the layout":
-        return f"Measure these with `qvw sensitivity --bits {bits}`, or plan without this exception: --layout strict."
-    return "Measure it with `qvw sensitivity --bits`, or choose a bit-width that was measured."
+        return (
+            f"Measure these with `qvw sensitivity --run RUN --bits {bits}`, or plan without this exception: "
+            "--layout strict."
+        )
+    return "Measure it with `qvw sensitivity --run RUN --bits ...`, or choose a bit-width that was measured."
 
 
 def _no_match(what: str, pattern: str, names: Sequence[str]) -> InputError:

@@ -23,7 +23,7 @@ from analysis.plan_csv import plan_frame
 from analysis.plan_files import NAME, PlanFiles
 from analysis.plan_offer import offered, tied
 from analysis.plan_request import PlanRequest
-from analysis.plan_words import knee_words, loose_budgets, plan_words, rising_scores
+from analysis.plan_words import knee_words, loose_budgets, plan_words, rising_scores, unspent_budgets
 from analysis.planner import plan_bits, read_options
 from analysis.run_record import typed_command
 from analysis.runs import Run
@@ -156,11 +156,16 @@ def _tell_loose_budgets(
     parameters: int,
 ) -> None:
     """Warn of a budget that even the most bits keep: a slip of the unit, or a wish that nothing fulfils."""
-    if request.like is not None:
-        return  # its means are those of uniform bits, which may well be the most
+    if request.like is not None:  # its means are those of uniform bits, which may well be the most
+        for line in unspent_budgets(plan):
+            say(line, quiet=request.quiet)
+        return
     dearest = [by_bits[max(by_bits)] for by_bits in read_options(options, cost)[0].values()]
-    for line in loose_budgets(plan, dearest, accounting.totals(dearest, cost, parameters, latency)):
+    loose = loose_budgets(plan, dearest, accounting.totals(dearest, cost, parameters, latency))
+    for line in loose:
         warn(line)
+    for line in () if loose else unspent_budgets(plan):
+        say(line, quiet=request.quiet)
 
 
 def _column(request: PlanRequest) -> str:

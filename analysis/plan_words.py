@@ -58,6 +58,16 @@ def loose_budgets(plan: BitPlan, dearest: list[PlannedSite], totals: object) -> 
     ]
 
 
+def unspent_budgets(plan: BitPlan) -> list[str]:
+    """A line for each budget of which a proved plan leaves a tenth or more: more bits lower no score there."""
+    return [
+        f"{1 - spent / limit:.0%} of the budget of {amount(name, limit)} is left: by this measurement more bits "
+        "would gain nothing within the other budgets."
+        for name, limit in plan.budget.as_dict().items()
+        if (spent := getattr(plan.totals, name)) is not None and plan.solver.status == "optimal" and spent < 0.9 * limit
+    ]
+
+
 def knee_words(front: pd.DataFrame, objective: str) -> str:
     """The knee of each curve of a front, with what the next unit of its budget saves."""
     found = knee(front)

@@ -68,9 +68,25 @@ def report_html(runs: Sequence[Path], variation: Sequence[Picture] | None = None
         sections=sections(contents, variation),
         csv_of=table_download,
         long=LONG,
+        described=[_described(content) for content in contents if content.record.model is not None],
         command=f"{shlex.join(['qvw', step, *map(str, runs)])} --out DIR",
         program=f"{PROGRAM} {versions().get(PROGRAM, '')}".rstrip(),
     )
+
+
+def _described(content: RunContent) -> str:
+    """Model, weights and images of a run in a line: a page of untrained weights must not look like a finding."""
+    model, data = content.record.model, content.record.data.get("data")
+    assert model is not None
+    if model.weights is not None:
+        weights = f"weights of {Path(model.weights).name}"
+    elif model.pretrained:
+        weights = "timm's pretrained weights"
+    elif model.factory is not None:
+        weights = "weights as its function gives them"
+    else:
+        weights = "UNTRAINED weights: its figures say nothing of a trained one"
+    return f"{content.name}: {model.name}, {weights}; {f'images of {data}' if data else 'no images'}"
 
 
 def sections(contents: Sequence[RunContent], variation: Sequence[Picture] | None = None) -> tuple[Section, ...]:

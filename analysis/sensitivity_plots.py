@@ -71,7 +71,7 @@ def plot_blocks(frame: pd.DataFrame, *, value: str = "kl", ax: Axes | None = Non
     top = positive.max() if len(positive) else 1.0
     low = max(positive.min(), top / 1e4) if len(positive) else 0.1
     mesh = ax.pcolormesh(
-        np.ma.masked_invalid(np.clip(values, low, None)), cmap="viridis_r", norm=LogNorm(low, max(top, low * 1.01)),
+        np.ma.masked_invalid(np.clip(values, low, None)), cmap="viridis", norm=LogNorm(low, max(top, low * 1.01)),
         edgecolors="white", linewidth=0.4,
     )  # fmt: skip
     ax.set_xticks(np.arange(len(parts)) + 0.5, parts, rotation=90, fontsize=6)

@@ -53,6 +53,8 @@ def _run_stats(setup: Setup, processes: Processes) -> None:
         say(_summary(stats), quiet=setup.quiet)
         for module, reason in opened.trace.unobserved.items():
             say(f"The attention of {module} is not observed: {reason}.", quiet=setup.quiet)
+        if data is None:
+            say("Weights alone: --data adds inputs, outputs and attention.", quiet=setup.quiet)
         say(f"{len(stats)} tensors in {run.path / 'stats.parquet'}, figure distribution.png", quiet=setup.quiet)
 
 

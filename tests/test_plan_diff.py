@@ -18,6 +18,7 @@ from analysis.names import shorten
 from analysis.panels import bits_figure
 from analysis.plan_csv import PLAN_CSV_COLUMNS, plan_frame
 from analysis.plan_diff import DIFF_COLUMNS, plan_diff, read_plan_file, run_plan_diff, totals_diff
+from analysis.plan_words import unspent_budgets
 from analysis.planner import plan_bits
 from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
 from quant.errors import InputError
@@ -245,3 +246,13 @@ def test_the_chart_names_every_module_of_a_long_network(modules):
     assert [text.get_text() for text in legends[0].get_texts()] == [f"{b} bit" for b in np.unique(frame["bit_width"])]
     assert legends[1:] == [None] * (len(legends) - 1)
     plt.close(figure)
+
+
+def test_a_budget_that_a_proved_plan_leaves_is_told():
+    """A tenth or more that is not spent is no mistake of the solver's: no more bits lower a score."""
+    made = plan(5)
+    spent = replace(made, budget=PlanBudget(weight_bits=made.totals.weight_bits))
+    left = replace(made, budget=PlanBudget(weight_bits=2 * made.totals.weight_bits))
+    assert unspent_budgets(spent) == []
+    assert unspent_budgets(left)[0].startswith("50% of the budget of")
+    assert unspent_budgets(replace(left, solver=PlanSolver(name="highs", status="time_limit"))) == []
