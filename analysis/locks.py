@@ -15,11 +15,13 @@ from quant.errors import InputError
 def exclusive(path: Path, what: str, *, instead: str = "--run") -> Iterator[None]:
     """Hold the lock `path`, a file that is there meanwhile; InputError where another process holds it.
 
-    The system gives the lock of a killed process free. `instead` is the option that names another place.
+    The system gives the lock of a killed process free, at once: a forked child, such as a worker that reads images, has
+    no part in it. `instead` is the option that names another place.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
+    os.register_at_fork(after_in_child=file.close)  # a lock is held until all copies of its descriptor are closed
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

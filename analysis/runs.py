@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,7 +57,7 @@ class Run:
     def set_model(self, record: ModelRecord, *, overwrite: bool = False) -> None:
         """Note the model; raises InputError where the folder holds another one's results.
 
-        With `overwrite` the other model's results are removed.
+        With `overwrite` the other model's results are removed, unless another process runs one of its steps.
         """
         now = self.record
         if now.model is not None:
@@ -69,8 +69,11 @@ class Run:
                         f"{self.path} holds the results of another model ({changes}). "
                         "Choose another `--run`, or remove those results with `--overwrite`."
                     )
-                self.remove(["verify.parquet", *(file for step in now.steps.values() for file in step.files)])
-                self.edit(lambda _: RunRecord(model=record))
+                with ExitStack() as held:
+                    for name in now.steps:
+                        held.enter_context(self._lock(name))
+                    self.remove(["verify.parquet", *(file for step in now.steps.values() for file in step.files)])
+                    self.edit(lambda _: RunRecord(model=record))
         if self.record.model != record:
             self.edit(lambda latest: replace(latest, model=record))
 
@@ -86,6 +89,7 @@ class Run:
             return False
         return all((self.path / file).exists() for file in step.files)
 
+    @contextmanager
     def start_step(
         self,
         name: str,
@@ -100,69 +104,53 @@ class Run:
         instead: str = "--run",
         overwrite: bool = False,
         renew: bool = False,
-    ) -> AbstractContextManager[None]:
-        """Note that a step runs; the context returned notes how it ended: done, interrupted or failed.
+    ) -> Iterator[None]:
+        """Note that a step runs; the context notes how it ended: done, interrupted or failed.
 
         `inputs` is all that fixes the result. Where the folder holds the step with other inputs, finished or not,
         raises InputError that lists them. `overwrite` removes what the step left; `renew` keeps it until it writes
         anew. `files` are all that it may write, relative to the run folder; `temporary` are there for resuming alone,
-        and removed when the step is done; `instead` is the option that keeps both results. While the context runs no
-        other process can start the same step.
+        and removed when the step is done: without a record of the step they are refused. `instead` is the option that
+        keeps both results. While the context runs no other process can start the same step.
         """
-        return self._locked(
-            name,
-            lambda: self._note_start(
-                name, command=command, options=options, inputs=inputs, seed=seed, device=device,
-                files=[*files, *temporary], instead=instead, overwrite=overwrite, renew=renew,
-            ),
-            temporary,
-        )  # fmt: skip
-
-    @contextmanager
-    def _locked(self, name: str, note: Callable[[], StepRecord], temporary: Sequence[str]) -> Iterator[None]:
-        """Hold the step's lock from before `note` looks at the record until the step has ended."""
-        with exclusive(self.path / f".{name}.lock", f"{name} in {self.path}"), self._watched(name, note(), temporary):
-            yield
-
-    def _note_start(
-        self,
-        name: str,
-        *,
-        command: str,
-        options: Mapping[str, Any],
-        inputs: Mapping[str, Any],
-        seed: int,
-        device: str,
-        files: Sequence[str],
-        instead: str,
-        overwrite: bool,
-        renew: bool,
-    ) -> StepRecord:
-        old = self.record.steps.get(name)
-        changes = input_changes(old.inputs, inputs) if old is not None else ""
-        if changes and not (overwrite or renew):
-            raise InputError(
-                f"{self.path} holds {name} with other inputs ({changes}). "
-                f"Choose another `{instead}`, or start the step anew with `--overwrite`, which removes its results."
+        with self._lock(name):
+            old = self.record.steps.get(name)
+            changes = input_changes(old.inputs, inputs) if old is not None else ""
+            if changes and not (overwrite or renew):
+                raise InputError(
+                    f"{self.path} holds {name} with other inputs ({changes}). "
+                    f"Choose another `{instead}`, or start the step anew with `--overwrite`, which removes its results."
+                )
+            unknown = [file for file in temporary if old is None and (self.path / file).exists()]
+            if unknown and not (overwrite or renew):
+                raise InputError(
+                    f"{self.path} holds an unfinished {name} ({', '.join(unknown)}), but run.json has no record of the "
+                    "inputs that it began with. Put run.json back, or start anew with `--overwrite`."
+                )
+            files = [*files, *temporary]
+            if overwrite:
+                self.remove([*files, *(old.files if old is not None else [])])
+            earlier = [] if old is None or overwrite or renew else list(dict.fromkeys([*old.earlier, old.command]))
+            step = StepRecord(
+                command=command,
+                earlier=[other for other in earlier if other != command],
+                options=plain(options),
+                inputs=plain(inputs),
+                files=files,
+                seed=seed,
+                versions=versions(),
+                device=device,
+                git_commit=git_commit(),
+                status="running",
+                started=datetime.now(UTC).isoformat(timespec="seconds"),
             )
-        if overwrite:
-            self.remove([*files, *(old.files if old is not None else [])])
-        earlier = [] if old is None or overwrite or renew else list(dict.fromkeys([*old.earlier, old.command]))
-        step = StepRecord(
-            command=command,
-            earlier=[other for other in earlier if other != command],
-            options=plain(options),
-            inputs=plain(inputs),
-            files=list(files),
-            seed=seed,
-            versions=versions(),
-            device=device,
-            git_commit=git_commit(),
-            status="running",
-            started=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        self.note_step(name, step)
-        return step
+            self.note_step(name, step)
+            with self._watched(name, step, temporary):
+                yield
+
+    def _lock(self, name: str) -> AbstractContextManager[None]:
+        """While it is held no other process runs the step; InputError where one does."""
+        return exclusive(self._inside(f".{name}.lock"), f"{name} in {self.path}")
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
         """Write NAME.parquet."""
@@ -243,16 +231,19 @@ class Run:
     def remove(self, files: Sequence[str]) -> None:
         """Delete files and folders, named relative to the run folder, where they are there."""
         for file in files:
-            path = self.path / file
-            if self.path.resolve() not in path.resolve().parents:  # run.json may have been edited
-                raise InputError(
-                    f"{self.path / 'run.json'} names {file!r}, which lies outside the run folder. Mend it."
-                )
+            path = self._inside(file)
             with writing(path):
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
+
+    def _inside(self, file: str) -> Path:
+        """The path of a file of the run folder; InputError where run.json was edited so that it names another."""
+        path = self.path / file
+        if self.path.resolve() not in path.resolve().parents:
+            raise InputError(f"{self.path / 'run.json'} names {file!r}, which lies outside the run folder. Mend it.")
+        return path
 
 
 def _remedy(name: str) -> str:

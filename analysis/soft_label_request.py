@@ -1,5 +1,6 @@
 """What `qvw soft-labels` is asked for, checked before a model is loaded."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from quant.choices import Compression
 from quant.errors import InputError
 
 TOP_K = 5
+LARGEST_RATIO = 1000
+"""Width over height of a crop, and height over width."""
+LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +35,21 @@ class SoftLabelRequest:
     def of(cls, options: Mapping[str, Any]) -> "SoftLabelRequest":
         """The options of a command line, checked."""
         request = TypeAdapter(cls).validate_python(dict(options))
-        for name, (low, high), most in (("scale", request.scale, 1.0), ("ratio", request.ratio, float("inf"))):
-            if not 0 < low <= high <= most:
-                limit = " at most 1" if most == 1 else ""
-                raise InputError(f"--{name} {low:g},{high:g}: expected two numbers above 0{limit}, the smaller first.")
+        (low, high), (narrow, wide) = request.scale, request.ratio
+        # `not (within)`: NaN is neither within a range nor beyond it, and the ranges of click let it through.
+        if not 0 < low <= high <= 1:
+            raise InputError(f"--scale {low:g},{high:g}: expected two numbers above 0 at most 1, the smaller first.")
+        if not 1 / LARGEST_RATIO <= narrow <= wide <= LARGEST_RATIO:
+            raise InputError(
+                f"--ratio {narrow:g},{wide:g}: expected two numbers from {1 / LARGEST_RATIO:g} to {LARGEST_RATIO:g}, "
+                "the smaller first."
+            )
+        if not 0 <= request.flip <= 1:
+            raise InputError(f"--flip {request.flip:g}: expected a probability, from 0 to 1.")
+        if not LEAST_TEMPERATURE <= request.temperature < math.inf:
+            raise InputError(
+                f"--temperature {request.temperature:g}: expected a finite number of at least {LEAST_TEMPERATURE:g}."
+            )
         if request.out.is_dir():
             raise InputError(f"--out {request.out} is a folder. Name a file, such as {request.out / 'labels.soft'}.")
         return request

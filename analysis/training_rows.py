@@ -30,12 +30,13 @@ class TrainingRows:
 
         InputError where rows up to there are missing.
         """
+        lost = [log.path for log in self.logs.values() if first and not log.path.exists()]  # all are made at the start
         rows = {name: log.keep(first if first else -1) for name, log in self.logs.items()}
         trained = {row["step"] for row in rows["history"] if row.get("split") == "train"}
         observed, binned = ({row["step"] for row in rows[name]} for name in ("oscillation", "bins"))
         expected = {step for step in logged_steps(config, total) if step <= first}
         bins = {step for step in binned_steps(total) if step <= first}
-        if trained != expected or (observed and (observed, binned) != (expected | {0}, bins)):
+        if lost or trained != expected or ((observed or binned) and (observed, binned) != (expected | {0}, bins)):
             raise InputError(
                 f"{self.folder} lacks rows of its history up to the checkpoint of step {first}. Put its files "
                 "*.partial.jsonl back, or start anew with --overwrite."

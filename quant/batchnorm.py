@@ -43,7 +43,10 @@ def reestimate_batchnorm_(
                     module.momentum = len(images) / seen
                 run(images)
         if not seen:
-            raise InputError("BatchNorm cannot take its statistics from batches of one image; raise --batch-size.")
+            raise InputError(
+                "BatchNorm cannot take its statistics from batches of one image. Give at least two images (--images, "
+                "--calibration-images, or in `qvw train` --set calibration_images) and a --batch-size of at least 2."
+            )
     finally:
         for module, momentum in zip(layers, momenta, strict=True):
             module.momentum = momentum

@@ -1,7 +1,9 @@
 """Checkpoints of a training: folders written whole or not at all, checked before they are loaded."""
 
 import hashlib
+import io
 import json
+import math
 import os
 import random
 import re
@@ -17,6 +19,7 @@ from torch import nn
 from quant.errors import InputError, first_line, system_error
 
 _KEPT = 2  # should the last one be damaged, the training goes on from the one before
+_SHARED = ("model.safetensors", "tracker.safetensors", "optimizer.pt")  # beside them random_RANK.pt of each process
 
 
 def save_checkpoint(
@@ -42,9 +45,9 @@ def save_checkpoint(
             temporary.mkdir(parents=True)
             save_model(model, str(temporary / "model.safetensors"))
             save_model(tracker, str(temporary / "tracker.safetensors"))
-            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+            _write(temporary / "optimizer.pt", optimizer.state_dict())
         accelerator.wait_for_everyone()
-        torch.save(_random_state(), temporary / f"random_{accelerator.process_index}.pt")
+        _write(temporary / f"random_{accelerator.process_index}.pt", _random_state())
         accelerator.wait_for_everyone()
         if main:
             digests = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
@@ -76,19 +79,31 @@ def last_step(folder: Path) -> int:
     if not steps:
         return 0
     path = folder / f"step_{steps[-1]:08}"
-    try:
-        manifest = _manifest(path)
-        damaged = [name for name, digest in manifest["sha256"].items() if _sha256(path / name) != digest]
-        damaged += [f"manifest.json lacks {key}" for key in ("processes", "seconds") if key not in manifest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        damaged = [f"manifest.json or a file that it names ({type(error).__name__})"]
-    if damaged:
+    damage = _damage(path, steps[-1])
+    if damage:
         earlier = f"from step {steps[-2]}" if len(steps) > 1 else "from the start"
         raise InputError(
-            f"The checkpoint {path} is damaged or cut short: {damaged[0]}. "
+            f"The checkpoint {path} is damaged or cut short: {damage}. "
             f"Delete this folder and run the command again: the training goes on {earlier}."
         )
     return steps[-1]
+
+
+def _damage(path: Path, step: int) -> str | None:
+    """What is wrong with the checkpoint of a step: its manifest, or the bytes of a file; None where all is whole."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        digests = manifest["sha256"]
+        processes = len(digests) - len(_SHARED)
+        if manifest["step"] != step:
+            return f"manifest.json is of step {manifest['step']}"
+        if digests.keys() != {*_SHARED, *(f"random_{rank}.pt" for rank in range(processes))}:
+            return "manifest.json does not name the files of a checkpoint"
+        if manifest["processes"] != processes or not math.isfinite(manifest["seconds"]):
+            return "manifest.json has a wrong entry, processes or seconds"
+        return next((name for name, digest in digests.items() if _sha256(path / name) != digest), None)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return f"manifest.json or a file that it names ({type(error).__name__})"
 
 
 def load_checkpoint_(
@@ -102,25 +117,33 @@ def load_checkpoint_(
 ) -> float:
     """Put the state after `step` steps into model, tracker, optimizer and random numbers; the seconds it took so far.
 
-    No code is run from the files. Raises InputError where another number of processes wrote them: each has random
-    numbers and images of its own.
+    The checkpoint is one that `last_step` found whole; no code is run from its files. Raises InputError where another
+    number of processes wrote them, for each has random numbers and images of its own, or where they are of another
+    network.
     """
     path = folder / f"step_{step:08}"
-    manifest = _manifest(path)
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     processes = manifest["processes"]
     if processes != accelerator.num_processes:
         raise InputError(
             f"{path} was written by {processes} processes, these are {accelerator.num_processes}: the training would "
             "not be the same. Go on with as many, or start anew with --overwrite."
         )
-    load_model(model, path / "model.safetensors")
-    load_model(tracker, path / "tracker.safetensors")
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
-    state = torch.load(path / f"random_{accelerator.process_index}.pt", map_location="cpu", weights_only=True)
-    random.setstate(state["python"])
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    try:
+        load_model(model, path / "model.safetensors")
+        load_model(tracker, path / "tracker.safetensors")
+        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+        state = torch.load(path / f"random_{accelerator.process_index}.pt", map_location="cpu", weights_only=True)
+        random.setstate(state["python"])
+        torch.set_rng_state(state["cpu"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda"])
+    except Exception as error:  # files of another network, or made by hand, raise whatever a loader stumbles over
+        reason = first_line(error).partition(". ")[0]  # torch goes on to advise to run the code that a file may hold
+        raise InputError(
+            f"The checkpoint {path} cannot be loaded ({reason}): it is of another training, or was changed. "
+            "Start anew with --overwrite."
+        ) from error
     return float(manifest["seconds"])
 
 
@@ -130,8 +153,11 @@ def _random_state() -> dict[str, Any]:
     return {"python": random.getstate(), "cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+def _write(path: Path, state: object) -> None:
+    """`torch.save` by way of memory: on a full disk its own writer raises an error that does not say so."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    path.write_bytes(content.getbuffer())
 
 
 def _steps(folder: Path) -> list[int]:

@@ -15,14 +15,16 @@ could not be read. Fast knowledge distillation: Shen and Xing, ECCV 2022, arXiv:
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -112,10 +114,26 @@ class SoftLabelHeader:
 
 
 def _header_of(line: bytes) -> SoftLabelHeader:
-    fields = json.loads(line)
-    del fields["format"], fields["version"]
-    told: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}
-    return SoftLabelHeader(**told)
+    """The header that a file's first line holds; ValueError where it is none."""
+    try:
+        told: dict[str, Any] = {k: tuple(x) if isinstance(x, list) else x for k, x in json.loads(line).items()}
+        del told["format"], told["version"]
+        header = SoftLabelHeader(**told)
+        wrong = [field.name for field in fields(header) if not _is(told[field.name], field.type)]
+    except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"no header: {error}") from error
+    if wrong:
+        raise ValueError(f"no header: {wrong[0]} is {told[wrong[0]]!r}")
+    return header
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is what an entry of the header is to be; NaN and infinities are no numbers here."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(x, get_args(kind)[0]) for x in value)
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) in (int, float) and math.isfinite(value) if kind is float else type(value) is kind
 
 
 class SoftLabels:
@@ -139,20 +157,29 @@ class SoftLabels:
         content.release()
         self.sha256 = self._bytes[-_DIGEST:].hex()  # of the content: the file's identity
         if digest.hexdigest() != self.sha256:
-            raise InputError(
-                f"The soft labels {path} are cut short or damaged: the file's end is not the checksum of what is "
-                "before it. Fetch the file again, or make it anew with `qvw soft-labels ... --overwrite`."
-            )
+            raise self._damaged("the file's end is not the checksum of what is before it")
         self._read_header()
+
+    def _damaged(self, why: str) -> InputError:
+        return InputError(
+            f"The soft labels {self.path} are cut short or damaged: {why}. Fetch the file again, or make it anew with "
+            "`qvw soft-labels ... --overwrite`."
+        )
 
     def _map(self) -> None:
         with self.path.open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _read_header(self) -> None:
-        self.header = _header_of(self._bytes[: self._bytes.find(b"\n")])
-        self._record, self._start = self.header.record, len(self.header.line)
+        self._start = self._bytes.find(b"\n") + 1
+        try:
+            self.header = _header_of(self._bytes[: self._start])
+            self._record = self.header.record
+        except (ValueError, struct.error) as error:
+            raise self._damaged("its first line is no header of soft labels") from error
         self._image = _FINGERPRINT.size + self.header.crops * self._record.size
+        if len(self._bytes) != self._start + self.header.images * self._image + _DIGEST:
+            raise self._damaged("it has not as many bytes as the images and crops of its header take")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "sha256": self.sha256}
@@ -196,7 +223,7 @@ class SoftLabelWriter:
     def __init__(self, path: Path, header: SoftLabelHeader) -> None:
         self.path, self.header, self._record = path, header, header.record
         partial_of(path).touch()
-        self._file = partial_of(path).open("r+b")
+        self._file = partial_of(path).open("r+b", buffering=0)  # a buffer would try once more when the file is closed
         try:
             self._refuse_other()
             present = self._file.seek(0, os.SEEK_END)
@@ -205,7 +232,7 @@ class SoftLabelWriter:
             self.done = max(0, whole - 1) * header.batch_size
             self._file.truncate(header.end_of(self.done))
             self._file.seek(0)
-            self._file.write(header.line)
+            _put(self._file, header.line)
             self._file.seek(0, os.SEEK_END)
         except BaseException:
             self.close()
@@ -221,8 +248,7 @@ class SoftLabelWriter:
                 content += _FINGERPRINT.pack(fingerprint)
             box = (crop.top, crop.left, crop.height, 2 * crop.width + crop.flip)
             content += self._record.pack(*values, *indices, *box)
-        self._file.write(content)
-        _sync(self._file)
+        _put(self._file, content)
         self.done += len(crops)
 
     def finish(self) -> None:
@@ -232,8 +258,7 @@ class SoftLabelWriter:
         self._file.seek(0)
         digest = hashlib.file_digest(self._file, "sha256").digest()
         self._file.seek(0, os.SEEK_END)
-        self._file.write(digest)
-        _sync(self._file)
+        _put(self._file, digest)
         self.close()
         partial_of(self.path).replace(self.path)
         descriptor = os.open(self.path.parent, os.O_RDONLY)
@@ -254,7 +279,7 @@ class SoftLabelWriter:
             raise InputError(_other_version(partial_of(self.path)))
         try:
             changes = f" ({header_changes(_header_of(line), self.header)})"
-        except (ValueError, TypeError, KeyError):
+        except ValueError:
             changes = ""
         raise InputError(
             f"{partial_of(self.path)} was begun with other inputs{changes}. Run that command again to go on with it, "
@@ -293,6 +318,9 @@ def header_changes(old: SoftLabelHeader, new: SoftLabelHeader) -> str:
     return ", ".join(words.get(key, f"{key}: {before[key]} -> {after[key]}") for key in changed)
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
+def _put(file: FileIO, content: bytes | bytearray) -> None:
+    """Write all of it, on the disk when this returns."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
     os.fsync(file.fileno())

@@ -183,7 +183,7 @@ def drawn(picture: Picture, folder: Path) -> dict[str, object]:
     image = Image.open(io.BytesIO(base64.b64decode(picture.png))).convert("RGB")
     size = picture.pixels, round(image.height * picture.pixels / image.width)
     few = image.resize(size, Image.Resampling.LANCZOS).quantize(
-        COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+        COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
     )
     file = folder / f"{re.sub(r'[^a-z0-9]+', '-', picture.caption.lower()).strip('-')}.webp"
     few.convert("RGB").save(file, lossless=True, quality=100, method=6)

@@ -194,6 +194,21 @@ def changed(path, change):
     save_file(load_file(path), path, metadata={KEY: json.dumps(content)})
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_trained_model_that_was_spoilt_is_refused(value, run, capfd):
+    """NaN or Inf in a weight: no file of codes that stand for nothing, no figures of it."""
+    path = run / "qat" / "model.safetensors"
+    tensors, metadata = load_file(path), header_of(path)[0]["__metadata__"]
+    tensors["head.weight"][0, 0] = value
+    save_file(tensors, path, metadata=metadata)
+    message = r"qat/model.safetensors: head.weight holds NaN or Inf. The file cannot be used; train again"
+    assert qvw("export", "--run", run, "--out", run / "spoilt.safetensors") == 2
+    assert re.search(message, complaint(capfd))
+    assert not (run / "spoilt.safetensors").exists()
+    assert qvw("eval", "--run", run, "--checkpoint", run / "qat", "--images", 60) == 2
+    assert re.search(message, complaint(capfd))
+
+
 def other_plan(run):
     """The packed file with the plan of another training in its header."""
     plan = json.loads((run / "qat-w2" / "plan.json").read_text())

@@ -3,6 +3,9 @@
 import errno
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 
 from analysis.files import RowLog, write_atomic, write_bytes
 from analysis.input_changes import input_changes
+from analysis.locks import exclusive
 from analysis.run_record import ModelRecord, typed_command
 from analysis.runs import Run
 from quant.errors import InputError
@@ -20,11 +24,13 @@ from quant.errors import InputError
 MODEL = ModelRecord(typed="resnet18", name="resnet18", weights_sha256="aa", parameters=11, kwargs={"num_classes": 10})
 
 
-def start(run, name="stats", *, inputs=None, files=("stats.parquet",), overwrite=False, command="qvw stats"):
+def start(
+    run, name="stats", *, inputs=None, files=("stats.parquet",), overwrite=False, command="qvw stats", temporary=()
+):
     """Start a step of the run with the arguments that do not matter here filled in."""
     return run.start_step(
         name, command=command, options={"images": 4, "mean": (0.5, 0.25)}, inputs=inputs or {"images": 4}, seed=0,
-        device="cpu", files=files, overwrite=overwrite,
+        device="cpu", files=files, overwrite=overwrite, temporary=temporary,
     )  # fmt: skip
 
 
@@ -201,6 +207,68 @@ def test_another_models_results_are_refused(tmp_path, change, message):
     assert run.record.model == other
     assert run.record.steps == {}
     assert not (tmp_path / "stats.parquet").exists()
+
+
+def test_a_step_that_runs_is_not_overwritten_by_another_model(tmp_path):
+    """Nothing is removed while a process works on the old model's results; afterwards they go."""
+    run = Run(tmp_path)
+    run.set_model(MODEL)
+    other = ModelRecord(**{**vars(MODEL), "weights_sha256": "bb"})
+    with start(run):
+        write_bytes(tmp_path / "stats.parquet", b"x")
+        with pytest.raises(InputError, match=r"Another process runs stats in .* choose another `--run`"):
+            Run(tmp_path).set_model(other, overwrite=True)
+        assert (tmp_path / "stats.parquet").exists()
+        assert run.record.model == MODEL
+    run.set_model(other, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_an_unfinished_step_without_its_record_is_refused(tmp_path):
+    """What serves resuming alone is not taken up where nothing tells of what inputs it is; --overwrite removes it."""
+    run = Run(tmp_path)
+
+    def step(**options):
+        return start(run, "qat", temporary=["qat/checkpoints", "qat/rows.jsonl"], **options)
+
+    def interrupted():
+        with step():
+            write_bytes(tmp_path / "qat" / "checkpoints" / "step_1", b"x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(InputError, match=r"an unfinished qat \(qat/checkpoints\), but run.json has no.* `--overwrite`"):
+        step(inputs={"images": 5}).__enter__()
+    assert (tmp_path / "qat" / "checkpoints" / "step_1").exists()
+    with step(inputs={"images": 5}, overwrite=True):
+        assert not (tmp_path / "qat" / "checkpoints").exists()
+
+
+def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
+    """Though a child that it forked, as a loader's worker is, still lives."""
+    program = (
+        "import os, sys, time; from pathlib import Path; from analysis.locks import exclusive\n"
+        "with exclusive(Path(sys.argv[1]), 'it'):\n"
+        "    child = os.fork()\n"
+        "    if child: print(child, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        try:
+            with pytest.raises(InputError, match="Another process runs it"), exclusive(tmp_path / "lock", "it"):
+                pass
+            process.kill()
+            process.wait()
+            os.kill(child, 0)  # it is there
+            with exclusive(tmp_path / "lock", "it"):
+                pass
+        finally:
+            process.kill()
+            os.kill(child, signal.SIGKILL)
 
 
 def test_a_finished_step_is_recorded_and_known(tmp_path):

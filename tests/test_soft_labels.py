@@ -1,8 +1,12 @@
 """The store of soft labels: what is written is read again, what is damaged is refused, what was stopped goes on."""
 
+import hashlib
+import json
 import math
 import pickle
+import resource
 import tempfile
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,14 +53,13 @@ def write(path, header, *, stop=None):
     """Write random labels by the header's batches; the crops, and what was kept of them. `stop`: crops before it."""
     logits, crops = logits_of(header.records, header.classes), crops_of(header.records)
     kept, classes = compress(logits, compression=header.compression, top_k=header.top_k)
-    writer = SoftLabelWriter(path, header)
-    for start in range(writer.done, stop or header.records, header.batch_size):
-        part = slice(start, min(start + header.batch_size, header.records))
-        fingerprints = [2**32 - 1 - n // header.crops for n in range(header.records)[part]]
-        writer.append(fingerprints, crops[part], kept[part], classes[part])
-    if stop is None:
-        writer.finish()
-    writer.close()
+    with closing(SoftLabelWriter(path, header)) as writer:
+        for start in range(writer.done, stop or header.records, header.batch_size):
+            part = slice(start, min(start + header.batch_size, header.records))
+            fingerprints = [2**32 - 1 - n // header.crops for n in range(header.records)[part]]
+            writer.append(fingerprints, crops[part], kept[part], classes[part])
+        if stop is None:
+            writer.finish()
     return crops, kept, classes
 
 
@@ -263,6 +266,68 @@ def test_any_cut_is_found(whole, share):
         path.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(InputError, match=r"cut short|is no file of soft labels"):
             SoftLabels(path)
+
+
+def changed(whole, **fields):
+    """The file's content before the checksum, with other entries in its header."""
+    line, _, body = whole[:-32].partition(b"\n")
+    return json.dumps(json.loads(line) | fields).encode() + b"\n" + body
+
+
+FORGED = {
+    "an unknown entry": (lambda whole: changed(whole, x=1), "first line is no header"),
+    "no entry": (lambda whole: b'{"format": "qvw-soft-labels", "version": 2, "crops": 1}\n', "first line is no header"),
+    "no line": (lambda whole: whole[:-32].replace(b"\n", b" ", 1), "first line is no header"),
+    "a word for a number": (lambda whole: changed(whole, crops="x"), "first line is no header"),
+    "words for numbers": (lambda whole: changed(whole, mean=["x", 0, 0]), "first line is no header"),
+    "a number beyond all": (lambda whole: changed(whole, temperature=10**400), "first line is no header"),
+    "a list": (lambda whole: whole[:-32].replace(b'"images": 7', b'"images": ' + b"[" * 100_000, 1), "is no header"),
+    "no compression": (lambda whole: changed(whole, compression="zip"), "first line is no header"),
+    "not a number": (lambda whole: changed(whole, flip=math.nan), "first line is no header"),
+    "fewer than none": (lambda whole: changed(whole, top_k=-1), "first line is no header"),
+    "other crops": (lambda whole: changed(whole, crops=99), "as many bytes as the images and crops"),
+    "a short body": (lambda whole: whole[:-60], "as many bytes as the images and crops"),
+    "a long body": (lambda whole: whole[:-32] + b"x", "as many bytes as the images and crops"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", sorted(FORGED))
+def test_a_forged_file_is_refused(whole, case, tmp_path):
+    """The checksum is right, the header is not: said where the file is opened, not by a training that reads it."""
+    forge, message = FORGED[case]
+    content = forge(whole)
+    (tmp_path / "labels").write_bytes(content + hashlib.sha256(content).digest())
+    with pytest.raises(InputError, match=rf"labels are cut short or damaged: .*{message}.* Fetch the file again"):
+        SoftLabels(tmp_path / "labels")
+
+
+def test_whole_numbers_in_a_header_are_numbers(tmp_path):
+    """A mean of 0 and a standard deviation of 1, as some networks state them, are read as they were written."""
+    header = replace(HEADER, mean=(0, 0, 0), std=(1, 1, 1), temperature=1)
+    write(tmp_path / "labels", header)
+    assert SoftLabels(tmp_path / "labels").header == header
+
+
+@contextmanager
+def files_of_at_most(size):
+    """No file of this process can grow beyond `size` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.8, 0.99])
+def test_a_writer_without_room_raises_once(whole, share, tmp_path):
+    """Header, batch or checksum, whatever finds no room: closing raises nothing more, and with room it goes on."""
+    path = tmp_path / "labels"
+    with files_of_at_most(int(share * len(whole))), pytest.raises(OSError, match="File too large") as raised:
+        write(path, HEADER)
+    assert raised.value.__context__ is None  # nothing else was on its way
+    write(path, HEADER)
+    assert path.read_bytes() == whole
 
 
 def test_what_is_no_such_file_is_named(tmp_path):

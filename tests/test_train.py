@@ -4,7 +4,8 @@ import copy
 import hashlib
 import json
 import math
-import pickle
+import resource
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -14,14 +15,16 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from analysis.training_rows import TrainingRows
 from quant.batchnorm import reestimate_batchnorm_
-from quant.checkpoints import last_step
+from quant.checkpoints import last_step, save_checkpoint
 from quant.config import QATConfig
 from quant.errors import InputError
 from quant.optimizer import parameter_groups
+from quant.oscillation import OscillationTracker
 from quant.prepare import latent_weights, prepare_qat_
 from quant.quantizer import LSQQuantizer
-from quant.train import DivergedError, total_steps, train_qat
+from quant.train import DivergedError, StepReport, total_steps, train_qat
 from tests.test_prepare import opened
 from tests.test_sensitivity import model_of
 
@@ -329,9 +332,9 @@ def test_a_regularizer_of_nan_is_a_divergence(tmp_path):
         list(reports(model, teacher, config, tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "no manifest"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "no manifest", "no digests", "another step", "no seconds"])
 def test_a_damaged_checkpoint_is_told_before_anything_is_loaded(damage, tmp_path):
-    """A file cut short, a file gone, no manifest: the folder is named, and where the training would go on from."""
+    """A file cut short or gone, a manifest that is none: the folder is named, and where the training would go on."""
     model, teacher = prepared(model_of("resnet"))
     for report in reports(model, teacher, QATConfig(steps=6, batch_size=16, checkpoint_every=2), tmp_path):
         if report.step == 5:
@@ -340,6 +343,13 @@ def test_a_damaged_checkpoint_is_told_before_anything_is_loaded(damage, tmp_path
     if damage == "cut":
         path = newest / "optimizer.pt"
         path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "another step":
+        shutil.rmtree(newest)
+        shutil.copytree(tmp_path / "step_00000002", newest)
+    elif damage in ("no digests", "no seconds"):
+        path = newest / "manifest.json"
+        changes = {"sha256": {}} if damage == "no digests" else {"seconds": math.nan}
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     else:
         (newest / ("model.safetensors" if damage == "missing" else "manifest.json")).unlink()
     with pytest.raises(InputError, match=r"step_00000004 is damaged or cut short.*Delete this folder .*from step 2"):
@@ -369,7 +379,7 @@ def test_loading_a_checkpoint_runs_no_code(file, tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["sha256"][file] = hashlib.sha256((path / file).read_bytes()).hexdigest()
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+    with pytest.raises(InputError, match=r"cannot be loaded \(Weights only load failed\): it is of another training"):
         list(reports(*prepared(model_of("resnet")), config, tmp_path / "run"))
     assert not (tmp_path / "pwned").exists()
 
@@ -381,10 +391,61 @@ def test_another_number_of_processes_is_refused(tmp_path):
     for report in reports(model, teacher, config, tmp_path):
         if report.step == 3:
             break
-    path = tmp_path / "step_00000002" / "manifest.json"
-    path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
+    path = tmp_path / "step_00000002"
+    shutil.copy(path / "random_0.pt", path / "random_1.pt")
+    manifest = json.loads((path / "manifest.json").read_text()) | {"processes": 2}
+    manifest["sha256"]["random_1.pt"] = manifest["sha256"]["random_0.pt"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="written by 2 processes, these are 1"):
         list(reports(*prepared(model_of("resnet")), config, tmp_path))
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    """Its tensors do not fit: one message, no traceback of a loader."""
+    config = QATConfig(steps=6, batch_size=16, checkpoint_every=2)
+    for report in reports(*prepared(model_of("resnet")), config, tmp_path):
+        if report.step == 3:
+            break
+    with pytest.raises(InputError, match=r"step_00000002 cannot be loaded \(Error.*Start anew with --overwrite"):
+        list(reports(*prepared(model_of("vit")), config, tmp_path))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    """Also where the optimizer's state, larger than the weights, is what has no room: told, nothing half-written."""
+    model = nn.Linear(100, 100)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 100)).sum().backward()
+    optimizer.step()
+    state = {"model": model, "tracker": OscillationTracker({}), "optimizer": optimizer, "seconds": 1.0,
+             "accelerator": Accelerator(cpu=True)}  # fmt: skip
+    save_checkpoint(tmp_path, 1, **state)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # the weights take 40,400 bytes
+    try:
+        with pytest.raises(InputError, match=r"checkpoint of step 2 cannot be written .*ile too large.*Free some"):
+            save_checkpoint(tmp_path, 2, **state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert last_step(tmp_path) == 1
+
+
+@pytest.mark.parametrize("lost", ["history", "oscillation", "bins"])
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_a_log_that_is_gone_is_told_on_resuming(lost, how, tmp_path):
+    """A table of a training that goes on has the rows of all its steps; a float training has history alone."""
+    config = QATConfig(steps=6, batch_size=16, log_every=1)
+    for name, rows in (("low", True), ("float", False)):
+        done = TrainingRows(tmp_path / name)
+        done.keep(0, config, 6)
+        for step in range(4):
+            row = {"step": step, "split": "train" if step else "val"}
+            done.append(StepReport(step, [row], [row] if rows else [], [row] if rows and step in (0, 3) else []))
+        TrainingRows(tmp_path / name).keep(3, config, 6)
+    path = tmp_path / "low" / f"{lost}.partial.jsonl"
+    path.write_text("") if how == "empty" else path.unlink()
+    with pytest.raises(InputError, match=r"lacks rows .* up to the checkpoint of step 3.*start anew with --overwrite"):
+        TrainingRows(tmp_path / "low").keep(3, config, 6)
 
 
 def test_batchnorm_refuses_single_images(tmp_path):
