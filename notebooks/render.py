@@ -18,7 +18,7 @@ from pygments.formatters import HtmlFormatter
 
 HERE = Path(__file__).parent
 PAGES = HERE.parent / "reports" / "notebooks"
-COLOURS = 64  # of a figure's palette: a third of the bytes, and no difference to the eye
+COLOURS = 48  # of a figure's palette: a third of the bytes, and no difference to the eye
 STYLE = """
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; }
 h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
@@ -27,6 +27,7 @@ pre { overflow-x: auto; } .anchor-link, .jp-InputPrompt, .jp-OutputPrompt, .prom
 .highlight { background: #f6f6f6; border-left: 3px solid #c9d4e5; padding: 0 0.8rem; margin: 1rem 0 0.4rem; }
 .output_area, .jp-OutputArea-output { margin: 0.4rem 0; overflow-x: auto; } img { max-width: 100%; height: auto; }
 .output_area pre { margin: 0; }
+@media (max-width: 40rem) { img { max-width: none; } }
 table { border-collapse: collapse; border: 0; font-size: 13px; }
 th, td { padding: 0.15rem 0.6rem; text-align: right; border: 0; }
 thead th { border-bottom: 1px solid #888; } tbody tr:nth-child(odd) { background: #f6f6f6; }
