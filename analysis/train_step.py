@@ -172,4 +172,7 @@ def _finish(opened: Opened, plan: BitPlan | None, request: TrainRequest, logits:
     for line in filter(None, (words, strengths(history))):
         say(line, quiet=opened.setup.quiet)
     if worse:
-        warn("the training did harm: lower learning_rate, or change crop_area and horizontal_flip (--set).")
+        warn(
+            "the validation loss rose by more than two standard errors: the training did harm. Lower learning_rate, or "
+            "change crop_area and horizontal_flip (--set)."
+        )

@@ -131,11 +131,18 @@ def test_the_page_holds_all_that_it_needs(page):
     assert inside == {f"#{a['id']}" for a in reader.all("h2")}
     assert all(a["href"].startswith("data:") for a in reader.all("a") if "download" in a)
     assert [a["href"] for a in reader.all("link")] == ["data:,"]
-    # 2 over depth, 2 by kind, channels; 2 distributions; KL, loss, SQNR, ranks, proxies; plan; 2 of the trainings,
+    # 2 over depth, 2 by kind, channels; 2 distributions; KL, loss, SQNR, ranks, proxies; plan; 3 of the trainings,
     # and for each that quantizes one of its oscillation
-    assert len(reader.all("img")) == 17
+    assert len(reader.all("img")) == 18
     for section in SECTIONS:
         assert f">{section}</h2>" in text
+
+
+def test_the_page_says_whose_weights_it_shows(page):
+    """Under the title, for each run: figures of an untrained network must not look like a finding."""
+    text = page.read_text(encoding="utf-8")
+    assert text.count("UNTRAINED weights: its figures say nothing of a trained one; ") == 2
+    assert "; images of digits.</p>" in text
 
 
 def test_the_page_can_be_read_without_seeing_it(page):
@@ -184,6 +191,8 @@ def test_the_summary_has_the_figures_of_verify(run):
         f"{planned['size_bytes'] / 2**20:.3f}",
         f"{planned['bitops'] / 1e9:.3f}",
         "64",
+        "mse",
+        "re-estimated",
     ]
     assert texts(table)[4][3:5] == ["32.00", "32.00"]
 

@@ -379,10 +379,12 @@ def test_the_seed_is_that_of_the_training(run):
 
 
 def test_a_training_that_does_harm_says_so(tmp_path, capfd):
-    """Where the validation loss ends above its start, a warning names both and what to change."""
+    """Where the validation loss ends above its start, beyond its error, both are told and what to change."""
     run = tmp_path / "run"
     assert train(run, "--float", "--set", "learning_rate=0.5", "--set", "kd_weight=0") == 0
-    assert re.search(r"validation loss rose from [\d.]+ to [\d.]+: .*Lower learning_rate", capfd.readouterr().err)
+    told = capfd.readouterr()
+    assert re.search(r"10 steps took top-1 from .* and the loss from [\d.]+ to [\d.]+ \(± [\d.]+\)", told.out)
+    assert re.search(r"loss rose by more than two standard errors: .*Lower learning_rate", told.err)
 
 
 def test_a_training_that_has_not_ended_is_no_model(trained, tmp_path, capfd):
