@@ -34,7 +34,7 @@ SWEEP = ("module", "tensor", "group", "bit_width", "protocol", "batchnorm", "kl"
          "delta_loss_se", "delta_top1", "top1_se", "sqnr_db", "rank_low", "rank_high")  # fmt: skip
 PLACES = ("QVW_IMAGENET", "QVW_CIFAR10", "QVW_MODELS")  # environment variables that runs.sh reads
 CHANGED = ("learning_rate", "crop_area", "task_weight", "kd_weight", "kd_temperature", "obr_weight", "gradient_scale")
-COLOURS = 64  # of a figure's palette
+COLOURS = 96  # of a figure's palette
 
 
 def main() -> None:
@@ -183,7 +183,7 @@ def drawn(picture: Picture, folder: Path) -> dict[str, object]:
     image = Image.open(io.BytesIO(base64.b64decode(picture.png))).convert("RGB")
     size = picture.pixels, round(image.height * picture.pixels / image.width)
     few = image.resize(size, Image.Resampling.LANCZOS).quantize(
-        COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+        COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
     )
     file = folder / f"{re.sub(r'[^a-z0-9]+', '-', picture.caption.lower()).strip('-')}.webp"
     few.convert("RGB").save(file, lossless=True, quality=100, method=6)
