@@ -150,3 +150,13 @@ def test_python_on_the_pages_is_python():
         for language, code in FENCED.findall(page.read_text(encoding="utf-8")):
             if language == "python":
                 compile(code, named(page), "exec")
+
+
+def test_reports_stay_small_and_tell_no_path_of_a_machine():
+    """Results are kept in git: 3 MiB at most, each run.json with names of variables in place of folders."""
+    files = [path for path in (ROOT / "reports").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) < 3 * 2**20
+    records = [path for path in files if path.name.endswith("run.json")]
+    assert len(records) >= 11
+    for path in records:
+        assert not re.search(r'[": ](/tmp|/home|/work|/Users|/mnt)/', path.read_text(encoding="utf-8")), path
