@@ -124,12 +124,9 @@ def keep_row(opened: Opened, row: Mapping[str, Any]) -> str:
     same = ("plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "estimator", "batchnorm")
     with opened.run.taking_turns():
         rows = _rows(opened)
-        places = [i for i, old in enumerate(rows) if all(old[name] == row[name] for name in same)]
-        before = rows[places[0]] if places else None
-        if places:
-            rows[places[0]] = dict(row)
-        else:
-            rows.append(dict(row))
+        place = next((i for i, old in enumerate(rows) if all(old[name] == row[name] for name in same)), len(rows))
+        before = rows[place] if place < len(rows) else None
+        rows[place : place + 1] = [dict(row)]
         opened.run.write_table("verify", pd.DataFrame(rows, columns=list(VERIFY_COLUMNS)))
     if before is None:
         return "new"

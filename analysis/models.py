@@ -35,6 +35,11 @@ class ModelSource:
     seed: int = 0  # an untrained model's weights depend on it
 
     @property
+    def untrained(self) -> bool:
+        """Whether the weights are drawn at random: a timm name without weights; a factory may bring its own."""
+        return self.factory is None and not self.pretrained and self.weights is None
+
+    @property
     def factory(self) -> tuple[Path, str] | None:
         """The file and the function of a user's factory; None for a timm name."""
         file, _, function = self.model.rpartition(":")

@@ -49,7 +49,7 @@ def open_run(setup: Setup, *, needs_data: bool) -> Opened:
         if setup.model is not None:
             raise
         raise InputError(f"{error} {setup.run} names it: where it has moved, give MODEL and --weights.") from error
-    if setup.model is not None and source.factory is None and not source.pretrained and source.weights is None:
+    if setup.model is not None and source.untrained:
         warn(f"{setup.model} has untrained weights: give --pretrained or --weights FILE for trained ones.")
     record = ModelRecord(
         typed=setup.model or (known.typed if known is not None else source.model), pretrained=source.pretrained,

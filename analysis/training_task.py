@@ -88,7 +88,7 @@ def _teacher(opened: Opened, request: TrainRequest) -> tuple[nn.Module | None, s
             weights=None if request.teacher_weights is None else str(request.teacher_weights), seed=0,
         )  # fmt: skip
         teacher, name = load_model(source).to(opened.setup.device), request.teacher
-        if source.factory is None and not source.pretrained and source.weights is None:
+        if source.untrained:
             warn(f"the teacher {name} has untrained weights: give --teacher-pretrained or --teacher-weights FILE.")
     image, size = opened.probe_image(), opened.input_config.input_size
     with torch.no_grad():
