@@ -31,7 +31,7 @@ def random_interactions(program: Program, seed: int, scale: float) -> Interactio
 
 def search(program, found, start):
     """The choice of `improved`, which ended by itself."""
-    choice, ended = improved(found, program.budgets, start, relative_gap=0.0, deadline=time.monotonic() + 20)
+    choice, ended = improved(found, program.budgets, start, relative_gap=0.0, deadline=time.monotonic() + 60)
     assert ended
     return choice
 

@@ -216,7 +216,7 @@ def test_a_click_keeps_the_file(browser, tmp_path):
     table = browser.execute_script(TABLES)[0]
     browser.execute_script("document.querySelector('.table a[download]').click();")
     kept = tmp_path / table["file"]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not kept.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert kept.read_text() == content(table["link"])

@@ -252,7 +252,7 @@ def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
         "import os, sys, time; from pathlib import Path; from analysis.locks import exclusive\n"
         "with exclusive(Path(sys.argv[1]), 'it'):\n"
         "    child = os.fork()\n"
-        "    if child: print(child, flush=True)\n"
+        "    if not child: print(os.getpid(), flush=True)\n"  # by the child: what it does after a fork is done
         "    time.sleep(60)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "lock")]

@@ -82,7 +82,7 @@ def test_help_takes_no_torch_and_no_pandas():
     code = f"import sys; import analysis.cli; print([name for name in {large} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    assert time.monotonic() - started < 10  # on a busy machine; a second elsewhere
+    assert time.monotonic() - started < 30  # on a busy machine; a second elsewhere
 
 
 def test_a_misspelt_pattern_of_models_names_the_nearest(capfd):
