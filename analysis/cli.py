@@ -7,15 +7,15 @@ from pathlib import Path
 
 import click
 
-from analysis.ablation_cli import ablate
-from analysis.export_cli import export
-from analysis.interrupts import catch_interrupts
-from analysis.options import quiet_option
-from analysis.plan_cli import plan, plan_diff
-from analysis.sensitivity_cli import sensitivity
-from analysis.soft_labels_cli import soft_labels
-from analysis.stats_cli import stats
-from analysis.train_cli import evaluate, train
+from analysis.commands.ablation import ablate
+from analysis.commands.export import export
+from analysis.commands.options import quiet_option
+from analysis.commands.plan import plan, plan_diff
+from analysis.commands.sensitivity import sensitivity
+from analysis.commands.soft_labels import soft_labels
+from analysis.commands.stats import stats
+from analysis.commands.train import evaluate, train
+from analysis.terminal.interrupts import catch_interrupts
 from quant.errors import InputError
 
 
@@ -67,7 +67,7 @@ for command in (stats, sensitivity, plan, plan_diff, evaluate, soft_labels, trai
 @quiet_option
 def report(runs: Sequence[Path], out: Path, quiet: bool) -> None:
     """The whole story of one or more runs on one page, from variation to accuracy; it needs no network."""
-    from analysis.report_step import run_report
+    from analysis.steps.report import run_report
 
     run_report(runs, out, quiet=quiet)
 
@@ -96,7 +96,7 @@ def compare(runs: Sequence[Path], out: Path, modules: tuple[str, ...], quiet: bo
 
     index.html has them all on one page. Runs of weights alone are compared in their weights.
     """
-    from analysis.compare_step import run_compare
+    from analysis.steps.compare import run_compare
 
     run_compare(runs, out, modules=modules, quiet=quiet)
 
@@ -107,7 +107,7 @@ def compare(runs: Sequence[Path], out: Path, modules: tuple[str, ...], quiet: bo
 @quiet_option
 def demo(run: Path, quiet: bool) -> None:
     """The whole path on scikit-learn's digits: a ResNet and a Swin, from training on the spot to a report of all."""
-    from analysis.demo import run_demo
+    from analysis.steps.demo import run_demo
 
     run_demo(run, quiet=quiet)
 

@@ -15,7 +15,7 @@ from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from analysis.listing import InputConfig, Listing, list_images, read_class_map
+from analysis.inputs.listing import InputConfig, Listing, list_images, read_class_map
 from quant.errors import InputError, first_line
 
 _LARGEST_PIXEL = 4  # far above 1, up to which pixels are, and far below the means of pixels up to 255

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from analysis.model_form import check_form
+from analysis.inputs.model_form import check_form
 from quant.errors import InputError, first_line
 
 

@@ -8,12 +8,12 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from analysis.data import load_data
-from analysis.demo import RECIPES, SWEEP, TENSORS, measure_demo, run_demo
-from analysis.listing import InputConfig
+from analysis.inputs.listing import InputConfig
 from analysis.sensitivity import SweepConfig
-from analysis.sensitivity_step import run_sensitivity
-from analysis.setup import Setup
-from analysis.stats_step import run_stats
+from analysis.session.setup import Setup
+from analysis.steps.demo import RECIPES, SWEEP, TENSORS, measure_demo, run_demo
+from analysis.steps.sensitivity import run_sensitivity
+from analysis.steps.stats import run_stats
 from quant.errors import InputError
 
 IMAGES, BIT_WIDTHS = 64, (2, 4, 8)  # of timm networks: a first view, which takes a quarter of a whole sweep's time

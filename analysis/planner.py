@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis import accounting
-from analysis.choice_program import NoPlanError, Program
-from analysis.integer_program import solve
-from analysis.interactions import Products, improved, interactions, total
-from analysis.plan_budgets import binding_limits, tied_units
-from analysis.plan_conflicts import conflict
-from analysis.plan_options import check_scores
+from analysis.planning import accounting
+from analysis.planning.budgets import binding_limits, tied_units
+from analysis.planning.conflicts import conflict
+from analysis.planning.interactions import Products, improved, interactions, total
+from analysis.planning.options import check_scores
+from analysis.solver.choice_program import NoPlanError, Program
+from analysis.solver.integer_program import solve
 from quant.bit_plan import PlanBudget, PlannedSite, PlanTotals, check_known_sites
 from quant.errors import InputError
 from quant.site import Site
@@ -62,7 +62,7 @@ def plan_bits(
 
         minimise    sum_ib  score[i, b] * x[i, b]
         subject to  sum_b   x[i, b] = 1           for each site i; tied sites share x
-                    totals_k(x) <= budget_k       for each budget k, by analysis/accounting.py
+                    totals_k(x) <= budget_k       for each budget k, by analysis/planning/accounting.py
                     x[i, b] in {0, 1}
 
     Scores add as if sites were independent, as in HAWQ-V3 (Yao et al., ICML 2021, arXiv:2011.10680). `parameters`

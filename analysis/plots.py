@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from analysis.names import shorten, shorten_site
+from analysis.statistics.names import shorten, shorten_site
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.site import ATTENTION_TENSORS, WEIGHT_TENSORS
 

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from analysis.fisher import fisher_scores
-from analysis.hessian import hessian_traces
-from analysis.sweep import sample_activations, site_quantizer
+from analysis.sweeps.fisher import fisher_scores
+from analysis.sweeps.hessian import hessian_traces
+from analysis.sweeps.sweep import sample_activations, site_quantizer
 from quant.choices import Estimator, Granularity
 from quant.quantizer import Quantizer
 from quant.site import Site, SiteInfo

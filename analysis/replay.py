@@ -1,8 +1,9 @@
 """Prefix reuse: a network that was changed at one module runs from there on; what comes before is not computed again.
 
-The clean run's tensors are held at the last cut (`analysis.cuts`) before the change, and the network is entered there.
-That entering it gives the same bits is found out by running the clean network from each cut to the next: where it
-arrives with the bits of the clean run, and the next cut holds all that the rest depends on, the end is the same too.
+The clean run's tensors are held at the last cut (`analysis.sweeps.cuts`) before the change, and the network is
+entered there. That entering it gives the same bits is found out by running the clean network from each cut to the
+next: where it arrives with the bits of the clean run, and the next cut holds all that the rest depends on, the end is
+the same too.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.cuts import Cut, Execution, Held, entered, execution, held_at, input_of, mapped, watched
+from analysis.sweeps.cuts import Cut, Execution, Held, entered, execution, held_at, input_of, mapped, watched
 
 
 class Replay:

@@ -8,17 +8,19 @@ from typing import TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from analysis import report_bits as bits
-from analysis import report_definitions as definitions
-from analysis import report_figures as figures
-from analysis import report_plan, report_sensitivity, report_summary, report_training, report_variation
-from analysis.report_cells import Table
-from analysis.report_content import RunContent, read_runs
-from analysis.report_definitions import Definitions
-from analysis.report_downloads import Download, plan_download, table_download
-from analysis.report_figures import Picture
-from analysis.report_provenance import provenance
-from analysis.run_record import versions
+from analysis.page import bits, definitions, figures
+from analysis.page import plan as report_plan
+from analysis.page import sensitivity as report_sensitivity
+from analysis.page import summary as report_summary
+from analysis.page import training as report_training
+from analysis.page import variation as report_variation
+from analysis.page.cells import Table
+from analysis.page.content import RunContent, read_runs
+from analysis.page.definitions import Definitions
+from analysis.page.downloads import Download, plan_download, table_download
+from analysis.page.figures import Picture
+from analysis.page.provenance import provenance
+from analysis.storage.run_record import versions
 
 T = TypeVar("T")
 LONG = 12  # rows; a table of more can be filtered
@@ -56,7 +58,7 @@ def report_html(runs: Sequence[Path], variation: Sequence[Picture] | None = None
     """
     contents = read_runs(runs)
     environment = Environment(
-        loader=PackageLoader("analysis"),
+        loader=PackageLoader("analysis.page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

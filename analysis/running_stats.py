@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.console import warn
-from analysis.float_histogram import FloatHistogram, centre_of, count_distances
-from analysis.moments import Moments, NonFiniteError, group_moments
+from analysis.statistics.float_histogram import FloatHistogram, centre_of, count_distances
+from analysis.statistics.moments import Moments, NonFiniteError, group_moments
+from analysis.terminal.console import warn
 from quant.errors import first_line
 from quant.functional import to_groups
 
@@ -196,7 +196,7 @@ class RunningStats:
 def _compiled_pass() -> Callable[..., tuple[Moments, np.ndarray] | None] | None:
     """`fused_pass`, or None where numba is missing, does not fit numpy, or finds no place for what it compiles."""
     try:
-        from analysis.fused_pass import fused_pass  # half a second
+        from analysis.statistics.fused_pass import fused_pass  # half a second
     except (ImportError, RuntimeError) as error:
         warn(f"numba cannot be used ({first_line(error)}): statistics take about twice as long, with the same errors.")
         return None

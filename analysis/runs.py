@@ -13,12 +13,12 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 
-from analysis.files import json_scalar, write_atomic, writing
-from analysis.input_changes import input_changes, plain
-from analysis.locks import exclusive, taking_turns
-from analysis.run_record import ModelRecord, RunRecord, StepRecord, git_commit, versions
-from analysis.table_checks import Table, checked
-from analysis.tables import TABLES
+from analysis.storage.files import json_scalar, write_atomic, writing
+from analysis.storage.input_changes import input_changes, plain
+from analysis.storage.locks import exclusive, taking_turns
+from analysis.storage.run_record import ModelRecord, RunRecord, StepRecord, git_commit, versions
+from analysis.storage.table_checks import Table, checked
+from analysis.storage.tables import TABLES
 from quant.errors import InputError, first_line
 
 _MADE_BY = {
@@ -159,7 +159,7 @@ class Run:
         )
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """The table of NAME.parquet, checked by analysis/tables.py; it has `columns`, or where None all of its sort.
+        """The table of NAME.parquet, checked by analysis/storage/tables.py; it has `columns`, or all where None.
 
         InputError where it is missing, unreadable, lacks a column, or holds what the sort of table cannot.
         """

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from analysis.groups import EVERYTHING, groups_of
-from analysis.rank_bands import rank_bands
+from analysis.sweeps.groups import EVERYTHING, groups_of
+from analysis.sweeps.rank_bands import rank_bands
 from quant.batchnorm import batchnorms
 from quant.calibrate import granularity_of
 from quant.choices import Estimator, Granularity, Grouping, Protocol

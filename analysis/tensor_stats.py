@@ -7,11 +7,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from analysis.float_histogram import FloatHistogram
 from analysis.models import tensors_in
-from analysis.moments import NonFiniteError
 from analysis.running_stats import RunningStats, stats_of
-from analysis.shared_tensors import SharedTensors
+from analysis.statistics.float_histogram import FloatHistogram
+from analysis.statistics.moments import NonFiniteError
+from analysis.statistics.shared_tensors import SharedTensors
 from quant.errors import InputError
 from quant.intercept import intercept
 from quant.prepare import weight_of

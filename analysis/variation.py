@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from analysis.bootstrap import cv_interval
+from analysis.statistics.bootstrap import cv_interval
 
 SPREADS = ("excess_kurtosis", "channel_range_ratio")
 OUTSIDE_LAYERS = ("norm", "block", "attn.softmax")  # kinds that are no convolution or linear

@@ -32,10 +32,10 @@ import click
 import numpy as np
 import pandas as pd
 
-from analysis.accounting import edges
-from analysis.choice_program import Budget, Program
-from analysis.integer_program import solve
 from analysis.planner import plan_bits
+from analysis.planning.accounting import edges
+from analysis.solver.choice_program import Budget, Program
+from analysis.solver.integer_program import solve
 from quant.bit_plan import PlanBudget
 from quant.site import Site
 

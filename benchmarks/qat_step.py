@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.cost import cost_table
-from analysis.plan_options import uniform_bits
+from analysis.planning.options import uniform_bits
 from analysis.sites import find_sites
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.config import QATConfig

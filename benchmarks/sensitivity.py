@@ -35,10 +35,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from analysis.evaluation import compare_logits, logits_of
 from analysis.sensitivity import SweepConfig, sweep_keys
 from analysis.sites import find_sites
-from analysis.sweep import sweep
+from analysis.sweeps.evaluation import compare_logits, logits_of
+from analysis.sweeps.sweep import sweep
 from quant.calibrate import default_scheme, make_quantizer
 from quant.prepare import quantized
 from quant.site import Site, SiteInfo

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization import HistogramObserver
 
-from analysis.fused_pass import fused_pass
 from analysis.sites import find_sites, is_layer
+from analysis.statistics.fused_pass import fused_pass
 from analysis.tensor_stats import measure_activations, measure_weights, start_activations, stats_tables
 from quant.intercept import intercept
 from quant.site import SiteInfo

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from analysis.sensitivity import SweepConfig, sweep_keys
 from analysis.sites import find_sites
-from analysis.sweep import sweep
+from analysis.sweeps.sweep import sweep
 from analysis.tensor_stats import collect_stats
 from benchmarks.executed import AttentionOperators, executed
 from quant.intercept import intercept

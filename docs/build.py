@@ -30,7 +30,7 @@ def site_file(target: Path) -> Path:
         return SITE / "guide.html"
     if target.parent == DOCS and target.suffix == ".md":
         return SITE / "guide" / f"{module_name(target)}.html"
-    if target.suffix == ".py" and target.parent in (ROOT / "quant", ROOT / "analysis"):
+    if target.suffix == ".py" and target.relative_to(ROOT).parts[0] in ("quant", "analysis"):
         module = target.parent if target.stem == "__init__" else target
         return (SITE / module.relative_to(ROOT)).with_suffix(".html")
     if target.parent == DOCS / "images":

@@ -131,9 +131,9 @@ class PlanBudget:
 class PlanTotals:
     """What a plan costs: mean bits per weight and per activation element, bytes of the model, BitOps per image.
 
-    Counted by analysis/accounting.py. A mean is None where the plan names no tensor of that sort. `activation_bytes`
-    are those of all planned activations of one image (None in files from before they were counted), `latency_ms` is
-    None without a table of latencies.
+    Counted by `accounting.py` of the planner. A mean is None where the plan names no tensor of that sort.
+    `activation_bytes` are those of all planned activations of one image (None in files from before they were counted),
+    `latency_ms` is None without a table of latencies.
     """
 
     __pydantic_config__ = _CONFIG

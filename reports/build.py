@@ -18,10 +18,10 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from analysis import report_figures
-from analysis.ablation_plots import ablation_figure
-from analysis.report_content import read_runs
-from analysis.report_figures import Picture
+from analysis.figures.ablation import ablation_figure
+from analysis.page import figures as report_figures
+from analysis.page.content import read_runs
+from analysis.page.figures import Picture
 
 HERE = Path(__file__).parent
 NETWORKS = ("cifar10_resnet20", "cifar10_vit_d128_l4", "cifar10_swin_e48", "imagenet_mobilenetv1_025")

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from hypothesis import strategies as st
 
-from analysis.choice_program import Budget, Program
+from analysis.solver.choice_program import Budget, Program
 
 
 @st.composite

@@ -47,8 +47,8 @@ def demonstrated(tmp_path_factory, request) -> Path:
 
 
 def _demonstrate(folder: Path) -> None:
-    from analysis import demo  # late: the tests that need no demo then start sooner
-    from analysis.plan_step import run_plan
+    from analysis.steps import demo  # late: the tests that need no demo then start sooner
+    from analysis.steps.plan import run_plan
 
     calls = []
 

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from scipy import stats
 
-from analysis import ablation_step
-from analysis.ablation import mean_and_interval, summarized, verdicts
-from analysis.ablation_config import Ablation, Arm, Subject, read_ablation
-from analysis.ablation_plots import ablation_figure
-from analysis.panels import save_figure
+from analysis.figures.ablation import ablation_figure
+from analysis.figures.panels import save_figure
+from analysis.steps import ablation as ablation_step
+from analysis.training.ablation import mean_and_interval, summarized, verdicts
+from analysis.training.ablation_config import Ablation, Arm, Subject, read_ablation
 from quant.errors import InputError
 from tests.digits_vit import KWARGS, qvw
 

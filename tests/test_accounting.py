@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis import accounting
+from analysis.planning import accounting
 from quant.bit_plan import PlannedSite
 from quant.errors import InputError
 from quant.site import Site

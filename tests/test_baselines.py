@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from analysis import accounting
-from analysis.baselines import greedy, largest_uniform, lowered, random_choice, uniform, worst_first
 from analysis.planner import plan_bits
+from analysis.planning import accounting
+from analysis.planning.baselines import greedy, largest_uniform, lowered, random_choice, uniform, worst_first
 from quant.bit_plan import PlanBudget
 from quant.site import Site
 from tests.plan_frames import chain, option_frame

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from analysis.cli import main
-from analysis.files import RowLog
+from analysis.storage.files import RowLog
 
 ROOT = Path(__file__).parents[1]
 KWARGS = json.dumps(
@@ -542,7 +542,7 @@ class Overflows(nn.Module):
 def test_an_overflow_names_the_first_site_and_the_image(tmp_path, capfd):
     """Inf in the third batch: the first site that holds it, the image, exit code 2; an earlier run's results stand."""
     from analysis.data import load_data
-    from analysis.listing import InputConfig
+    from analysis.inputs.listing import InputConfig
 
     config = InputConfig(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
     digits = load_data("digits", split="train", images=96, seed=0, input_config=config, num_classes=10)

@@ -17,12 +17,8 @@ from matplotlib import pyplot as plt
 from matplotlib.collections import PathCollection
 
 from analysis.cli import main
-from analysis.panels import channels_figure, depth_figure, heads_figure, ridges_figure
-from analysis.report import report_html
-from analysis.running_stats import stats_of
-from analysis.variation_frames import Measured, channel_frame, depth_frame, distribution_frame, head_frame
-from analysis.variation_panels import STEMS, variation_figures
-from analysis.variation_plots import (
+from analysis.figures.panels import channels_figure, depth_figure, heads_figure, ridges_figure
+from analysis.figures.variation import (
     FLOOR,
     KIND_STYLES,
     RIDGE,
@@ -33,6 +29,10 @@ from analysis.variation_plots import (
     plot_ridges,
     plot_variation_by_depth,
 )
+from analysis.figures.variation_panels import STEMS, variation_figures
+from analysis.report import report_html
+from analysis.running_stats import stats_of
+from analysis.statistics.variation_frames import Measured, channel_frame, depth_frame, distribution_frame, head_frame
 from quant.errors import InputError
 
 RESNET = '{"layers": [1, 1, 1, 1], "num_classes": 10, "in_chans": 1, "stem_width": 8, "channels": [8, 8, 16, 16]}'

@@ -5,8 +5,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis import accounting
 from analysis.cost import cost_table
+from analysis.planning import accounting
 from analysis.sites import find_sites
 
 

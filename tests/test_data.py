@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from analysis.data import batches, load_data, resolve_input, shared_batches
-from analysis.listing import InputConfig
+from analysis.inputs.listing import InputConfig
 from quant.errors import InputError
 
 GREY = InputConfig(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,), interpolation="bilinear")

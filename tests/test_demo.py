@@ -6,7 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from analysis.demo import measure_demo
+from analysis.steps.demo import measure_demo
 
 pytestmark = pytest.mark.timeout(900)  # the first test that asks for the demo waits for it: minutes on a busy machine
 

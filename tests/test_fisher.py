@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from analysis.fisher import fisher_probe, fisher_scores
 from analysis.sites import find_sites
+from analysis.sweeps.fisher import fisher_probe, fisher_scores
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
 from quant.intercept import intercept

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from analysis import running_stats
-from analysis.float_histogram import count_distances
-from analysis.fused_pass import fused_pass
-from analysis.moments import group_moments
 from analysis.running_stats import RunningStats
-from analysis.shared_tensors import SharedTensors
+from analysis.statistics.float_histogram import count_distances
+from analysis.statistics.fused_pass import fused_pass
+from analysis.statistics.moments import group_moments
+from analysis.statistics.shared_tensors import SharedTensors
 
 SHAPES = [
     (3, 5, 4000),
@@ -103,7 +103,8 @@ def test_the_number_of_threads_changes_nothing(shape):
 def test_compiling_and_loading_give_the_same_bits(tmp_path):
     """The first run compiles, the second loads what numba has kept: not a digit differs."""
     script = (
-        "import numpy as np; from analysis.fused_pass import fused_pass; generator = np.random.default_rng(0)\n"
+        "import numpy as np; from analysis.statistics.fused_pass import fused_pass\n"
+        "generator = np.random.default_rng(0)\n"
         "for shape in ((1, 1, 1792), (700, 5, 1)):\n"
         "    moments, _ = fused_pass(generator.standard_normal(shape).astype(np.float32), 0.0, 1)\n"
         "    print([getattr(moments, name).tolist() for name in moments.__dataclass_fields__])"
@@ -201,7 +202,7 @@ def test_a_numba_that_does_not_work_is_told_and_done_without(monkeypatch, capsys
     x = torch.randn(4, 8, 600, generator=torch.Generator().manual_seed(0))
     expected, without = RunningStats(8), RunningStats(8)
     expected.update(x)
-    monkeypatch.setitem(sys.modules, "analysis.fused_pass", None)
+    monkeypatch.setitem(sys.modules, "analysis.statistics.fused_pass", None)
     running_stats._compiled_pass.cache_clear()
     without.update(x)
     running_stats._compiled_pass.cache_clear()

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from analysis.evaluation import compare_logits, logits_of
-from analysis.groups import EVERYTHING, groups_of, stage_of
-from analysis.rank_bands import images_to_separate, rank_bands
 from analysis.sensitivity import SweepConfig, quantized_sites, sensitivity_table, sweep_keys
 from analysis.sites import find_sites
-from analysis.sweep import sweep
+from analysis.sweeps.evaluation import compare_logits, logits_of
+from analysis.sweeps.groups import EVERYTHING, groups_of, stage_of
+from analysis.sweeps.rank_bands import images_to_separate, rank_bands
+from analysis.sweeps.sweep import sweep
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.prepare import quantized
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from analysis.hessian import hessian_traces
 from analysis.sites import find_sites
+from analysis.sweeps.hessian import hessian_traces
 from quant.intercept import intercept
 from quant.site import Site
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from analysis.choice_program import Budget, Program
-from analysis.highs import solve_by_highs
-from analysis.integer_program import close_gap
-from analysis.lagrangian import Relaxation
+from analysis.solver.choice_program import Budget, Program
+from analysis.solver.highs import solve_by_highs
+from analysis.solver.integer_program import close_gap
+from analysis.solver.lagrangian import Relaxation
 from tests.choice_programs import programs, within
 
 

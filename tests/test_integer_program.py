@@ -7,11 +7,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from analysis.choice_program import Budget, NoPlanError, Program
-from analysis.integer_program import solve
-from analysis.plan_options import apply_pins
 from analysis.planner import plan_bits
-from analysis.reductions import reduce_program
+from analysis.planning.options import apply_pins
+from analysis.solver.choice_program import Budget, NoPlanError, Program
+from analysis.solver.integer_program import solve
+from analysis.solver.reductions import reduce_program
 from quant.bit_plan import PlanBudget
 from quant.errors import InputError
 from quant.site import Site

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from analysis.choice_program import Budget, Program
-from analysis.integer_program import solve
-from analysis.interactions import MOST_OPTIONS, SHARE, Interactions, improved, interactions, predicted, total
-from analysis.plan_budgets import Unit
+from analysis.planning.budgets import Unit
+from analysis.planning.interactions import MOST_OPTIONS, SHARE, Interactions, improved, interactions, predicted, total
+from analysis.solver.choice_program import Budget, Program
+from analysis.solver.integer_program import solve
 from quant.errors import InputError
 from quant.site import Site
 from tests.choice_programs import programs, within

@@ -13,7 +13,7 @@ number = int(sys.argv[1])
 def arrives():
     signal.raise_signal(number)
 os.register_at_fork({when}=arrives)
-from analysis.interrupts import catch_interrupts
+from analysis.terminal.interrupts import catch_interrupts
 catch_interrupts()
 try:
     if os.fork() == 0:
@@ -42,7 +42,7 @@ def test_a_signal_during_a_fork_is_not_lost(number, when):
 
 def test_a_signal_at_any_other_time_interrupts_at_once():
     """No fork, no delay."""
-    script = "import signal; from analysis.interrupts import catch_interrupts; catch_interrupts()\n"
+    script = "import signal; from analysis.terminal.interrupts import catch_interrupts; catch_interrupts()\n"
     script += (
         "try:\n    signal.raise_signal(15)\n    print('missed')\nexcept KeyboardInterrupt:\n    print('interrupted')"
     )

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 
-from analysis.choice_program import Budget, NoPlanError, Program
-from analysis.lagrangian import relax
-from analysis.reductions import reduce_program
+from analysis.solver.choice_program import Budget, NoPlanError, Program
+from analysis.solver.lagrangian import relax
+from analysis.solver.reductions import reduce_program
 from tests.choice_programs import programs, within
 
 

@@ -13,10 +13,10 @@ import pytest
 from matplotlib import pyplot as plt
 from nbclient import NotebookClient
 
-from analysis.demo import RECIPES
 from analysis.notebook_runs import copy_of, network_runs, write_digits
-from analysis.open_run import open_run
-from analysis.setup import Setup
+from analysis.session.open_run import open_run
+from analysis.session.setup import Setup
+from analysis.steps.demo import RECIPES
 from quant.errors import InputError
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.objectives import scored
+from analysis.planning.objectives import scored
 from analysis.runs import Run
 from quant.errors import InputError
 

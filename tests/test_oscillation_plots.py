@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.columns import BINS_COLUMNS, OSCILLATION_COLUMNS
-from analysis.oscillation_frames import edge_densities, kind_shares, module_shares
-from analysis.oscillation_plots import oscillation_figure, plot_edges, plot_kind_shares, plot_oscillation_map
+from analysis.figures.oscillation import oscillation_figure, plot_edges, plot_kind_shares, plot_oscillation_map
+from analysis.storage.columns import BINS_COLUMNS, OSCILLATION_COLUMNS
+from analysis.training.oscillation_frames import edge_densities, kind_shares, module_shares
 from quant.oscillation import POSITIONS
 
 # module, tensor, kind, weights, share at the last step

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from analysis import accounting
 from analysis.cost import cost_table
+from analysis.planning import accounting
 from analysis.sites import find_sites
 from quant.bit_plan import PlannedSite
 from quant.choices import ALLOWED_BIT_WIDTHS

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 
-from analysis import accounting, pareto
-from analysis.budget_kinds import budget_words
-from analysis.pareto import PARETO_COLUMNS, TOTALS, UNIFORM_COLUMNS, knee, pareto_front, uniform_points
-from analysis.pareto_plots import pareto_figure, plot_pareto
+from analysis.figures.pareto import pareto_figure, plot_pareto
 from analysis.planner import plan_bits
+from analysis.planning import accounting, pareto
+from analysis.planning.budget_kinds import budget_words
+from analysis.planning.pareto import PARETO_COLUMNS, TOTALS, UNIFORM_COLUMNS, knee, pareto_front, uniform_points
 from quant.bit_plan import PlanBudget, PlannedSite
 from quant.errors import InputError
 from quant.site import Site

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import verify_step
-from analysis.interactions import SHARE
+from analysis.planning.interactions import SHARE
 from analysis.runs import Run
+from analysis.steps import verify as verify_step
 from quant.bit_plan import BitPlan
 from tests.digits_vit import DATA, MODEL, qvw
 

@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from analysis import accounting
-from analysis.names import shorten
-from analysis.panels import bits_figure
-from analysis.plan_csv import PLAN_CSV_COLUMNS, plan_frame
-from analysis.plan_diff import DIFF_COLUMNS, plan_diff, read_plan_file, run_plan_diff, totals_diff
-from analysis.plan_words import unspent_budgets
+from analysis.figures.panels import bits_figure
 from analysis.planner import plan_bits
+from analysis.planning import accounting
+from analysis.planning.plan_csv import PLAN_CSV_COLUMNS, plan_frame
+from analysis.statistics.names import shorten
+from analysis.steps.plan_diff import DIFF_COLUMNS, plan_diff, read_plan_file, run_plan_diff, totals_diff
+from analysis.steps.plan_words import unspent_budgets
 from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
 from quant.errors import InputError
 from tests.plan_frames import chain

@@ -17,8 +17,7 @@ from matplotlib.collections import LineCollection, PathCollection, QuadMesh
 from matplotlib.figure import Figure
 from torch import nn
 
-from analysis.names import shorten, shorten_site
-from analysis.panels import figure_files, save_figure
+from analysis.figures.panels import figure_files, save_figure
 from analysis.plots import (
     heatmap_size,
     leave_room,
@@ -27,6 +26,7 @@ from analysis.plots import (
     plot_sensitivity_heatmap,
 )
 from analysis.running_stats import stats_of
+from analysis.statistics.names import shorten, shorten_site
 
 
 @pytest.fixture(autouse=True)

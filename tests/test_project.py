@@ -24,6 +24,19 @@ QUANT_MAY_IMPORT = {
 }
 ANALYSIS_MAY_IMPORT_TIMM = {"models", "data", "listing", "training_data"}
 
+# The folders of analysis, each of which may import those before it; and the files beside them, that other people
+# import: each belongs to a folder.
+FOLDERS = (
+    "terminal", "inputs", "storage", "statistics", "sweeps", "solver", "planning", "session", "training", "figures",
+    "page", "steps", "commands",
+)  # fmt: skip
+FRONT = {
+    "models": "inputs", "data": "inputs", "sites": "inputs", "runs": "storage", "running_stats": "statistics",
+    "tensor_stats": "statistics", "variation": "statistics", "replay": "sweeps", "sensitivity": "sweeps",
+    "proxies": "sweeps", "cost": "planning", "planner": "planning", "plots": "figures", "report": "page",
+    "notebook_runs": "steps", "cli": "commands", "__main__": "commands",
+}  # fmt: skip
+
 # Names to import, where they differ from the names that PyPI gives to the packages.
 PYPI_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
 # Names that conda-forge gives to a package, where they differ from those of PyPI.
@@ -60,9 +73,21 @@ def imported_modules(source: str) -> set[str]:
     return names
 
 
+def folder(module: str) -> str | None:
+    """The folder that a dotted name of analysis belongs to; None for analysis itself and what it does not hold."""
+    names = module.split(".")[1:]
+    return (names[0] if names[0] in FOLDERS else FRONT.get(names[0])) if names else None
+
+
+def runs_upwards(path: Path, name: str) -> bool:
+    """Whether `path`, a file of analysis, may not import the module `name` of analysis: a folder that comes later."""
+    own, other = folder(".".join(path.with_suffix("").parts)), folder(name)
+    return own is not None and other is not None and FOLDERS.index(other) > FOLDERS.index(own)
+
+
 def layer_breaks(path: Path, source: str) -> list[str]:
-    """One line for each import in `source`, the text of `path`, that runs against the layers."""
-    package, stem = path.parent.name, path.stem
+    """One line for each import in `source`, the text of `path` from the root on, that runs against the layers."""
+    package, stem = path.parts[0], path.stem
     breaks = []
     for name in sorted(imported_modules(source)):
         top = name.partition(".")[0]
@@ -72,17 +97,26 @@ def layer_breaks(path: Path, source: str) -> list[str]:
             allowed = {"torch", "quant", "__future__"} | QUANT_MAY_IMPORT.get(stem, set())
             if top not in allowed and top not in sys.stdlib_module_names:
                 breaks.append(f"quant/{stem}.py imports {name}")
-        elif (top == "timm" and stem not in ANALYSIS_MAY_IMPORT_TIMM) or (
-            name.startswith("analysis.cli") and stem != "__main__"
+        elif (
+            (top == "timm" and stem not in ANALYSIS_MAY_IMPORT_TIMM)
+            or (name.startswith("analysis.cli") and stem != "__main__")
+            or (top == "analysis" and runs_upwards(path, name))
         ):
-            breaks.append(f"analysis/{stem}.py imports {name}")
+            breaks.append(f"{path} imports {name}")
     return breaks
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_follow_the_layers(path):
     """The arrow is torch <- quant <- analysis <- analysis.cli; timm enters where models, data or attention do."""
-    assert layer_breaks(path, path.read_text(encoding="utf-8")) == []
+    assert layer_breaks(path.relative_to(ROOT), path.read_text(encoding="utf-8")) == []
+
+
+def test_every_file_of_analysis_belongs_to_a_folder():
+    """The folders and the files beside them are those that FOLDERS and FRONT list: a new one is given its place."""
+    package = ROOT / "analysis"
+    assert {path.parent.name for path in package.glob("*/__init__.py")} == set(FOLDERS)
+    assert {path.stem for path in package.glob("*.py")} == {*FRONT, "__init__"}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +131,10 @@ def test_imports_follow_the_layers(path):
         ("analysis/sites.py", "from timm.layers import Mlp"),
         ("analysis/runs.py", "from analysis import cli"),
         ("analysis/runs.py", "import analysis.cli"),
+        ("analysis/page/content.py", "from analysis.steps.verify import VERIFICATION_COLUMNS"),
+        ("analysis/page/content.py", "from analysis import notebook_runs"),
+        ("analysis/solver/highs.py", "import analysis.planning.budgets"),
+        ("analysis/cost.py", "from analysis.steps import plan"),
     ],
 )
 def test_an_import_against_the_layers_is_found(path, source):
@@ -109,6 +147,7 @@ def test_allowed_imports_pass():
     assert layer_breaks(Path("quant/optimizer.py"), "import math\nimport torch.nn.functional as F\nimport timm") == []
     assert layer_breaks(Path("analysis/models.py"), "import timm\nfrom quant.site import Site") == []
     assert layer_breaks(Path("analysis/__main__.py"), "from analysis.cli import main") == []
+    assert layer_breaks(Path("analysis/steps/plan.py"), "from analysis.planning import pareto\nimport timm.x") != []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -11,8 +11,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from analysis.fisher import fisher_scores
-from analysis.hessian import hessian_traces
 from analysis.proxies import (
     DEFINITIONS,
     IMAGES_AT_ONCE,
@@ -23,10 +21,12 @@ from analysis.proxies import (
     proxy_table,
     stats_scores,
 )
-from analysis.proxy_correlation import CORRELATION_COLUMNS, LEAST_SITES, noise_ceiling, proxy_correlations
 from analysis.sensitivity import SweepConfig, images_table, preferred_rows, sensitivity_table, sweep_keys
 from analysis.sites import find_sites
-from analysis.sweep import sample_activations, sweep
+from analysis.sweeps.fisher import fisher_scores
+from analysis.sweeps.hessian import hessian_traces
+from analysis.sweeps.proxy_correlation import CORRELATION_COLUMNS, LEAST_SITES, noise_ceiling, proxy_correlations
+from analysis.sweeps.sweep import sample_activations, sweep
 from quant.calibrate import default_scheme, make_quantizer
 from quant.site import Site, SiteInfo
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from analysis.choice_program import Budget, NoPlanError, Program
-from analysis.reductions import reduce_program, undominated
+from analysis.solver.choice_program import Budget, NoPlanError, Program
+from analysis.solver.reductions import reduce_program, undominated
 from tests.choice_programs import programs, within
 
 

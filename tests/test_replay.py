@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.cuts import entered, execution, input_of
 from analysis.replay import Replay, find_cuts
+from analysis.sweeps.cuts import entered, execution, input_of
 
 ROOM = 1 << 30
 

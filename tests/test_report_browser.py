@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from analysis.report_cells import DASH
-from analysis.report_downloads import ERROR
+from analysis.page.cells import DASH
+from analysis.page.downloads import ERROR
 from quant.bit_plan import BitPlan
 
 pytestmark = pytest.mark.timeout(900)  # the first test that asks for the demo waits for it: minutes on a busy machine

@@ -9,12 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import plan_step
-from analysis.pareto import knee
-from analysis.report import report_html, sections
-from analysis.report_cells import DASH
-from analysis.report_content import read_run
-from analysis.report_plan import (
+from analysis.page.cells import DASH
+from analysis.page.content import read_run
+from analysis.page.plan import (
     MOST_ROWS,
     belongs,
     front_sentences,
@@ -24,6 +21,9 @@ from analysis.report_plan import (
     verification_sentences,
     verification_table,
 )
+from analysis.planning.pareto import knee
+from analysis.report import report_html, sections
+from analysis.steps import plan as plan_step
 from quant.errors import InputError
 from tests.digits_vit import DATA, MODEL, qvw
 
@@ -271,7 +271,7 @@ def test_a_verification_of_before_interactions_is_shown(run):
 
 def test_the_float_line_is_of_the_same_images(content):
     """Drawn where verify.parquet still has the row of the plan that was verified."""
-    from analysis.report_figures import _float_top1
+    from analysis.page.figures import _float_top1
 
     top1 = content.verify.set_index("plan")["top1"]
     assert _float_top1(content) == top1["float"]

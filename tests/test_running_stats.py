@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from analysis.float_histogram import FloatHistogram, centre_of, count_distances
-from analysis.moments import NonFiniteError
 from analysis.running_stats import OUTLIERS, QUANTILES, RunningStats, stats_of
+from analysis.statistics.float_histogram import FloatHistogram, centre_of, count_distances
+from analysis.statistics.moments import NonFiniteError
 
 GROUPS, MILLION = 8, 1_000_000
 LAWS = ("gaussian", "student_t5", "shifted", "sparse", "tiny", "huge", "relu", "far")

@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.files import RowLog, write_atomic, write_bytes
-from analysis.input_changes import input_changes
-from analysis.locks import exclusive
-from analysis.run_record import ModelRecord, typed_command
 from analysis.runs import Run
+from analysis.storage.files import RowLog, write_atomic, write_bytes
+from analysis.storage.input_changes import input_changes
+from analysis.storage.locks import exclusive
+from analysis.storage.run_record import ModelRecord, typed_command
 from quant.errors import InputError
 
 MODEL = ModelRecord(typed="resnet18", name="resnet18", weights_sha256="aa", parameters=11, kwargs={"num_classes": 10})
@@ -249,7 +249,7 @@ def test_an_unfinished_step_without_its_record_is_refused(tmp_path):
 def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
     """Though a child that it forked, as a loader's worker is, still lives."""
     program = (
-        "import os, sys, time; from pathlib import Path; from analysis.locks import exclusive\n"
+        "import os, sys, time; from pathlib import Path; from analysis.storage.locks import exclusive\n"
         "with exclusive(Path(sys.argv[1]), 'it'):\n"
         "    child = os.fork()\n"
         "    if not child: print(os.getpid(), flush=True)\n"  # by the child: what it does after a fork is done

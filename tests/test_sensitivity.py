@@ -13,11 +13,11 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from analysis.evaluation import compare_logits, logits_of
 from analysis.replay import Replay
 from analysis.sensitivity import SENSITIVITY_COLUMNS, SweepConfig, sensitivity_table, sweep_keys
 from analysis.sites import find_sites
-from analysis.sweep import sweep
+from analysis.sweeps.evaluation import compare_logits, logits_of
+from analysis.sweeps.sweep import sweep
 from quant.batchnorm import batchnorm_reestimated
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError

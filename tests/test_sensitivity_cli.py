@@ -14,9 +14,9 @@ from PIL import Image
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 
+from analysis.figures.proxies import plot_proxy, proxies_figure
 from analysis.proxies import PROXIES, PROXY_COLUMNS, STATS_PROXIES
-from analysis.proxy_correlation import SITE_KEY
-from analysis.proxy_plots import plot_proxy, proxies_figure
+from analysis.sweeps.proxy_correlation import SITE_KEY
 from tests.digits_vit import DATA, MODEL, qvw
 
 

@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from analysis.data import load_data
-from analysis.listing import InputConfig
-from analysis.locks import exclusive
+from analysis.inputs.listing import InputConfig
+from analysis.inputs.training_data import TrainingImages, stored_crops_of, training_batches
 from analysis.models import ModelSource, load_model
-from analysis.training_data import TrainingImages, stored_crops_of, training_batches
+from analysis.storage.locks import exclusive
 from quant.config import QATConfig
 from quant.errors import InputError
 from quant.label_compression import compress
@@ -283,7 +283,7 @@ def test_making_them_is_killed_and_goes_on_to_the_same_bytes(made, tmp_path):
 
 def test_interrupted_it_says_so(tmp_path, monkeypatch, capfd):
     """Ctrl-C: exit code 130, what was done is kept; other crops are refused until --overwrite."""
-    import analysis.soft_labels_step as step
+    import analysis.steps.soft_labels as step
 
     class Stopping(step.SoftLabelWriter):
         def append(self, *parts):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis.crops import cut, draw_crop, fingerprint
-from analysis.listing import InputConfig, list_images
+from analysis.inputs.crops import cut, draw_crop, fingerprint
+from analysis.inputs.listing import InputConfig, list_images
 from quant.soft_labels import Crop
 
 CONFIG = InputConfig(input_size=(3, 24, 16), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from analysis.standard_output import c_output_discarded
+from analysis.terminal.standard_output import c_output_discarded
 
 SCRIPT = """
 import ctypes, os
-from analysis.standard_output import c_output_discarded
+from analysis.terminal.standard_output import c_output_discarded
 c_library = ctypes.CDLL(None)
 print("python before")
 c_library.puts(b"C before")

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 from analysis.cli import main
 from analysis.data import load_data
-from analysis.listing import InputConfig
+from analysis.inputs.listing import InputConfig
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),

@@ -16,16 +16,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from analysis import plan_step
-from analysis.columns import BINS_COLUMNS, HISTORY_COLUMNS, OSCILLATION_COLUMNS, VERIFY_COLUMNS
 from analysis.cost import COST_COLUMNS, SAME, cost_table
-from analysis.pareto import PARETO_COLUMNS, UNIFORM_COLUMNS, pareto_front, uniform_points
-from analysis.plan_offer import offered
-from analysis.plan_request import PlanRequest
-from analysis.plan_step import run_plan
+from analysis.planning.offer import offered
+from analysis.planning.pareto import PARETO_COLUMNS, UNIFORM_COLUMNS, pareto_front, uniform_points
+from analysis.planning.request import PlanRequest
 from analysis.proxies import PROXIES, PROXY_COLUMNS, PROXY_IMAGE_COLUMNS, proxy_table
-from analysis.proxy_correlation import CORRELATION_COLUMNS, measured_beside, proxy_correlations
-from analysis.run_record import ModelRecord
 from analysis.runs import Run
 from analysis.sensitivity import (
     IMAGE_COLUMNS,
@@ -38,11 +33,21 @@ from analysis.sensitivity import (
     sweep_keys,
 )
 from analysis.sites import find_sites
-from analysis.sweep import sweep
-from analysis.table_checks import Column, Table, checked
-from analysis.tables import PROXY_NAMES, TABLES
+from analysis.steps import plan as plan_step
+from analysis.steps.plan import run_plan
+from analysis.storage.columns import (
+    BINS_COLUMNS,
+    HISTORY_COLUMNS,
+    OSCILLATION_COLUMNS,
+    VERIFICATION_COLUMNS,
+    VERIFY_COLUMNS,
+)
+from analysis.storage.run_record import ModelRecord
+from analysis.storage.table_checks import Column, Table, checked
+from analysis.storage.tables import PROXY_NAMES, TABLES
+from analysis.sweeps.proxy_correlation import CORRELATION_COLUMNS, measured_beside, proxy_correlations
+from analysis.sweeps.sweep import sweep
 from analysis.tensor_stats import STATS_COLUMNS, collect_stats
-from analysis.verify_step import VERIFICATION_COLUMNS
 from quant.errors import InputError
 from tests.digits_vit import qvw
 

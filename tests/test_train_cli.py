@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from analysis.columns import BINS_COLUMNS, HISTORY_COLUMNS, OSCILLATION_COLUMNS
-from analysis.locks import exclusive
+from analysis.storage.columns import BINS_COLUMNS, HISTORY_COLUMNS, OSCILLATION_COLUMNS
+from analysis.storage.locks import exclusive
 from quant.bit_plan import BitPlan
 from quant.config import QATConfig
 from tests.test_cli import MODEL, ROOT, VIT_KWARGS, qvw

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 import yaml
 
-from analysis.train_options import read_config
+from analysis.training.options import read_config
 from quant.config import QATConfig
 from quant.errors import InputError
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from analysis.data import load_data, resolve_input
+from analysis.inputs.training_data import TrainingImages, training_batches
 from analysis.models import ModelSource, load_model
-from analysis.training_data import TrainingImages, training_batches
 from quant.config import QATConfig
 from quant.errors import InputError
 from quant.step_batches import StepBatches

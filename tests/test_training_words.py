@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.console import progress
-from analysis.training_words import extent, outcome, strengths
+from analysis.terminal.console import progress
+from analysis.training.words import extent, outcome, strengths
 from quant.config import QATConfig
 from quant.loss_terms import TERMS
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from analysis.comparison import MEASURES, Compared, compare
-from analysis.plan_step import bits_frame
 from analysis.running_stats import stats_of
+from analysis.statistics.comparison import MEASURES, Compared, compare
+from analysis.statistics.variation_frames import Measured, depth_frame
+from analysis.steps.plan import bits_frame
 from analysis.variation import layer_sites, usable, variation
-from analysis.variation_frames import Measured, depth_frame
 from quant.errors import InputError
 
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from analysis.bootstrap import cv_interval
-from analysis.variation_tests import DIFFERENCE_COLUMNS, differences
+from analysis.statistics.bootstrap import cv_interval
+from analysis.statistics.variation_tests import DIFFERENCE_COLUMNS, differences
 
 
 def frame(abs_means, tensor="weight"):

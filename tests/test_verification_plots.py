@@ -6,7 +6,7 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.container import ErrorbarContainer
 
-from analysis.verification_plots import INTERVAL, plan_names, plot_accuracy, plot_prediction, verification_figure
+from analysis.figures.verification import INTERVAL, plan_names, plot_accuracy, plot_prediction, verification_figure
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,36 @@
+"""`qvw ablate`: the command line of ablations."""
+
+from pathlib import Path
+
+import click
+
+from analysis.commands.options import num_workers_option, quiet_option
+from quant.errors import InputError
+
+
+@click.command(short_help="Train several arms with several seeds; what is each worth?")
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="CONFIG.yaml")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True,
+              help="Folder of the tables, with a run folder for each network.")  # fmt: skip
+@click.option("--only", multiple=True, metavar="NETWORK", show_default="all",
+              help="Train this network of the file alone; may be repeated.")  # fmt: skip
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps.")
+@num_workers_option
+@quiet_option
+def ablate(config: Path, out: Path, only: tuple[str, ...], device: str, num_workers: int, quiet: bool) -> None:
+    """Quantization-aware training of every arm on every network with every seed, and what each arm is worth.
+
+    CONFIG.yaml names networks, arms and seeds; reports/ablation/cifar10.yaml is one. Interrupted and started again it
+    goes on; a training that is finished is kept, so seeds and arms can be added. Writes ablation.csv (a row a
+    training), summary.csv (means with 95 % intervals over seeds, differences from the baseline seed by seed) and
+    ablation.png.
+    """
+    from analysis.training.ablation_config import read_ablation
+
+    ablation = read_ablation(config)
+    unknown = [name for name in only if name not in ablation.subjects]
+    if unknown:
+        raise InputError(f"{config} has no subject {unknown[0]!r}; it has {', '.join(ablation.subjects)}.")
+    from analysis.steps.ablation import run_ablation  # after the check of the file: it imports torch
+
+    run_ablation(ablation, out, only=only, device=device, num_workers=num_workers, quiet=quiet)

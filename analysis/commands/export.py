@@ -1,0 +1,29 @@
+"""`qvw export`: the command line."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from analysis.commands.options import model_options, pattern_options, quiet_option
+
+
+@click.command(short_help="A trained model as packed integer codes.")
+@click.option("--run", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True,
+              help="The run folder, in which `qvw train` has finished.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE.safetensors",
+              help="The packed file; an earlier one is replaced, nothing else is.")  # fmt: skip
+@click.option("--name", help="The training RUN/qat-NAME.", show_default="RUN/qat")
+@model_options
+@pattern_options
+@quiet_option
+def export(name: str | None, out: Path, **options: Any) -> None:
+    """The trained model as one file: bit-packed integer codes, scales and offsets, the plan, all that is not quantized.
+
+    Needs `qvw train` in the same run folder, with a plan or uniform bits. `qvw eval --run RUN --checkpoint FILE`
+    measures the file: it answers as the trained model does. MODEL and --weights only where they have moved.
+    """
+    from analysis.session.setup import Setup
+    from analysis.steps.export import run_export
+
+    run_export(Setup.of(options), out, name=name)

@@ -1,0 +1,90 @@
+"""`qvw sensitivity`: the command line."""
+
+from typing import Any
+
+import click
+
+from analysis.commands.options import (
+    ListOf,
+    batch_size_option,
+    common_options,
+    data_options,
+    model_options,
+    pattern_options,
+    run_option,
+    seed_option,
+)
+from quant.choices import (
+    ALLOWED_BIT_WIDTHS,
+    ESTIMATORS,
+    GRANULARITIES,
+    GROUPINGS,
+    PROTOCOLS,
+    TENSORS,
+    Estimator,
+    Granularity,
+    Grouping,
+    Protocol,
+)
+
+
+@click.command(short_help="What one quantized tensor costs.")
+@run_option
+@click.option("--bits", type=ListOf(int, choices=ALLOWED_BIT_WIDTHS), default="2,3,4,8", show_default=True,
+              help="Bit-widths to measure, 1 to 8 and 16: a plan chooses among them. Keep 8 (2,4,8): in layout paper, "
+                   "the default of `qvw plan`, the first layer and the classifier need it.")  # fmt: skip
+@click.option("--tensors", type=ListOf(str, choices=TENSORS), default="weight,input,attention", show_default=True,
+              help="weight, input, attention (all four inside attention), or query, key, value, softmax.")  # fmt: skip
+@click.option("--groups", type=click.Choice(GROUPINGS), show_default="each site alone",
+              help="Sites together: by kind (all attention, all MLPs, ...), block, stage or module.")  # fmt: skip
+@click.option("--protocol", type=click.Choice(PROTOCOLS), default="single", show_default=True,
+              help="single: nothing else is quantized; leave_one_out: everything else is.")  # fmt: skip
+@click.option("--proxies", is_flag=True,
+              help="Also scores that foretell the sweep from a few backward passes, and how well they do.")  # fmt: skip
+@click.option("--bn", type=click.Choice(["stored", "re-estimate", "both"]), default="both", show_default=True,
+              help="BatchNorm statistics: the model's own, or those of the quantized network.")  # fmt: skip
+@click.option("--granularity", type=click.Choice(GRANULARITIES), show_default="what suits each site",
+              help="Of the scales of weights.")  # fmt: skip
+@click.option("--estimator", type=click.Choice(ESTIMATORS), default="mse", show_default=True, help="Of the scales.")
+@click.option("--cache-mib", type=click.IntRange(min=0), default=1024, show_default=True,
+              help="About how much memory kept activations may take; 0: every row is a full pass.")  # fmt: skip
+@model_options
+@data_options(images="256, or as before", split="train")
+@batch_size_option
+@seed_option
+@pattern_options
+@common_options
+def sensitivity(
+    bits: tuple[int, ...],
+    tensors: tuple[str, ...],
+    granularity: Granularity | None,
+    estimator: Estimator,
+    bn: str,
+    protocol: Protocol,
+    groups: Grouping | None,
+    proxies: bool,
+    cache_mib: int,
+    **options: Any,
+) -> None:
+    """What the network loses when ONE site is quantized and all else stays in floating point.
+
+    Or one group of sites (--groups: mhsa is all of attention, ffn both layers of the MLPs, query, key and value the
+    rows of the weight and the tensor), or everything but one (--protocol leave_one_out; first layer and classifier
+    then keep 8 bit). Writes sensitivity.parquet, cost.parquet and figures.
+
+    Interrupted and started again, it goes on with the next row; other bit-widths, tensors or groups are added to the
+    table. The images stay on the device. The network is entered at the layer that holds the site, with the activations
+    that were kept.
+
+    --proxies compares single sites with scores that need no pass for each; run `qvw stats` before, and statistics are
+    among them. Several processes share the sites: torchrun --nproc_per_node 4 -m -- analysis sensitivity ...
+    """
+    from analysis.sensitivity import SweepConfig
+    from analysis.session.setup import Setup
+    from analysis.steps.sensitivity import run_sensitivity
+
+    config = SweepConfig(
+        bit_widths=tuple(sorted(set(bits))), estimator=estimator, granularity=granularity, batchnorm=bn,
+        protocol=protocol, groups=groups,
+    )  # fmt: skip
+    run_sensitivity(Setup.of(options), config, tensors=tensors, proxies=proxies, cache_mib=cache_mib)

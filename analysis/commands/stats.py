@@ -1,0 +1,35 @@
+"""`qvw stats`: the command line."""
+
+from typing import Any
+
+import click
+
+from analysis.commands.options import (
+    batch_size_option,
+    common_options,
+    data_options,
+    model_options,
+    pattern_options,
+    run_option,
+    seed_option,
+)
+
+
+@click.command(short_help="Variance, kurtosis, outliers of every tensor.")
+@run_option
+@model_options
+@data_options(images="2,000, or as before", split="train")
+@batch_size_option
+@seed_option
+@pattern_options
+@common_options
+def stats(**options: Any) -> None:
+    """Variance, kurtosis, outliers, quantiles of every weight, and with --data of every activation.
+
+    Writes stats.parquet, channels.parquet, histograms.parquet, variation.json. Several processes share the images:
+    torchrun --nproc_per_node 4 -m -- analysis stats ...
+    """
+    from analysis.session.setup import Setup
+    from analysis.steps.stats import run_stats
+
+    run_stats(Setup.of(options))

@@ -1,0 +1,107 @@
+"""`qvw eval` and `qvw train`: the command line of accuracies, without and with training."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from analysis.commands.options import (
+    CommandWithSettings,
+    JsonObject,
+    batch_size_option,
+    common_options,
+    data_options,
+    file_option,
+    model_options,
+    pattern_options,
+    run_option,
+    seed_option,
+)
+from quant.choices import ESTIMATORS
+
+uniform_option = click.option("--uniform", metavar="wXaY", help="The same bits everywhere, such as w4a4.")
+layout_option = click.option(
+    "--layout", type=click.Choice(["paper", "strict"]), default="paper", show_default=True,
+    help="Of --uniform: paper keeps first layer and classifier at 8 bit.",
+)  # fmt: skip
+
+
+@click.command(name="eval", short_help="Accuracy of float, plan, uniform bits, trained model.")
+@run_option
+@file_option("--plan", "plan_file", help="Evaluate this plan, without training.")
+@uniform_option
+@click.option("--checkpoint", type=click.Path(exists=True, path_type=Path),
+              help="A model that `qvw train` has made, RUN/qat, or a file of `qvw export`.")  # fmt: skip
+@click.option("--float", "floating", is_flag=True, help="The model as it is, in floating point.")
+@layout_option
+@click.option("--calibration-images", type=click.IntRange(min=1), default=256, show_default=True,
+              help="Training images that set the scales of activations; all, where there are fewer.")  # fmt: skip
+@click.option("--estimator", type=click.Choice(ESTIMATORS), default="mse", show_default=True, help="Of the scales.")
+@click.option("--bn", type=click.Choice(["stored", "re-estimate"]), default="re-estimate", show_default=True,
+              help="BatchNorm statistics: the model's own, or those of the quantized network.")  # fmt: skip
+@model_options
+@data_options(images="all, or as before", split="val")
+@batch_size_option
+@seed_option
+@pattern_options
+@common_options
+def evaluate(**options: Any) -> None:
+    """Loss and top-1 of ONE of: a plan, uniform bits (both without training), a trained model, the float model.
+
+    Name it by --plan, --uniform, --checkpoint or --float. Validation images by default, all of them; scales come from
+    training images. Adds a row to verify.parquet; one of the same kind and cost takes its place.
+    """
+    from analysis.steps.eval_request import EvalRequest
+
+    names = ("plan_file", "uniform", "floating", "checkpoint", "layout", "calibration_images", "estimator")
+    request = EvalRequest.of({name: options.pop(name) for name in names} | {"batchnorm": options.pop("bn")})
+    from analysis.session.setup import Setup
+    from analysis.steps.eval import run_eval  # after the check of the request: it imports torch
+
+    run_eval(Setup.of(options), request)
+
+
+@click.command(cls=CommandWithSettings, short_help="Train with a plan or uniform bits.")
+@run_option
+@file_option("--plan", "plan_file", show_default="RUN/plan.json", help="The plan to train with.")
+@uniform_option
+@click.option("--float", "floating", is_flag=True, help="No quantization: the fair ceiling of a trained plan.")
+@layout_option
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
+              help="One setting, such as learning_rate=0.001 or batch_size=128; may be repeated. All are listed "
+                   "below.")  # fmt: skip
+@file_option("--config", "config_file", help="A YAML file of settings, lines `key: value`; --set wins over it.")
+@click.option("--name", help="The results go to RUN/qat-NAME: several trainings in one run.", show_default="RUN/qat")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), show_default="0", help="Of the order of images, "
+              "augmentation, dropout: the setting `seed`.")  # fmt: skip
+@click.option("--val-images", type=click.IntRange(min=1), help="Images to validate on.", show_default="all")
+@click.option("--teacher", metavar="MODEL", show_default="the float model itself",
+              help="A network whose logits are distilled.")  # fmt: skip
+@file_option("--teacher-weights", help="Weights of the teacher.")
+@click.option("--teacher-pretrained", is_flag=True, help="timm's published weights for the teacher.")
+@click.option("--teacher-kwargs", type=JsonObject(), help="Arguments of its constructor, as JSON.", show_default="none")
+@file_option("--soft-labels",
+             help="Stored answers of a teacher (`qvw soft-labels`), in place of one that runs beside.")  # fmt: skip
+@model_options
+@data_options(images="all, or as before")
+@click.option("--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True,
+              help="Images of a forward pass in validation and calibration; of a step: --set batch_size.")  # fmt: skip
+@pattern_options
+@common_options
+def train(config_file: Path | None, settings: tuple[str, ...], seed: int | None, **options: Any) -> None:
+    """Quantization-aware training (LSQ) of exactly the plan, with distillation and the oscillation term.
+
+    Writes into RUN/qat: model.safetensors with plan.json, history.parquet, oscillation.parquet, config.json; and a row
+    of verify.parquet. Interrupted and started again, it goes on from its last checkpoint.
+    """
+    from analysis.training.options import read_config
+    from analysis.training.request import TrainRequest
+
+    names = ("plan_file", "uniform", "floating", "layout", "name", "teacher", "teacher_weights", "teacher_pretrained",
+             "teacher_kwargs", "soft_labels", "val_images")  # fmt: skip
+    config = read_config(config_file, [*settings, *([] if seed is None else [f"seed={seed}"])])
+    request = TrainRequest.of({name: options.pop(name) for name in names} | {"config": config})
+    from analysis.session.setup import Setup
+    from analysis.steps.train import run_train  # after the check of the request: it imports torch
+
+    run_train(Setup.of(options), request)

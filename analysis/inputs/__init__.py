@@ -1,0 +1,1 @@
+"""What comes from outside: the images that a data string names, and the form of a user's model."""

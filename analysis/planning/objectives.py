@@ -1,0 +1,128 @@
+"""What a plan is to keep small: a measured change, its upper confidence bound, a proxy, or the user's own scores."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from analysis.proxies import PROXIES, PROXY_COLUMNS, PROXY_IMAGE_COLUMNS
+from analysis.runs import Run
+from analysis.terminal.console import warn
+from quant.bit_plan import PlannedSite, check_known_sites
+from quant.errors import InputError, first_line
+from quant.site import Site
+
+MEASURED = {
+    "kl": ("kl", "kl_se", 1), "loss": ("delta_loss", "delta_loss_se", 1), "top1": ("delta_top1", "top1_se", -1),
+    "logit_nmse": ("logit_nmse", "", 1),
+}  # fmt: skip
+"""Column of sensitivity.parquet, that of its standard error, and the sign that makes it something to minimise."""
+OBJECTIVES = (*MEASURED, *PROXIES)
+SCORE_COLUMNS = ("module", "tensor", "bit_width", "score")
+UPPER = 1.6449  # standard errors: the value that the truth exceeds once in twenty times
+_KEY = ["module", "tensor", "bit_width"]
+_SCHEME = ["granularity", "estimator"]
+
+
+def scored(run: Run, rows: pd.DataFrame, objective: str, *, robust: bool, scores: Path | None) -> pd.DataFrame:
+    """`rows` (single-site rows of sensitivity.parquet) with a column `score`; those without a score are left out.
+
+    `robust` takes the upper end of a one-sided 95 % interval in place of the measured change: sites that were measured
+    badly look worse. `scores` is a CSV file with SCORE_COLUMNS that takes the place of the objective. InputError for an
+    unknown objective, one that was not measured, and a file with other columns, unknown sites or no finite number.
+    """
+    if scores is not None:
+        if robust:
+            raise InputError("--robust needs a standard error, which --scores has not; leave out one of them.")
+        return _own(rows, scores)
+    if objective in MEASURED:
+        column, error, sign = MEASURED[objective]
+        if rows[column].isna().all():
+            raise InputError(f"{column} was not measured (images without labels?); use --objective kl.")
+        if not robust:
+            return rows.assign(score=sign * rows[column])
+        if not error or rows[error].isna().any():
+            raise InputError(f"{objective} has no standard error to be robust against; use --objective kl with labels "
+                             "or without, and two images at least.")  # fmt: skip
+        return rows.assign(score=sign * rows[column] + UPPER * rows[error])
+    if objective not in PROXIES:
+        raise InputError(f"--objective {objective!r} is unknown; choose from {', '.join(OBJECTIVES)}.")
+    if robust:
+        raise InputError(f"--robust needs a standard error, which the proxy {objective} has not; use --objective kl.")
+    table = run.read_table("proxies", PROXY_COLUMNS)
+    table = table[table["proxy"] == objective]
+    if table.empty:
+        raise InputError(f"proxies.parquet has no scores of {objective} (it may need labels, or `qvw stats` before).")
+    found = rows.merge(table[[*_KEY, *_SCHEME, "score"]].dropna(subset="score"), on=[*_KEY, *_SCHEME])
+    lacking = sorted(set(rows["bit_width"]) - set(found["bit_width"]))
+    if lacking:
+        bits = ",".join(map(str, lacking))
+        warn(f"no {objective} at {bits} bits, which are not offered: `qvw sensitivity --bits {bits} --proxies`.")
+    if (rows["batchnorm"] == "re_estimated").any():
+        warn(f"the sweep re-estimated BatchNorm, of which {objective} knows nothing: on such networks kl ranks better.")
+    return found
+
+
+def site_products(run: Run, options: pd.DataFrame) -> dict[tuple[Site, int], NDArray[np.float64]]:
+    """Gradient times error of every image, (images,), for each site and bit-width of `options` that has them.
+
+    InputError for a network whose BatchNorm was re-estimated in the sweep: the products are those of stored statistics,
+    and what they foretell there is wrong by far.
+    """
+    if (options["batchnorm"] == "re_estimated").any():
+        raise InputError(
+            "--interactions come from proxies, which know nothing of re-estimated BatchNorm: here they would mislead. "
+            "Plan without them."
+        )
+    table = run.read_table("proxy_images", PROXY_IMAGE_COLUMNS)
+    kept = options[[*_KEY, *_SCHEME]].merge(table, on=[*_KEY, *_SCHEME])
+    return {
+        (Site(row.module, row.tensor), int(row.bit_width)): np.asarray(row.products, dtype=np.float64)
+        for row in kept.itertuples(index=False)
+    }
+
+
+def summed(sites: Sequence[PlannedSite], measured: pd.DataFrame, column: str) -> float:
+    """What the bits of `sites` change each alone, added up; NaN where one of them was not measured.
+
+    `measured` has at most one row per (module, tensor, bit_width): of sensitivity.parquet, or options made of it.
+    """
+    if column not in measured:
+        return math.nan
+    chosen = measured.set_index(_KEY)[column].reindex([(s.module, s.tensor, s.bit_width) for s in sites])
+    return math.nan if chosen.isna().any() else float(chosen.sum())
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A table of the user's; InputError where it cannot be read, or lacks one of `columns`."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:  # pandas' errors of parsing are ValueErrors
+        raise InputError(f"{path} cannot be read: {first_line(error)}. Expected a CSV file with a header.") from error
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise InputError(f"{path} has no column {missing[0]!r}; expected {', '.join(columns)}.")
+    return table
+
+
+def _own(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Scores of the user; granularity, sign and offset of each site are those of the sweep."""
+    table = read_csv(path, SCORE_COLUMNS)
+    numbers = table[["bit_width", "score"]].apply(pd.to_numeric, errors="coerce")
+    if table.empty:
+        raise InputError(f"{path} has no row.")
+    bad = table.index[~np.isfinite(numbers).all(axis=1) | (numbers["bit_width"] % 1 != 0)]
+    if len(bad):
+        raise InputError(f"{path}, line {bad[0] + 2}: bit_width must be a whole, score a finite number.")
+    table = table[["module", "tensor"]].join(numbers.astype({"bit_width": int}))
+    doubled = table.index[table.duplicated(_KEY)]
+    if len(doubled):
+        raise InputError(f"{path}, line {doubled[0] + 2} scores a site and bit-width for the second time. Keep one.")
+    known = rows.drop_duplicates(["module", "tensor"])
+    sites = [Site(*key) for key in known[["module", "tensor"]].itertuples(index=False, name=None)]
+    check_known_sites((Site(*key) for key in table[["module", "tensor"]].itertuples(index=False, name=None)), sites)
+    kept = ["module", "tensor", "kind", "order", "granularity", "signed", "offset"]
+    return table.merge(known[kept], on=["module", "tensor"])

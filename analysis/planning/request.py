@@ -1,0 +1,129 @@
+"""What is asked of a plan, as typed and checked: budgets, candidates, objective, exceptions."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import TypeAdapter
+
+from analysis.planning import accounting
+from analysis.planning.baselines import uniform
+from analysis.planning.uniform import parse_uniform
+from quant.bit_plan import PlanBudget
+from quant.choices import Layout
+from quant.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What is asked of a plan: budgets, candidates, objective, exceptions."""
+
+    weight_bits: float | None = None
+    activation_bits: float | None = None
+    size_mib: float | None = None
+    gbitops: float | None = None
+    activation_mib: float | None = None
+    latency_ms: float | None = None
+    latency: Path | None = None
+    candidates: tuple[int, ...] | None = None
+    like: str | None = None  # w3a4: the budgets that these uniform bits take
+    candidates_of: tuple[str, ...] = ()
+    objective: str | None = None  # kl, where there are no scores
+    scores: Path | None = None
+    robust: bool = False
+    interactions: bool = False
+    pin: tuple[str, ...] = ()
+    bounds: tuple[str, ...] = ()
+    tie: tuple[str, ...] = ()
+    layout: Layout = "paper"
+    pareto: bool = False
+    verify: bool = False
+    images: int | None = None  # of the verification
+    batch_size: int = 64
+    num_workers: int = 2
+    device: str = "cpu"
+    out: Path | None = None
+    quiet: bool = False
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "PlanRequest":
+        """The options of a command line, checked."""
+        request = TypeAdapter(cls).validate_python(dict(options))
+        if request.scores is not None and request.objective is not None:
+            raise InputError("--scores takes the place of --objective; leave out one of them.")
+        if request.interactions and (request.scores is not None or request.minimised not in ("kl", "fisher")):
+            raise InputError("--interactions are in nats of KL: plan for --objective kl or fisher, or without them.")
+        if request.interactions and request.pareto:
+            raise InputError("--pareto is of the sum over sites, without interactions: ask for one of the two.")
+        return request
+
+    @property
+    def offers_any_width(self) -> bool:
+        """Whether bits are limited by what was measured alone, not by a wish (hardware that has 2, 4 and 8)."""
+        return self.candidates is None and not self.candidates_of and not self.bounds and self.latency is None
+
+    @property
+    def minimised(self) -> str:
+        """The objective, where no scores take its place."""
+        return self.objective or "kl"
+
+    def budget(self, options: pd.DataFrame, cost: pd.DataFrame, parameters: int) -> PlanBudget:
+        """The budgets in the units of the plan file; at least one must be set."""
+        for option, value, largest in (
+            ("--size-mib", self.size_mib, 2**40), ("--gbitops", self.gbitops, 1e12),
+            ("--activation-mib", self.activation_mib, 2**40),
+        ):  # fmt: skip
+            if value is not None and not 0 < value <= largest:
+                raise InputError(f"{option} {value:g} is no budget; give a number above 0, {largest:g} at most.")
+        weight_bits, activation_bits = self.weight_bits, self.activation_bits
+        if self.like is not None:
+            if weight_bits is not None or activation_bits is not None:
+                raise InputError("--like sets the mean bits; leave out --weight-bits and --activation-bits.")
+            same = accounting.totals(uniform(options, cost, *parse_uniform(self.like, "--like")), cost, parameters)
+            weight_bits, activation_bits = same.weight_bits, same.activation_bits
+        budget = PlanBudget(
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            size_bytes=None if self.size_mib is None else max(1, int(self.size_mib * 2**20)),
+            bitops=None if self.gbitops is None else max(1, int(self.gbitops * 1e9)),
+            activation_bytes=None if self.activation_mib is None else max(1, int(self.activation_mib * 2**20)),
+            latency_ms=self.latency_ms,
+        )
+        if not budget.as_dict():
+            raise InputError(
+                "no budget was given; set --weight-bits, --activation-bits, --like, --size-mib, --activation-mib, "
+                "--gbitops or --latency-ms."
+            )
+        if (self.latency_ms is None) != (self.latency is None):
+            raise InputError("--latency-ms and --latency FILE.csv need each other: the budget, and what sites cost.")
+        return budget
+
+
+def parse_pin(text: str) -> tuple[str, int]:
+    """Pattern and bits of `head*=8`."""
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or not re.fullmatch(r"[0-9]{1,2}", bits):
+        raise InputError(f"--pin {text!r} is not understood; write PATTERN=BITS, such as --pin 'head*=8'.")
+    return pattern, int(bits)
+
+
+def parse_bound(text: str) -> tuple[str, int, int]:
+    """Pattern, lowest and highest bits of `blocks.0.*=4-8`."""
+    pattern, _, bits = text.rpartition("=")
+    found = re.fullmatch(r"([0-9]{1,2})-([0-9]{1,2})", bits)
+    if not pattern or found is None:
+        raise InputError(f"--bounds {text!r} is not understood; write PATTERN=LOW-HIGH, such as 'blocks.0.*=4-8'.")
+    if int(found[1]) > int(found[2]):
+        raise InputError(f"--bounds {text!r} goes from {found[1]} down to {found[2]}; write the lower bits first.")
+    return pattern, int(found[1]), int(found[2])
+
+
+def parse_kind(text: str) -> tuple[str, list[int]]:
+    """Pattern over kinds and bit-widths of `mlp.fc2=4,8`."""
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or not re.fullmatch(r"[0-9]{1,2}(,[0-9]{1,2})*", bits):
+        raise InputError(f"--candidates-of {text!r} is not understood; write KIND=BITS,BITS, such as 'mlp.fc2=4,8'.")
+    return pattern, [int(width) for width in bits.split(",")]

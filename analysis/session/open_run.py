@@ -1,0 +1,151 @@
+"""From the options of a command and its run folder to the model, loaded, placed on its device and traced."""
+
+import torch
+from torch import Tensor, nn
+
+from analysis.data import input_channels, resolve_input
+from analysis.inputs.listing import InputConfig
+from analysis.models import ModelSource, classifier_names, described, load_model, tensors_in, weights_sha256
+from analysis.runs import Run
+from analysis.session.opened import Opened, image_of_noise
+from analysis.session.setup import Setup, completed
+from analysis.sites import find_sites
+from analysis.storage.run_record import ModelRecord
+from analysis.terminal.console import warn
+from quant.errors import InputError, first_line
+from quant.site import SiteInfo
+from quant.trace import Trace
+
+
+def open_run(setup: Setup, *, needs_data: bool) -> Opened:
+    """The model of `setup`, or of its run folder, loaded and traced on an image of the right size; writes nothing.
+
+    Raises InputError where neither names a model, and if `needs_data`, where neither names images or the model returns
+    no logits.
+    """
+    run = Run(setup.run)
+    known = run.record.model
+    if setup.model is None and (setup.pretrained or setup.weights is not None or setup.model_kwargs is not None):
+        raise InputError("--pretrained, --weights and --model-kwargs need MODEL before them: name the model too.")
+    if setup.model is not None:
+        weights = None if setup.weights is None else str(setup.weights.resolve())
+        source = ModelSource(
+            model=setup.model, pretrained=setup.pretrained, weights=weights, kwargs=setup.model_kwargs or {},
+            seed=setup.seed or 0,
+        )  # fmt: skip
+    elif known is not None:
+        source = ModelSource(
+            model=known.factory or known.typed, pretrained=known.pretrained, weights=known.weights,
+            kwargs=known.kwargs, seed=known.seed,
+        )  # fmt: skip
+    else:
+        raise InputError(f"{setup.run} knows no model yet. Name one: a timm name, or path/to/file.py:factory.")
+    setup = completed(setup, run)
+    if needs_data and setup.data is None:
+        raise InputError(f"{setup.run} knows no images yet. Name them: --data digits, folder:PATH or csv:FILE.")
+    try:
+        model = load_model(source)
+    except InputError as error:
+        if setup.model is not None:
+            raise
+        raise InputError(f"{error} {setup.run} names it: where it has moved, give MODEL and --weights.") from error
+    if setup.model is not None and source.untrained:
+        warn(f"{setup.model} has untrained weights: give --pretrained or --weights FILE for trained ones.")
+    record = ModelRecord(
+        typed=setup.model or (known.typed if known is not None else source.model), pretrained=source.pretrained,
+        weights=source.weights, kwargs=dict(source.kwargs), seed=source.seed, name=source.model.rpartition(":")[2],
+        factory=None if source.factory is None else f"{source.factory[0].resolve()}:{source.factory[1]}",
+        weights_sha256=weights_sha256(model), parameters=sum(p.numel() for p in model.parameters()),
+    )  # fmt: skip
+    if known is not None and setup.model is None and known.weights_sha256 != record.weights_sha256:
+        raise InputError(
+            f"{known.typed} is not the model that {setup.run} holds: its weights have changed since. "
+            "Put the old file back, or name the model and another --run."
+        )
+    input_config = _input_config(model, setup)
+    _place(model, setup.device)
+    trace, sites = _traced(model, setup, record.name, input_config, needs_logits=needs_data)
+    return Opened(setup=setup, run=run, record=record, model=model, input_config=input_config, trace=trace, sites=sites)
+
+
+def _input_config(model: nn.Module, setup: Setup) -> InputConfig:
+    if setup.data is not None:
+        return resolve_input(
+            model, setup.data, mean=setup.mean, std=setup.std, input_size=setup.input_size, crop_pct=setup.crop_pct
+        )
+    if setup.input_size is None and not getattr(model, "pretrained_cfg", None):
+        raise InputError(
+            "the model does not say which images it takes. Give --input-size 3,32,32, or --data, --mean and --std."
+        )
+    channels = setup.input_size[0] if setup.input_size else input_channels(model) or 3
+    plain = (0.5,) * channels  # no image will be read: only the size matters
+    return resolve_input(model, "noise", mean=plain, std=plain, input_size=setup.input_size)
+
+
+def _place(model: nn.Module, device: str) -> None:
+    try:
+        model.to(device)
+    except Exception as error:  # torch raises by device: RuntimeError, AssertionError, NotImplementedError
+        reason = first_line(error)
+        raise InputError(f"device {device!r} cannot be used: {reason}. Try --device cpu.") from error
+
+
+def _traced(
+    model: nn.Module, setup: Setup, name: str, config: InputConfig, *, needs_logits: bool
+) -> tuple[Trace, list[SiteInfo]]:
+    """One forward pass of one image of noise, which also shows whether the model takes images of this size.
+
+    One image, so that tensors with no batch axis (tables of relative positions) are counted once.
+    """
+    try:
+        _refuse_training_mode(model, name)
+        image = image_of_noise(config, setup.device)
+        untouched = image.clone()
+        with torch.inference_mode():
+            first, second = model(image), model(image)
+        if not torch.equal(image, untouched):
+            raise InputError(
+                f"{name} writes into the images that it is given: every measurement would see others. "
+                "Let its forward begin with `x = x.clone()`."
+            )
+        answers = [
+            pair for pair in zip(tensors_in(first), tensors_in(second), strict=False) if pair[0].is_floating_point()
+        ]
+        if not all(_alike(a, b) for a, b in answers):
+            raise InputError(
+                f"{name} gives two answers to the same image: its forward pass is random, or changes the model. "
+                "Switch dropout and noise off in evaluation mode."
+            )
+        if needs_logits and not (isinstance(first, Tensor) and first.ndim == 2 and len(first) == 1):
+            raise InputError(
+                f"{name} returned {described(first)} for one image; expected logits of shape (images, classes). "
+                "Name a factory whose model returns them alone, path/to/file.py:factory; `qvw stats` needs none."
+            )
+        return find_sites(
+            model, image, include=setup.include, exclude=setup.exclude, classifier=classifier_names(model)
+        )
+    except InputError:
+        raise
+    except Exception as error:  # the model is the user's: whatever its forward raises is told
+        reason = first_line(error)
+        raise InputError(
+            f"{name} does not take images of size {config.input_size}: {reason}. "
+            "Give --input-size, or the constructor's arguments by --model-kwargs."
+        ) from error
+
+
+def _refuse_training_mode(model: nn.Module, name: str) -> None:
+    """InputError for a BatchNorm or dropout that stays in training mode after `eval()`."""
+    for where, module in model.named_modules():
+        kind = type(module).__name__
+        if module.training and (isinstance(module, nn.modules.batchnorm._BatchNorm) or "Drop" in kind):
+            raise InputError(
+                f"{where} of {name}, a {kind}, stays in training mode after eval(), so that every pass differs. "
+                "Let its train() follow the mode that it is given."
+            )
+
+
+def _alike(first: Tensor, second: Tensor) -> bool:
+    """Whether two answers are the same but for rounding, measured by the largest of them."""
+    scale = float(first.nan_to_num(0.0, 0.0, 0.0).abs().max()) if first.numel() else 0.0
+    return torch.allclose(first, second, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)

@@ -1,0 +1,186 @@
+"""An open run folder: the model with its sites on a device, its images, and the record of the steps that use them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from analysis.data import Batch, ImageData, batches, load_data, shared_batches
+from analysis.inputs.listing import InputConfig
+from analysis.models import num_classes
+from analysis.runs import Run
+from analysis.session.setup import REMEMBERED, Setup
+from analysis.storage.run_record import ModelRecord, RunRecord, StepRecord, typed_command
+from analysis.terminal.console import progress, warn
+from quant.errors import InputError
+from quant.site import Site, SiteInfo
+from quant.trace import Trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """The model of a run folder on its device, with its trace and sites, and how its images are read.
+
+    `setup` is complete: what the command did not say is what the run folder knew, or the default.
+    """
+
+    setup: Setup
+    run: Run
+    record: ModelRecord
+    model: nn.Module
+    input_config: InputConfig
+    trace: Trace
+    sites: list[SiteInfo]
+
+    @property
+    def name(self) -> str:
+        """The model's short name: timm's, or the factory's function."""
+        return self.record.name
+
+    @cached_property
+    def by_site(self) -> dict[Site, SiteInfo]:
+        """The sites by name."""
+        return {info.site: info for info in self.sites}
+
+    def step_images(self, step: str, split: str, at_most: int | None = None) -> ImageData:
+        """Images of a step: as many as the command says, else as when it was run before, else `at_most` or all."""
+        setup, before = self.setup, self.run.record.steps.get(step)
+        known = None if before is None or setup.overwrite else before.inputs.get("images")
+        if setup.images is not None or known is None:
+            return self.images(setup.split or split, setup.images, at_most)
+        data = self.images(setup.split or split, None, known)
+        if data.images < known:
+            raise InputError(
+                f"{self.run.path} holds {step} of {known} images, {data.spec} has {data.images} in its split "
+                f"{data.split!r}. Put the images back, or start anew with --overwrite."
+            )
+        return data
+
+    def images(self, split: str, count: int | None, at_most: int | None = None) -> ImageData:
+        """Images of a split: exactly `count` where given (an error if there are fewer), else `at_most` or all."""
+        setup = self.setup
+        assert setup.data is not None
+        assert setup.seed is not None
+        assert setup.holdout is not None
+        return load_data(
+            setup.data, split=split, images=at_most if count is None else count, at_most=count is None,
+            seed=setup.seed, input_config=self.input_config, num_classes=num_classes(self.model),
+            holdout=setup.holdout, class_map=setup.class_map, data_root=setup.data_root,
+            skip_broken=setup.skip_broken,
+        )  # fmt: skip
+
+    def probe_image(self) -> Tensor:
+        """One image of noise (1, channels, height, width) on the device, always the same."""
+        return image_of_noise(self.input_config, self.setup.device)
+
+    def stream(self, data: ImageData, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of (images on the device, labels), with a progress bar that counts images."""
+        setup = self.setup
+        with progress(data.images, what, "image", quiet=setup.quiet) as bar:
+            for images, labels in batches(data, batch_size=setup.batch_size, num_workers=setup.num_workers):
+                yield images.to(setup.device), labels
+                bar.update(len(images))
+        warn_of_skipped(data)
+
+    def share(self, data: ImageData, what: str, *, rank: int, world: int) -> Iterator[Batch]:
+        """One process's share of the batches, every `world`-th from `rank` on, on the device; a batch may be empty."""
+        setup, options = self.setup, {"rank": rank, "world": world}
+        with progress(data.images, what, "image", quiet=setup.quiet or rank > 0) as bar:
+            for batch in shared_batches(data, batch_size=setup.batch_size, num_workers=setup.num_workers, **options):
+                yield batch._replace(images=batch.images.to(setup.device))
+                bar.update(min(setup.batch_size * world, data.images - bar.n))  # the other processes do as much
+
+    def inputs(self, data: ImageData | None) -> dict[str, Any]:
+        """What fixes the result of a step: a step of other inputs is another step."""
+        setup = self.setup
+        fixed: dict[str, Any] = {
+            "weights_sha256": self.record.weights_sha256, "include": list(setup.include),
+            "exclude": list(setup.exclude),
+        }  # fmt: skip
+        if data is not None:
+            fixed |= {
+                "split": data.split, "images": data.images, "images_sha256": data.sha256,
+                "split_note": data.note, "batch_size": setup.batch_size, "skip_broken": setup.skip_broken,
+                **_jsonable(asdict(self.input_config)),
+            }  # fmt: skip
+        return fixed
+
+    @contextmanager
+    def step(
+        self,
+        name: str,
+        data: ImageData | None,
+        files: Sequence[str],
+        options: Mapping[str, Any],
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        seed: int | None = None,
+        temporary: Sequence[str] = (),
+        instead: str = "--run",
+        renew: bool = False,
+    ) -> Iterator[None]:
+        """Note in run.json the model, the images and that a step runs; the context notes how it ended.
+
+        Refuses to mix it with another model or other inputs. `files` are what it writes, `--overwrite` removes them
+        first, or with `renew` leaves them until they are written anew; `options` are those of the step's own, `inputs`
+        what else than model and images fixes its result, `seed` its own seed where that is not the one that chose the
+        images, `temporary` files for resuming alone, `instead` the option that keeps both results. Images that were
+        skipped are named in the step's options as `skipped_images`.
+        """
+        setup, run = self.setup, self.run
+        run.set_model(self.record, overwrite=setup.overwrite)
+        assert setup.seed is not None
+        fixed, before = self.inputs(data) | dict(inputs or {}), run.record.steps.get(name)
+        with run.start_step(
+            name, command=typed_command(), options=_jsonable(asdict(setup) | dict(options)),
+            inputs=fixed, seed=setup.seed if seed is None else seed, device=setup.device, files=files,
+            temporary=temporary, instead=instead, overwrite=setup.overwrite and not renew,
+            renew=setup.overwrite and renew,
+        ):  # fmt: skip
+            if data is not None:
+                run.set_data({name: _jsonable(getattr(setup, name)) for name in REMEMBERED})
+            yield
+        self._note_skipped(name, before, data)
+
+    def put_back(self, name: str, before: RunRecord) -> None:
+        """Let run.json tell of a step, and of its images, what it told `before`, if that step's files are all there."""
+        step = before.steps.get(name)
+        if step is not None and all((self.run.path / file).exists() for file in step.files):
+            self.run.note_step(name, step, data=before.data)
+
+    def _note_skipped(self, name: str, before: StepRecord | None, data: ImageData | None) -> None:
+        """Name in run.json the images that a step left out, if any; `before` is its record as it stood at the start."""
+        step = self.run.record.steps[name]
+        # A step that goes on has rows of earlier passes, which skipped what they could not read.
+        earlier = before is not None and not self.setup.overwrite and before.inputs == step.inputs
+        skipped = list(before.options.get("skipped_images", [])) if before is not None and earlier else []
+        skipped += [path for path in ([] if data is None else data.skipped) if path not in skipped]
+        if skipped:
+            self.run.note_step(name, replace(step, options=step.options | {"skipped_images": skipped}))
+
+
+def warn_of_skipped(data: ImageData) -> None:
+    """Say how many images were left out because they cannot be read, if any were."""
+    if data.skipped:
+        others = " and others" if len(data.skipped) > 1 else ""
+        warn(
+            f"{len(data.skipped)} of {data.images} images cannot be read and were left out: {data.skipped[0]}{others}."
+        )
+
+
+def image_of_noise(config: InputConfig, device: str) -> Tensor:
+    """(1, channels, height, width) on `device`, uniform in [0, 1), always the same."""
+    return torch.rand(1, *config.input_size, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_jsonable(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

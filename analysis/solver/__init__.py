@@ -1,0 +1,1 @@
+"""A choice program and its exact solution: reductions, Lagrangian bound, HiGHS. It knows nothing of networks."""

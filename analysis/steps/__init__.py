@@ -1,0 +1,1 @@
+"""One step a command: an open run in, files of the run folder out, resumable."""

@@ -1,0 +1,82 @@
+"""What the arms of an ablation train: the shared options of a network, and the plan files of its arms."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from analysis.planning.request import PlanRequest
+from analysis.sensitivity import SweepConfig
+from analysis.session.open_run import open_run
+from analysis.session.setup import Setup
+from analysis.steps.plan import run_plan
+from analysis.steps.sensitivity import run_sensitivity
+from analysis.storage.files import write_bytes
+from analysis.training.ablation_config import Arm, Job, Subject
+from analysis.training.calibration import calibrated
+from analysis.training.request import TrainRequest
+from quant.bit_plan import BitPlan
+
+CALIBRATION_IMAGES = 256
+TENSORS = ("weight", "input", "attention")
+
+
+def setup_of(run: Path, subject: Subject) -> Setup:
+    """The options that the commands share, for a network of an ablation."""
+    return Setup(
+        run=run, model=subject.model, pretrained=subject.pretrained,
+        weights=None if subject.weights is None else Path(subject.weights), model_kwargs=subject.model_kwargs,
+        include=subject.include, exclude=subject.exclude, data=subject.data, images=subject.images,
+        holdout=subject.holdout, mean=subject.mean, std=subject.std, input_size=subject.input_size,
+    )  # fmt: skip
+
+
+def request_of(setup: Setup, subject: Subject, arm: Arm, job: Job) -> TrainRequest:
+    """What a job trains; plan files that it needs are made in the run folder."""
+    request = TrainRequest(name=job.name, config=job.config, val_images=subject.val_images)
+    if arm.like is not None:
+        return replace(request, plan_file=_planned(setup, subject, arm, arm.like, _key(job)))
+    if arm.uniform is not None and arm.per_head:
+        return replace(request, uniform=arm.uniform, layout=arm.layout)
+    if arm.uniform is not None:
+        return replace(request, plan_file=_one_scale_a_tensor(setup, arm, arm.uniform, _key(job)))
+    return replace(request, floating=True)
+
+
+def _planned(setup: Setup, subject: Subject, arm: Arm, like: str, key: str) -> Path:
+    """The planner's bits at the budget of `like`; the sweep behind them is made where it is not there."""
+    file = setup.run / f"plan-{like}-{arm.layout}-{key}.json"
+    if not file.exists():
+        sweep = SweepConfig(bit_widths=subject.sweep_bits, batchnorm="re-estimate")
+        images = open_run(setup, needs_data=True).images("train", None, at_most=subject.sweep_images).images
+        run_sensitivity(replace(setup, images=images), sweep, tensors=TENSORS)
+        run_plan(setup.run, PlanRequest(like=like, layout=arm.layout, out=file, quiet=True))
+    if arm.per_head:
+        return file
+    plan = BitPlan.from_json(file.read_text(encoding="utf-8"), source=str(file))
+    without = setup.run / f"{file.stem}-per-tensor.json"
+    write_bytes(without, _without_heads(plan).to_json().encode())
+    return without
+
+
+def _one_scale_a_tensor(setup: Setup, arm: Arm, uniform: str, key: str) -> Path:
+    """Uniform bits as a plan file, with one scale a tensor where the default scheme has one a head."""
+    file = setup.run / f"plan-{uniform}-{arm.layout}-{key}-per-tensor.json"
+    if not file.exists():
+        made = calibrated(
+            open_run(setup, needs_data=True), uniform, layout=arm.layout, calibration_images=CALIBRATION_IMAGES,
+            estimator="mse",
+        )  # fmt: skip
+        write_bytes(file, _without_heads(made.plan).to_json().encode())
+    return file
+
+
+def _without_heads(plan: BitPlan) -> BitPlan:
+    sites = (replace(s, granularity="per_tensor") if s.granularity == "per_head" else s for s in plan.sites)
+    return replace(plan, sites=tuple(sites))
+
+
+def _key(job: Job) -> str:
+    """What tells apart plans of different sweeps, layouts and images; the same for all seeds and settings."""
+    fixed = {key: value for key, value in job.fixed.items() if not key.startswith("config.")}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,190 @@
+"""`qvw plan`: from the measured sensitivity of a run folder to its plan.json."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.cost import COST_COLUMNS
+from analysis.figures.panels import bits_figure, save_figure
+from analysis.figures.pareto import pareto_figure
+from analysis.planner import plan_bits, read_options
+from analysis.planning import accounting
+from analysis.planning.accounting import LATENCY_COLUMNS
+from analysis.planning.budget_kinds import budget_words
+from analysis.planning.interactions import FEW_IMAGES
+from analysis.planning.objectives import MEASURED, read_csv, site_products, summed
+from analysis.planning.offer import offered, tied
+from analysis.planning.pareto import ON_REQUEST, pareto_front, uniform_points
+from analysis.planning.plan_csv import plan_frame
+from analysis.planning.request import PlanRequest
+from analysis.runs import Run
+from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
+from analysis.session.setup import Setup
+from analysis.steps.plan_files import NAME, PlanFiles
+from analysis.steps.plan_words import knee_words, loose_budgets, plan_words, rising_scores, unspent_budgets
+from analysis.steps.verify import other_plans, run_verify
+from analysis.storage.files import write_bytes
+from analysis.storage.run_record import typed_command
+from analysis.terminal.console import progress, say, warn
+from quant.bit_plan import BitPlan, PlanModel, PlanSolver
+from quant.errors import InputError
+from quant.site import Site
+
+CURVES, POINTS = 4, 17  # of the Pareto front: kinds of budget (and those of ON_REQUEST that are set), budgets of each
+FRONT_SECONDS = 10.0  # for each plan of it; where that is not enough its status says so
+
+
+def run_plan(path: Path, request: PlanRequest) -> None:
+    """Plan bits for the sites of a run's sensitivity.parquet and write the plan file with its figure."""
+    run = Run(path)
+    table, cost = run.read_table("sensitivity", SENSITIVITY_COLUMNS), run.read_table("cost", COST_COLUMNS)
+    model = run.record.model
+    if model is None:
+        raise InputError(f"{path}/run.json names no model; make the run with `qvw sensitivity`.")
+    files = PlanFiles(run, path / f"{NAME}.json" if request.out is None else request.out)
+    files.check()
+    rows = preferred_rows(table)
+    options = offered(run, rows, cost, request)
+    budget = request.budget(options, cost, model.parameters)
+    ties = tied(request.tie, options, cost)
+    latency = None if request.latency is None else read_csv(request.latency, LATENCY_COLUMNS)
+    products = site_products(run, options) if request.interactions else None
+    if products and len(next(iter(products.values()))) < FEW_IMAGES:
+        warn(
+            f"interactions from fewer than {FEW_IMAGES} images are mostly noise: `qvw sensitivity --proxies --images`."
+        )
+    solution = plan_bits(
+        options, cost, budget=budget, parameters=model.parameters, ties=ties, latency=latency, products=products
+    )
+    loss = summed(solution.sites, rows, "delta_loss")
+    plan = BitPlan(
+        model=PlanModel(name=model.typed, kwargs=dict(model.kwargs), weights_sha256=model.weights_sha256),
+        layout=request.layout,
+        budget=budget,
+        sites=solution.sites,
+        totals=solution.totals,
+        predicted_delta_loss=None if math.isnan(loss) else loss,
+        solver=PlanSolver(
+            name="highs",
+            status=solution.status,
+            gap=None if math.isnan(solution.gap) else solution.gap,
+            lower_bound=None if math.isnan(solution.lower_bound) else solution.lower_bound,
+            objective=_column(request),
+        ),
+    )
+    inputs = {
+        "weights_sha256": model.weights_sha256,
+        "sensitivity_sha256": hashlib.sha256((path / "sensitivity.parquet").read_bytes()).hexdigest(),
+    }
+    planned = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(request).items()}
+    with run.start_step(
+        files.name, command=typed_command(), options=planned, inputs=inputs, seed=0, device="cpu",
+        files=files.files, renew=True,
+    ):  # fmt: skip
+        json_file, csv_file, *_ = files.beside
+        write_bytes(json_file, plan.to_json().encode())
+        write_bytes(csv_file, plan_frame(plan, cost).to_csv(index=False).encode())
+        frame = pd.DataFrame([{"module": s.module, "tensor": s.tensor, "bit_width": s.bit_width} for s in plan.sites])
+        chart = bits_figure(bits_frame(frame, cost), model.name, budget=budget_words(budget))
+        save_figure(chart, files.out.with_suffix(""))
+        front = _front(files, plan, options, cost, ties, latency, request.quiet) if request.pareto else ""
+    rising = rising_scores(options, str(plan.solver.objective))
+    if rising:
+        warn(rising)
+    say(plan_words(plan, solution, options, search=request.interactions), quiet=request.quiet)
+    if front:
+        say(front, quiet=request.quiet)
+    _tell_loose_budgets(plan, options, cost, latency, request, model.parameters)
+    say(f"plan of {len(plan.sites)} sites in {files.out}, as a table and a chart in {files.out.stem}.csv and .png",
+        quiet=request.quiet)  # fmt: skip
+    verification = files.in_run("verification.parquet")
+    if not request.verify and (run.path / verification).exists():
+        verified = run.read_table(verification.removesuffix(".parquet"), ("plan_sha256",))["plan_sha256"]
+        if plan.sha256 not in set(verified):
+            warn(f"{run.path / verification} is of an earlier plan; --verify makes it anew.")
+    if request.verify:  # afterwards, for the plan is to be there whatever becomes of the images
+        setup = Setup(
+            run=path, images=request.images, batch_size=request.batch_size, num_workers=request.num_workers,
+            device=request.device, overwrite=True, quiet=request.quiet,
+            skip_broken=bool(run.record.steps["sensitivity"].inputs.get("skip_broken")),
+        )  # fmt: skip
+        others = other_plans(
+            plan, options, cost, parameters=model.parameters, ties=ties, latency=latency,
+            interactions=request.interactions, any_width=request.offers_any_width,
+        )  # fmt: skip
+        say(run_verify(setup, plan, others, rows, products, files=files), quiet=request.quiet)
+
+
+def _front(
+    files: PlanFiles,
+    plan: BitPlan,
+    options: pd.DataFrame,
+    cost: pd.DataFrame,
+    ties: Sequence[Sequence[Site]],
+    latency: pd.DataFrame | None,
+    quiet: bool,
+) -> str:
+    """Write the Pareto front and its figure; returns the knee of each curve in words."""
+    run = files.run
+    assert run.record.model is not None
+    parameters, name = run.record.model.parameters, run.record.model.name
+    curves = CURVES + sum(getattr(plan.budget, kind) is not None for kind in ON_REQUEST)
+    with progress(curves * POINTS, "pareto", "plan", quiet=quiet) as bar:
+        front = pareto_front(
+            options, cost, parameters=parameters, budget=plan.budget, ties=ties, latency=latency, points=POINTS,
+            time_limit=FRONT_SECONDS, solved=bar.update,
+        )  # fmt: skip
+    crosses = uniform_points(options, cost, parameters=parameters, budget=plan.budget, ties=ties, latency=latency)
+    run.write_table(files.in_run("pareto"), front.assign(plan_sha256=plan.sha256))
+    run.write_table(files.in_run("pareto_uniform"), crosses)
+    objective = plan.solver.objective or ""
+    figure = pareto_figure(front, name, uniform=crosses, objective=objective, budget=plan.budget)
+    save_figure(figure, run.path / files.in_run("pareto"))
+    return knee_words(front, objective)
+
+
+def _tell_loose_budgets(
+    plan: BitPlan,
+    options: pd.DataFrame,
+    cost: pd.DataFrame,
+    latency: pd.DataFrame | None,
+    request: PlanRequest,
+    parameters: int,
+) -> None:
+    """Warn of a budget that even the most bits keep: a slip of the unit, or a wish that nothing fulfils."""
+    if request.like is not None:  # its means are those of uniform bits, which may well be the most
+        for line in unspent_budgets(plan):
+            say(line, quiet=request.quiet)
+        return
+    dearest = [by_bits[max(by_bits)] for by_bits in read_options(options, cost)[0].values()]
+    loose = loose_budgets(plan, dearest, accounting.totals(dearest, cost, parameters, latency))
+    for line in loose:
+        warn(line)
+    for line in () if loose else unspent_budgets(plan):
+        say(line, quiet=request.quiet)
+
+
+def _column(request: PlanRequest) -> str:
+    """What the plan file says was minimised."""
+    if request.scores is not None:
+        return f"scores of {request.scores.name}"
+    objective = request.minimised
+    name = MEASURED[objective][0] if objective in MEASURED else objective
+    if objective in MEASURED and MEASURED[objective][2] < 0:
+        name = f"-{name}"
+    name = f"{name}, upper 95 % bound" if request.robust else name
+    return f"{name}, with interactions" if request.interactions else name
+
+
+def bits_frame(plan_sites: pd.DataFrame, stats: pd.DataFrame) -> pd.DataFrame:
+    """The sites of a plan in network order: module, tensor, bit_width, kind, order.
+
+    `plan_sites` has module, tensor and bit_width; kind and order come from `stats`.
+    """
+    known = stats[["module", "tensor", "kind", "order"]]
+    joined = plan_sites[["module", "tensor", "bit_width"]].merge(known, on=["module", "tensor"], how="left")
+    return joined.sort_values("order", kind="stable", ignore_index=True)

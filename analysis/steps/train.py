@@ -1,0 +1,178 @@
+"""`qvw train`: quantization-aware training from a plan or uniform bits, and the float model trained the same way."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from analysis.inputs.training_data import TrainingImages, training_batches
+from analysis.session.open_run import open_run
+from analysis.session.opened import Opened
+from analysis.session.processes import work_together
+from analysis.session.setup import Setup
+from analysis.steps.eval import drop_rows, keep_row, show_rows, verify_row
+from analysis.sweeps.evaluation import logits_of, scores
+from analysis.terminal.console import progress, resumable, say, warn
+from analysis.training.calibration import calibrated, warn_of_fewer
+from analysis.training.request import TrainRequest
+from analysis.training.rows import LOGS, TABLES, TrainingRows
+from analysis.training.task import TrainingTask, training_task
+from analysis.training.trained_model import save_trained
+from analysis.training.words import extent, low_rate, outcome, strengths
+from quant.batchnorm import batchnorms, reestimate_batchnorm_
+from quant.bit_plan import BitPlan
+from quant.checkpoints import last_step
+from quant.prepare import prepare_qat_
+from quant.train import train_qat
+from quant.trial import check_trainable
+
+
+def run_train(setup: Setup, request: TrainRequest) -> None:
+    """Train, and leave history, oscillation, the final model with its plan, and its accuracy in the run folder.
+
+    What was interrupted goes on from its last checkpoint; what is done with the same inputs is not done again. Several
+    processes share each batch; the one of rank 0 writes and speaks.
+    """
+    work_together(setup, lambda own, _processes: _run_train(own, request))
+
+
+def _run_train(setup: Setup, request: TrainRequest) -> None:
+    config, accelerator = request.config, _accelerator(setup.device)
+    opened = open_run(setup, needs_data=True)
+    folder, main = opened.run.path / request.folder, accelerator.is_main_process
+    task = training_task(opened, request, accelerator.num_processes)
+    if opened.run.is_done(request.folder, opened.inputs(task.train) | task.inputs) and not setup.overwrite:
+        say(f"{folder} holds this training already; --overwrite trains anew.", quiet=setup.quiet)
+        return
+    image = opened.probe_image()
+    check_trainable(opened.model, config, torch.cat((image, image.flip(-1))))
+    with _step(opened, request, task, accelerator.num_processes) if main else nullcontext():
+        if main:
+            if setup.overwrite:
+                drop_rows(opened, request.folder)
+            opened.run.write_json(f"{request.folder}/config", asdict(config))
+        accelerator.wait_for_everyone()  # what --overwrite removes is gone before anyone looks for a checkpoint
+        plan, calibration = _prepare_(opened, task.plan, request)
+        if main:
+            say(extent(config, task.steps, task.train.images, task.val.images), quiet=setup.quiet)
+            if hint := low_rate(plan, config):
+                say(hint, quiet=setup.quiet)
+        with resumable(lambda: _kept(folder, task.steps)):
+            logits, labels = _train(opened, request, task, accelerator, calibration)
+        if main:
+            _finish(opened, plan, request, logits, labels)
+    if main:
+        show_rows(opened, f"{request.folder} is new")
+        say(f"the model and its history are in {folder}", quiet=setup.quiet)
+
+
+def _step(opened: Opened, request: TrainRequest, task: TrainingTask, processes: int) -> AbstractContextManager[None]:
+    """The step of run.json that the training is."""
+    files, temporary = ([f"{request.folder}/{name}" for name in names] for names in (_FILES, _TEMPORARY))
+    options = {name: value for name, value in asdict(request).items() if name != "config"}
+    options["processes"] = processes
+    if task.soft_labels is not None:
+        options["soft_labels_header"] = asdict(task.soft_labels.header)
+    return opened.step(
+        request.folder, task.train, files, options, task.inputs, seed=request.config.seed, temporary=temporary,
+        instead="--name",
+    )  # fmt: skip
+
+
+def _kept(folder: Path, total: int) -> str:
+    """What the checkpoints of an interrupted training hold, in words."""
+    step = last_step(folder / "checkpoints")
+    return f"the training up to step {step:,} of {total:,}" if step else ""
+
+
+_FILES = ("config.json", *TABLES, "model.safetensors", "plan.json")
+_TEMPORARY = ("checkpoints", *LOGS)
+
+
+def _accelerator(device: str) -> Accelerator:
+    """The processes and the device of a training; gradients are averaged where `torchrun` has started several."""
+    if AcceleratorState._shared_state and AcceleratorState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training may have used another device
+    return Accelerator(cpu=device == "cpu", device_placement=False)  # the model is where the run put it
+
+
+def _prepare_(
+    opened: Opened, plan: BitPlan | str | None, request: TrainRequest
+) -> tuple[BitPlan | None, Sequence[Tensor]]:
+    """Quantize the opened model with calibrated scales, BatchNorm re-estimated; a float model stays as it is.
+
+    Returns the plan, uniform bits written out, and the calibration images.
+    """
+    config = request.config
+    if plan is None:
+        data = opened.images("train", None, at_most=config.calibration_images)
+        return None, [x for x, _ in opened.stream(data, "calibration")] if batchnorms(opened.model) else []
+    made = calibrated(
+        opened, plan, layout=request.layout, calibration_images=config.calibration_images, estimator=config.estimator
+    )
+    warn_of_fewer(made, config.calibration_images, "--set calibration_images")
+    prepare_qat_(
+        opened.model, made.quantizers, trace=opened.trace, sites=opened.by_site, image=opened.probe_image(),
+        gradient_scale=config.gradient_scale, compiled=config.compile,
+    )  # fmt: skip
+    reestimate_batchnorm_(opened.model, made.images)
+    return made.plan, made.images
+
+
+def _train(
+    opened: Opened, request: TrainRequest, task: TrainingTask, accelerator: Accelerator, calibration: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Run the loop, its rows on the disk as they come; logits and labels of the trained model's validation."""
+    folder, config, setup = opened.run.path / request.folder, request.config, opened.setup
+    images = TrainingImages(task.train, config, opened.input_config, task.soft_labels)
+    first = last_step(folder / "checkpoints")
+    rows = TrainingRows(folder)
+    if accelerator.is_main_process:
+        rows.keep(first, config, task.steps)
+
+    latest: list[tuple[Tensor, Tensor]] = []
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        latest[:] = [logits_of(model.eval(), opened.stream(task.val, "validation"))]
+        figures = scores(*latest[0])
+        return {"loss": figures.loss.mean().item(), "top1": figures.hit.mean().item()}
+
+    reports = train_qat(
+        opened.model, task.teacher, config=config, images=task.train.images, validate=validate, accelerator=accelerator,
+        load=lambda sampler: training_batches(images, sampler, task.train, num_workers=setup.num_workers),
+        checkpoints=folder / "checkpoints", calibration=calibration,
+    )  # fmt: skip
+    quiet = setup.quiet or not accelerator.is_main_process
+    with progress(task.steps, f"train {request.folder}", "step", quiet=quiet) as bar:
+        bar.update(first)
+        if first:
+            say(f"goes on after step {first:,} of {task.steps:,}", quiet=quiet)
+        for report in reports:
+            if accelerator.is_main_process:
+                rows.append(report)
+            bar.update(report.step - bar.n)
+    return latest[0]  # the loop ends with a validation
+
+
+def _finish(opened: Opened, plan: BitPlan | None, request: TrainRequest, logits: Tensor, labels: Tensor) -> None:
+    """Write the tables, the model and its row of verify.parquet."""
+    run, name = opened.run, request.folder
+    TrainingRows(run.path / name).write(run, opened.by_site)
+    save_trained(run.path / name, opened, plan)
+    sites, how = ((), "none") if plan is None else (plan.sites, "learned")
+    row = verify_row(name, opened, sites, logits, labels, estimator=how)
+    keep_row(opened, row)
+    history = run.read_table(f"{name}/history")
+    words, worse = outcome(history, loss_se=row["loss_se"], top1_se=row["top1_se"])
+    for line in filter(None, (words, strengths(history))):
+        say(line, quiet=opened.setup.quiet)
+    if worse:
+        warn(
+            "the validation loss rose by more than two standard errors: the training did harm. Lower learning_rate, or "
+            "change crop_area and horizontal_flip (--set)."
+        )

@@ -1,0 +1,263 @@
+"""`qvw plan --verify`: the plan beside others at the same budget, calibrated, not trained, on validation images."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from analysis.data import ImageData
+from analysis.figures.panels import figure_files, save_figure
+from analysis.figures.verification import verification_figure
+from analysis.planner import plan_bits
+from analysis.planning import accounting
+from analysis.planning.baselines import greedy, largest_uniform, lowered, random_choice, worst_first
+from analysis.planning.interactions import Products
+from analysis.planning.interactions import predicted as with_interactions
+from analysis.planning.objectives import summed
+from analysis.session.open_run import open_run
+from analysis.session.opened import Opened
+from analysis.session.setup import Setup
+from analysis.steps.eval import keep_row, running_quantized, verify_row
+from analysis.steps.plan_files import PlanFiles
+from analysis.steps.verification_words import verification_words
+from analysis.storage.columns import VERIFICATION_COLUMNS, VERIFY_COLUMNS
+from analysis.storage.files import RowLog
+from analysis.sweeps.evaluation import compare_logits, logits_of, mean_and_error, scores
+from analysis.terminal.console import progress, resumable
+from analysis.training.calibration import Calibrated, calibrated
+from quant.batchnorm import batchnorm_reestimated, batchnorms
+from quant.bit_plan import BitPlan, PlannedSite, PlanSolver
+from quant.choices import Estimator
+from quant.errors import InputError
+from quant.site import Site
+
+RANDOM_PLANS = 3
+CALIBRATION_IMAGES = 256
+
+
+def other_plans(
+    plan: BitPlan,
+    options: pd.DataFrame,
+    cost: pd.DataFrame,
+    *,
+    parameters: int,
+    ties: Sequence[Sequence[Site]],
+    latency: pd.DataFrame | None = None,
+    interactions: bool = False,
+    any_width: bool = True,
+) -> list[BitPlan]:
+    """Plans to compare with, from the same options: uniform, greedy, worst-first and random ones within the budget.
+
+    The uniform one is the largest that fits, and may cost less than the budget; where none fits it is left out. With
+    `any_width` its bits need not have been measured: a plan that beats what happens to be offered has beaten nothing.
+    Where `plan` counts interactions the optimum of the sum alone (`additive`) is there too.
+    """
+    found: list[tuple[str, Sequence[PlannedSite] | None]] = []
+    if interactions:
+        alone = plan_bits(options, cost, budget=plan.budget, parameters=parameters, ties=ties, latency=latency)
+        found.append(("additive", alone.sites))
+    uniform = largest_uniform(
+        options, cost, budget=plan.budget, parameters=parameters, latency=latency, any_width=any_width
+    )
+    found.append(("uniform", uniform))
+    ways = [("greedy", greedy), ("reverse", worst_first), *(("random", random_choice(i)) for i in range(RANDOM_PLANS))]
+    for name, choose in ways:
+        sites = lowered(options, cost, choose, budget=plan.budget, parameters=parameters, ties=ties, latency=latency)
+        found.append((name, sites))
+    return [
+        replace(
+            plan, sites=tuple(sites), totals=accounting.totals(sites, cost, parameters, latency),
+            predicted_delta_loss=None, solver=PlanSolver(name=name, status="given"),
+        )
+        for name, sites in found if sites is not None
+    ]  # fmt: skip
+
+
+def run_verify(
+    setup: Setup,
+    plan: BitPlan,
+    others: Sequence[BitPlan],
+    measured: pd.DataFrame,
+    products: Products | None = None,
+    *,
+    files: PlanFiles,
+) -> str:
+    """Measure each plan, add its row to verify.parquet and to verification.parquet; returns the comparison in words.
+
+    `measured` are the rows of sensitivity.parquet whose sums are the predictions, `products` those of the interactions
+    that the plan counts. Predictions are compared on the
+    images of the sweep, accuracy is that of the validation split. Plans of the same bits are measured once, and those
+    that were measured before an interrupt are not measured again.
+    """
+    opened = _opened(setup)
+    data = opened.images("val" if setup.split is None else setup.split, setup.images)
+    sweep_images = _sweep_images(opened)
+    batches, sweep_batches = _Batches(opened, data, "validation"), _Batches(opened, sweep_images, "images of the sweep")
+    plans = {"planned": [plan]} | {name: [o for o in others if o.solver.name == name] for name in _names(others)}
+    estimator, treatment = _treatment(measured)
+    inputs = {"plan": plan.sha256, "sweep_images": sweep_images.images, "calibration_images": CALIBRATION_IMAGES,
+              "estimator": estimator, "batchnorm": treatment}  # fmt: skip
+    partial, verification = files.in_run("verification.partial.jsonl"), files.in_run("verification")
+    step = "verify" if files.is_own else f"verify-{files.name.removeprefix('plan-')}"
+    log = RowLog(opened.run.path / partial)
+    fixed = hashlib.sha256(json.dumps(opened.inputs(data) | inputs, sort_keys=True).encode()).hexdigest()
+    made_files = (f"{verification}.parquet", *figure_files(verification))
+    with (
+        opened.step(step, data, made_files, {"plans": _names(others)}, inputs, temporary=(partial,), renew=True),
+        progress(len(others) + 1, "verify", "plan", quiet=setup.quiet) as bar,
+        resumable(lambda: _kept(log, fixed)),
+    ):
+        known = {row["bits"]: row for row in log.read(damaged=True) if row and row["inputs"] == fixed}
+        clean: Tensor | None = None
+        rows = []
+        for kind, each in ((kind, each) for kind, some in plans.items() for each in some):
+            if _bits(each) not in known:
+                made = calibrated(
+                    opened, each, layout=each.layout, calibration_images=CALIBRATION_IMAGES, estimator=estimator
+                )
+                if clean is None:
+                    logits, labels = logits_of(opened.model, batches.get())
+                    row = verify_row("float", opened, (), logits, labels, estimator="none")
+                    keep_row(opened, row)
+                    clean = _reference(opened, made.images, sweep_batches.get(), treatment)
+                with running_quantized(opened, made, treatment):
+                    figures = _measured(
+                        opened, made, kind, batches.get(), sweep_batches.get(), clean, estimator, treatment
+                    )
+                known[_bits(each)] = figures | {"inputs": fixed, "bits": _bits(each)}
+                log.append([known[_bits(each)]])
+            own = known[_bits(each)]
+            keep_row(opened, own["verify"] | {"plan": kind})
+            row = _row(own, known[_bits(plan)], each, measured, products)
+            rows.append({"plan": kind, **row, "plan_sha256": each.sha256})
+            bar.update()
+        table = pd.DataFrame(rows, columns=list(VERIFICATION_COLUMNS))
+        opened.run.write_table(verification, table)
+        verify = opened.run.read_table("verify", VERIFY_COLUMNS)
+        floating = verify.loc[verify["plan"] == "float", "top1"].tolist()
+        figure = verification_figure(table, opened.name, floating=floating[0] if floating else None)
+        save_figure(figure, opened.run.path / verification)
+    return verification_words(table, plan, others)
+
+
+def _kept(log: RowLog, fixed: str) -> str:
+    """What an interrupted verification leaves for the next start, in words."""
+    count = sum(1 for row in log.read(damaged=True) if row and row["inputs"] == fixed)
+    return f"the plan, and what was measured of {count} plans" if count else ""
+
+
+class _Batches:
+    """Batches of images, read when they are first asked for and kept."""
+
+    def __init__(self, opened: Opened, data: ImageData, what: str) -> None:
+        self._opened, self._data, self._what = opened, data, what
+        self._read: list[tuple[Tensor, Tensor]] = []
+
+    def get(self) -> list[tuple[Tensor, Tensor]]:
+        if not self._read:
+            self._read = list(self._opened.stream(self._data, self._what))
+        return self._read
+
+
+def _opened(setup: Setup) -> Opened:
+    try:
+        return open_run(setup, needs_data=True)
+    except InputError as error:
+        raise InputError(
+            f"{error} The plan itself is written. Where model or images have moved, `qvw eval MODEL --weights FILE "
+            f"--data DATA --float --run {setup.run}` tells the run where they are."
+        ) from error
+
+
+def _sweep_images(opened: Opened) -> ImageData:
+    """The images on which the sensitivities were measured; InputError where they are not those any more."""
+    swept = opened.run.record.steps["sensitivity"].inputs
+    data = opened.images(str(swept["split"]), int(swept["images"]))
+    if data.sha256 != swept["images_sha256"]:
+        raise InputError(
+            f"{data.spec} does not hold the images of the sweep any more (sha256 {data.sha256[:12]}, expected "
+            f"{str(swept['images_sha256'])[:12]}): predicted and measured changes would be of different images. Put "
+            "them back, or measure anew: `qvw sensitivity --overwrite`."
+        )
+    return data
+
+
+def _names(plans: Sequence[BitPlan]) -> list[str]:
+    return list(dict.fromkeys(plan.solver.name for plan in plans))
+
+
+def _bits(plan: BitPlan) -> str:
+    """What tells apart plans that quantize differently, whatever made them."""
+    return hashlib.sha256(repr(plan.sites).encode()).hexdigest()
+
+
+def _treatment(measured: pd.DataFrame) -> tuple[Estimator, str]:
+    """Estimator of scales and treatment of BatchNorm in the sweep, so that prediction and measurement are of one."""
+    estimator: Estimator = TypeAdapter(Estimator).validate_python(measured["estimator"].iloc[0])
+    return estimator, "stored" if (measured["batchnorm"] == "stored").all() else "re-estimate"
+
+
+def _reference(
+    opened: Opened, calibration: Sequence[Tensor], batches: Sequence[tuple[Tensor, Tensor]], treatment: str
+) -> Tensor:
+    """Logits of the network in floating point; BatchNorm re-estimated on the same images as that of the plans."""
+    anew = treatment == "re-estimate" and bool(batchnorms(opened.model))
+    with batchnorm_reestimated(opened.model, calibration) if anew else nullcontext():
+        return logits_of(opened.model, batches)[0]
+
+
+def _measured(
+    opened: Opened,
+    made: Calibrated,
+    kind: str,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    sweep_batches: Sequence[tuple[Tensor, Tensor]],
+    clean: Tensor,
+    estimator: Estimator,
+    treatment: str,
+) -> dict[str, Any]:
+    """Figures of one plan, in which the model runs: its row of verify.parquet, the changes, and those of images."""
+    logits, labels = logits_of(opened.model, batches)
+    noisy, sweep_labels = logits_of(opened.model, sweep_batches)
+    figures, images = compare_logits(noisy, clean, sweep_labels)
+    return {
+        "verify": verify_row(
+            kind, opened, made.plan.sites, logits, labels, estimator=estimator, batchnorm=treatment
+        ),
+        "figures": figures,
+        "hit": scores(logits, labels).hit.tolist(), "kl": images.kl.tolist(),
+    }  # fmt: skip
+
+
+def _row(
+    own: Mapping[str, Any],
+    planned: Mapping[str, Any],
+    plan: BitPlan,
+    measured: pd.DataFrame,
+    products: Products | None,
+) -> dict[str, object]:
+    """A row of verification.parquet; differences from what was measured of the `planned` one are paired over images."""
+    pairs = float("nan")
+    if products is not None:
+        swept = measured[["module", "tensor", "bit_width", "kl"]].itertuples(index=False)
+        scores = {(Site(module, tensor), bits): kl for module, tensor, bits, kl in swept}
+        pairs = with_interactions(plan.bits, scores, products)
+    figures = own["figures"]
+    ahead, ahead_se = mean_and_error(torch.tensor(planned["hit"]).double() - torch.tensor(own["hit"]).double())
+    excess, excess_se = mean_and_error(torch.tensor(own["kl"]).double() - torch.tensor(planned["kl"]).double())
+    row = {name: own["verify"][name] for name in VERIFICATION_COLUMNS if name in own["verify"] and name != "plan"}
+    return row | {
+        "predicted_kl": summed(plan.sites, measured, "kl"), "predicted_kl_pairs": pairs,
+        "measured_kl": figures["kl"], "measured_kl_se": figures["kl_se"],
+        "kl_excess": excess, "kl_excess_se": excess_se,
+        "predicted_delta_loss": summed(plan.sites, measured, "delta_loss"),
+        "measured_delta_loss": figures["delta_loss"], "measured_delta_loss_se": figures["delta_loss_se"],
+        "planned_ahead": ahead, "planned_ahead_se": ahead_se,
+    }  # fmt: skip
