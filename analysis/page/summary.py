@@ -9,6 +9,7 @@ import pandas as pd
 from analysis.page.cells import DASH, Cell, Table, finite, measured, number, text
 from analysis.page.content import RunContent, Training
 from analysis.page.sensitivity import MOST_SENSITIVE
+from analysis.planning.verdicts import WORDS, reading
 from analysis.plots import TENSOR_CLASSES
 from analysis.statistics.names import shorten_site
 from analysis.statistics.variation_tests import differences
@@ -36,15 +37,19 @@ def deciding(contents: Sequence[RunContent]) -> Table:
 
 
 def readings(contents: Sequence[RunContent]) -> tuple[str, ...]:
-    """Whether the modules of one run vary more than another's, a sentence for weights and for inputs of each pair."""
+    """Whether the modules of one run vary more than another's, and whether each plan is worth more than uniform bits.
+
+    A sentence for weights and for inputs of each pair of runs, and one for each plan that was verified.
+    """
     runs = [(c.name, c.stats) for c in contents if c.stats is not None]
-    return tuple(differences(runs)["reading"]) if len(runs) > 1 else ()
+    vary = tuple(differences(runs)["reading"]) if len(runs) > 1 else ()
+    return (*vary, *filter(None, map(_plan_beside_uniform, contents)))
 
 
 def evaluated(content: RunContent) -> Table | None:
     """A row for each network that was evaluated, float first and trained ones last; None where none was.
 
-    The other plans of a verification are left to its section.
+    Of the other plans of a verification uniform bits alone; the rest are left to its section.
     """
     rows = evaluations(content)
     if not rows:
@@ -53,9 +58,14 @@ def evaluated(content: RunContent) -> Table | None:
         "network", "top-1 (%)", "loss (nats)", "weight bits", "activation bits", "size (MiB)", "GBitOps", "images",
         "scales", "BatchNorm",
     )  # fmt: skip
+    labels = [network_label(row["plan"], content.trainings) for row in rows]
     cells = tuple(
         (
-            text(network_label(row["plan"], content.trainings)),
+            text(
+                label
+                if labels.count(label) == 1
+                else f"{label}, {row['weight_bits']:.1f} and {row['activation_bits']:.1f} bits on average"
+            ),
             measured(row["top1"], row["top1_se"], scale=100, digits=1),
             measured(row["loss"], row["loss_se"], digits=3),
             number(row["weight_bits"], "{:.2f}"),
@@ -66,21 +76,17 @@ def evaluated(content: RunContent) -> Table | None:
             text(row["estimator"]),
             text(row["batchnorm"].replace("_", "-")),
         )
-        for row in rows
+        for label, row in zip(labels, rows, strict=True)
     )
     return Table(caption=f"{content.name}: evaluated networks", columns=columns, rows=cells)
 
 
 def evaluations(content: RunContent) -> list[dict[str, Any]]:
-    """Rows of verify.parquet: those of `KINDS` in their order, then trained models; no baselines of a verification."""
+    """Rows of verify.parquet: those of `KINDS` in their order, then trained models; no other baselines."""
     if content.verify is None:
         return []
     rank = {kind: place for place, kind in enumerate(KINDS)}
-    rows = [
-        row
-        for row in content.verify.astype({"plan": str}).to_dict("records")
-        if row["plan"] not in BASELINES and not _of_verification(row, content.verification)
-    ]
+    rows = [row for row in content.verify.astype({"plan": str}).to_dict("records") if row["plan"] not in BASELINES]
     return sorted(rows, key=lambda row: rank.get(row["plan"], len(rank)))
 
 
@@ -92,13 +98,24 @@ def network_label(plan: str, trainings: Iterable[Training]) -> str:
     return f"{plan}: " + ("trained in floating point" if floating else "trained with QAT")
 
 
-def _of_verification(row: Mapping[str, Any], verification: pd.DataFrame | None) -> bool:
-    """Whether uniform bits were evaluated as a baseline of the plan, not by a command of their own."""
-    if row["plan"] != "uniform" or verification is None:
-        return False
-    same = ("weight_bits", "activation_bits", "size_bytes", "bitops", "top1")
-    uniform = verification.loc[verification["plan"] == "uniform", list(same)].to_numpy(dtype=float)
-    return any(np.array_equal(each, [row[name] for name in same], equal_nan=True) for each in uniform)
+def _plan_beside_uniform(content: RunContent) -> str:
+    """What the plan is worth beside uniform bits within its budgets, before training; empty where not verified."""
+    table = content.verification
+    uniform = None if table is None else table[table["plan"] == "uniform"]
+    if table is None or uniform is None or uniform.empty:
+        return ""
+    planned, other = table.iloc[0], uniform.iloc[0]
+    told = [
+        f"by {what} {WORDS[found]} uniform bits ({figures})"
+        for what, found, figures in (
+            ("top-1", reading(other["planned_ahead"], other["planned_ahead_se"]),
+             f"{100 * planned['top1']:.1f} % and {100 * other['top1']:.1f} %"),
+            ("KL", reading(other.get("kl_excess", np.nan), other.get("kl_excess_se", np.nan)),
+             f"{planned['measured_kl']:.3g} and {other['measured_kl']:.3g} nats"),
+        )
+        if found
+    ]  # fmt: skip
+    return f"Without training the plan of {content.name} is {', '.join(told)} within the same budgets." if told else ""
 
 
 def _variation(content: RunContent) -> dict[str, str]:

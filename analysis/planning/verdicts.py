@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 ERRORS = 2  # standard errors within which two plans are told as equal
+WORDS = {"worse": "worse than", "not told apart": "within two standard errors of", "better": "better than"}
 
 
 def reading(ahead: float, error: float) -> str:
@@ -25,8 +26,7 @@ def verdict(what: str, others: pd.DataFrame, difference: str) -> str:
         found = reading(row[difference], row[f"{difference}_se"])
         if found:
             told[found].append(row["name"])
-    words = {"worse": "worse than", "not told apart": "within two standard errors of", "better": "better than"}
-    parts = [f"{words[kind]} {listed(names)}" for kind, names in told.items() if names]
+    parts = [f"{WORDS[kind]} {listed(names)}" for kind, names in told.items() if names]
     return f"By {what} the plan is {'; '.join(parts)}." if parts else ""
 
 

@@ -127,11 +127,10 @@ def _run_demo(path: Path, *, quiet: bool) -> None:
         _headline(f"{recipe.name}: plan bits, evaluate without training", quiet)
         setup = _setup(path, recipe, quiet=quiet)
         plan_file = setup.run / "plan.json"
-        run_plan(setup.run, PlanRequest(weight_bits=3, activation_bits=4, quiet=quiet))
         run_eval(setup, EvalRequest(floating=True))
+        run_plan(setup.run, PlanRequest(like="w3a4", verify=True, num_workers=0, quiet=quiet))
         run_eval(setup, EvalRequest(plan_file=plan_file))
-        for bits in ("w3a4", "w2a2"):
-            run_eval(setup, EvalRequest(uniform=bits))
+        run_eval(setup, EvalRequest(uniform="w2a2"))
     for recipe in RECIPES:
         _headline(f"{recipe.name}: train with the plan, and with uniform bits", quiet)
         setup = _setup(path, recipe, quiet=quiet)

@@ -64,7 +64,7 @@ def warn_of_fewer(made: Calibrated, asked: int, option: str) -> None:
     """Say that fewer images set the scales than `option` asked for, if so."""
     used = sum(len(x) for x in made.images)
     if used < asked:
-        warn(f"{option} {asked}, but there are {used} training images that can be read: these set the scales.")
+        warn(f"{used} training images set the scales, all that can be read; {option} is {asked}.")
 
 
 def uncalibrated(opened: Opened, plan: BitPlan) -> dict[Site, Quantizer]:
