@@ -20,14 +20,9 @@ from quant.choices import COMPRESSIONS
 from quant.distill import distillation_loss, soft_cross_entropy
 from quant.errors import InputError
 from quant.label_compression import compress, expand
-from quant.soft_labels import (
-    Crop,
-    SoftLabelHeader,
-    SoftLabels,
-    SoftLabelWriter,
-    is_soft_labels,
-    partial_of,
-)
+from quant.soft_label_format import Crop, SoftLabelHeader
+from quant.soft_label_writer import SoftLabelWriter, partial_of
+from quant.soft_labels import SoftLabels, is_soft_labels
 
 HEADER = SoftLabelHeader(
     images=7, crops=3, classes=10, compression="marginal_smoothing", top_k=5, temperature=1.0, teacher="teacher",

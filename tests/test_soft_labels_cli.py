@@ -26,7 +26,9 @@ from analysis.storage.locks import exclusive
 from quant.config import QATConfig
 from quant.errors import InputError
 from quant.label_compression import compress
-from quant.soft_labels import UNREADABLE, SoftLabels, partial_of
+from quant.soft_label_format import UNREADABLE
+from quant.soft_label_writer import partial_of
+from quant.soft_labels import SoftLabels
 from quant.step_batches import StepBatches
 from tests.test_cli import KWARGS, MODEL, ROOT, VIT_KWARGS, forks, qvw
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from analysis.inputs.crops import cut, draw_crop, fingerprint
 from analysis.inputs.listing import InputConfig, list_images
-from quant.soft_labels import Crop
+from quant.soft_label_format import Crop
 
 CONFIG = InputConfig(input_size=(3, 24, 16), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as F
 from analysis.data import ChosenImages
 from analysis.inputs.listing import InputConfig
 from quant.errors import InputError
-from quant.soft_labels import LARGEST_SIDE, Crop
+from quant.soft_label_format import LARGEST_SIDE, Crop
 
 
 def read_for_crops(images: ChosenImages, i: int) -> Image.Image | Tensor:

@@ -15,7 +15,8 @@ from analysis.inputs.crops import cut, fingerprint, read_for_crops, seeded
 from analysis.inputs.listing import InputConfig
 from quant.config import QATConfig
 from quant.errors import InputError
-from quant.soft_labels import UNREADABLE, SoftLabels, StoredCrop
+from quant.soft_label_format import UNREADABLE, StoredCrop
+from quant.soft_labels import SoftLabels
 from quant.step_batches import StepBatches
 
 

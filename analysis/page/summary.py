@@ -9,7 +9,7 @@ import pandas as pd
 from analysis.page.cells import DASH, Cell, Table, finite, measured, number, text
 from analysis.page.content import RunContent, Training
 from analysis.page.sensitivity import MOST_SENSITIVE
-from analysis.planning.verdicts import WORDS, reading
+from analysis.planning.verdicts import ONLY_COMPARED, WORDS, reading
 from analysis.plots import TENSOR_CLASSES
 from analysis.statistics.names import shorten_site
 from analysis.statistics.variation_tests import differences
@@ -20,7 +20,6 @@ KINDS = {  # of verify.parquet, in the order of the table
     "planned": "planned bits, without training",
     "uniform": "uniform bits, without training",
 }
-BASELINES = ("additive", "greedy", "reverse", "random")  # of a verification, which has a section of its own
 
 
 def deciding(contents: Sequence[RunContent]) -> Table:
@@ -86,7 +85,7 @@ def evaluations(content: RunContent) -> list[dict[str, Any]]:
     if content.verify is None:
         return []
     rank = {kind: place for place, kind in enumerate(KINDS)}
-    rows = [row for row in content.verify.astype({"plan": str}).to_dict("records") if row["plan"] not in BASELINES]
+    rows = [row for row in content.verify.astype({"plan": str}).to_dict("records") if row["plan"] not in ONLY_COMPARED]
     return sorted(rows, key=lambda row: rank.get(row["plan"], len(rank)))
 
 

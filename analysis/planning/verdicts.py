@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+ONLY_COMPARED = ("additive", "greedy", "reverse", "random")  # plans of a verification that nobody would deploy
 ERRORS = 2  # standard errors within which two plans are told as equal
 WORDS = {"worse": "worse than", "not told apart": "within two standard errors of", "better": "better than"}
 

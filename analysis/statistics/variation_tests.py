@@ -63,7 +63,7 @@ def _reading(row: dict, tensor: str) -> str:
     if "cv_difference" not in row:
         return f"Too few modules whose {what} were measured in {a} or {b}."
     low, high, p = row["cv_difference_low"], row["cv_difference_high"], row["p_value"]
-    test = f"Brown-Forsythe p = {p:.2g}" if np.isfinite(p) else "the Brown-Forsythe test cannot be done"
+    test = f"Brown-Forsythe p = {p:.3g}" if np.isfinite(p) else "the Brown-Forsythe test cannot be done"
     differs, alike = not low <= 0 <= high, not p < LEVEL
     more, less = (a, b) if low > 0 else (b, a)
     if differs and not alike:

@@ -23,16 +23,9 @@ from analysis.storage.locks import exclusive
 from analysis.terminal.console import progress, resumable, say
 from quant.errors import InputError
 from quant.label_compression import compress
-from quant.soft_labels import (
-    UNREADABLE,
-    Crop,
-    SoftLabelHeader,
-    SoftLabels,
-    SoftLabelWriter,
-    header_changes,
-    is_soft_labels,
-    partial_of,
-)
+from quant.soft_label_format import UNREADABLE, Crop, SoftLabelHeader, header_changes
+from quant.soft_label_writer import SoftLabelWriter, partial_of
+from quant.soft_labels import SoftLabels, is_soft_labels
 
 
 def run_soft_labels(setup: Setup, request: SoftLabelRequest) -> None:
