@@ -12,6 +12,7 @@ from torch import Tensor
 
 from analysis.cost import cost_table
 from analysis.planning import accounting
+from analysis.planning.verdicts import ONLY_COMPARED
 from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.setup import Setup
@@ -154,8 +155,12 @@ def drop_rows(opened: Opened, kind: str) -> None:
 
 
 def show_rows(opened: Opened, what: str) -> None:
-    """Print verify.parquet in the units of a reader: MiB, GBitOps, percent; `what` says which row is new."""
+    """Print verify.parquet in the units of a reader: MiB, GBitOps, percent; `what` says which row is new.
+
+    Without the plans that a verification only compares with: it has shown them.
+    """
     rows = opened.run.read_table("verify")
+    rows = rows[~rows["plan"].isin(ONLY_COMPARED)]
     shown = rows[["plan", "weight_bits", "activation_bits"]].assign(
         size_mib=rows["size_bytes"] / 2**20,
         gbitops=rows["bitops"] / 1e9,
