@@ -16,12 +16,17 @@ import pdoc
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, SITE = ROOT / "docs", ROOT / "build" / "docs"
-LINK = re.compile(r"(\[[^\]]*\]\()([^)#\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def module_name(page: Path) -> str:
     """The name of the module that stands for a page: `tutorial_pandas` for tutorial-pandas.md."""
     return page.stem.replace("-", "_")
+
+
+def title(page: Path) -> str:
+    """The heading of a page."""
+    return page.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
 
 
 def site_file(target: Path) -> Path:
@@ -43,10 +48,13 @@ def docstring(page: Path) -> str:
     text = page.read_text(encoding="utf-8")
 
     def moved(match: re.Match[str], folder: Path) -> str:
-        before, link, anchor = match.groups()
+        words, link, anchor = match.groups()
         if "://" in link:
             return match[0]
-        return f"{before}{relpath(site_file((page.parent / link).resolve()), folder)}{anchor or ''})"
+        target = (page.parent / link).resolve()
+        if words == target.name and target.parent == DOCS:  # the name of a file says nothing on a site
+            words = title(target)
+        return f"[{words}]({relpath(site_file(target), folder)}{anchor or ''})"
 
     text = LINK.sub(partial(moved, folder=site_file(page).parent), text)
     return re.sub(r"^(?!\s*(?:[-*]|\d+\.) )(\S.*\n)(?=[-*] |1\. )", r"\1\n", text, flags=re.MULTILINE)
@@ -63,7 +71,11 @@ def main() -> None:
             (guide / f"{name}.py").write_text(f"{docstring(page)!r}\n", encoding="utf-8")
         sys.path.insert(0, folder)
         pdoc.render.configure(
-            docformat="google", footer_text="Quantization Variation Workbench", show_source=True, search=True
+            docformat="google",
+            template_directory=DOCS / "pdoc",
+            footer_text="Quantization Variation Workbench",
+            show_source=True,
+            search=True,
         )
         pdoc.pdoc("guide", ROOT / "quant", ROOT / "analysis", output_directory=SITE)
     shutil.copytree(DOCS / "images", SITE / "images", ignore=shutil.ignore_patterns("*.md"))
