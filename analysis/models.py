@@ -25,6 +25,20 @@ from quant.errors import InputError, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
+class OptionNames:
+    """The options that tell of a model, by which an error names what was typed."""
+
+    pretrained: str = "--pretrained"
+    weights: str = "--weights"
+    kwargs: str = "--model-kwargs"
+
+
+TEACHER_OPTIONS = OptionNames(
+    pretrained="--teacher-pretrained", weights="--teacher-weights", kwargs="--teacher-kwargs"
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSource:
     """Where a model comes from, as the user typed it."""
 
@@ -33,6 +47,7 @@ class ModelSource:
     weights: str | None = None  # a .safetensors, .pt, .pth or .bin file
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # arguments of the constructor, from JSON
     seed: int = 0  # an untrained model's weights depend on it
+    options: OptionNames = OptionNames()
 
     @property
     def untrained(self) -> bool:
@@ -54,14 +69,16 @@ def load_model(source: ModelSource) -> nn.Module:
     Raises InputError for a name, a factory, arguments or weights that cannot be used.
     """
     if source.pretrained and source.weights is not None:
-        raise InputError("`--pretrained` and `--weights` were both given. Choose one of them.")
+        raise InputError(
+            f"`{source.options.pretrained}` and `{source.options.weights}` were both given. Choose one of them."
+        )
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.default_generator.manual_seed(source.seed)
         model = _timm_model(source) if source.factory is None else _factory_model(source, *source.factory)
     check_form(model, source.model)
     model = model.cpu()
     if source.weights is not None:
-        _load_weights_(model, Path(source.weights))
+        _load_weights_(model, Path(source.weights), source.options)
     return model.eval()
 
 
@@ -131,7 +148,7 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
 
 def _timm_model(source: ModelSource) -> nn.Module:
     """A model of timm's; names such as `hf-hub:user/model` go to timm unchecked."""
-    architecture = source.model.partition(".")[0]
+    architecture, options = source.model.partition(".")[0], source.options
     if ":" not in source.model and not timm.is_model(architecture):
         near = near_names(architecture)
         hint = f"The nearest: {', '.join(near)}" if near else "`qvw models` lists them"
@@ -141,7 +158,7 @@ def _timm_model(source: ModelSource) -> nn.Module:
     try:
         return timm.create_model(source.model, pretrained=source.pretrained, **source.kwargs)
     except TypeError as error:
-        raise InputError(f"{source.model} refuses `--model-kwargs`: {first_line(error)}.") from error
+        raise InputError(f"{source.model} refuses `{options.kwargs}`: {first_line(error)}.") from error
     except Exception as error:
         if "Invalid pretrained tag" in str(error):
             near = difflib.get_close_matches(source.model, timm.list_pretrained(f"{architecture}.*"), n=3, cutoff=0.0)
@@ -149,9 +166,9 @@ def _timm_model(source: ModelSource) -> nn.Module:
         if source.pretrained or ":" in source.model:
             raise InputError(
                 f"The pretrained weights of {source.model} could not be had: no network and not in the cache, or "
-                f"unknown ({type(error).__name__}). Fetch them elsewhere and give `--weights FILE.safetensors`."
+                f"unknown ({type(error).__name__}). Fetch them elsewhere and give `{options.weights} FILE.safetensors`."
             ) from error
-        given = f" with `--model-kwargs` {dict(source.kwargs)}" if source.kwargs else ""
+        given = f" with `{options.kwargs}` {dict(source.kwargs)}" if source.kwargs else ""
         raise InputError(
             f"{source.model} cannot be built{given}: {type(error).__name__}: {first_line(error)}."
         ) from error
@@ -160,7 +177,10 @@ def _timm_model(source: ModelSource) -> nn.Module:
 def _factory_model(source: ModelSource, path: Path, function: str) -> nn.Module:
     """What the function of the user's file returns."""
     if source.pretrained:
-        raise InputError(f"`--pretrained` needs a timm name, got {source.model}. Use `--weights FILE.safetensors`.")
+        raise InputError(
+            f"`{source.options.pretrained}` needs a timm name, got {source.model}. Use `{source.options.weights} "
+            "FILE.safetensors`."
+        )
     if not path.is_file():
         raise InputError(f"There is no file {path} (from the model {source.model!r}). Check the path.")
     with _importable_from(path.resolve().parent):
@@ -204,14 +224,14 @@ def _check_arguments(factory: Callable[..., object], source: ModelSource) -> Non
     try:
         inspect.signature(factory).bind(**source.kwargs)
     except TypeError as error:
-        raise InputError(f"{source.model} refuses `--model-kwargs`: {first_line(error)}.") from error
+        raise InputError(f"{source.model} refuses `{source.options.kwargs}`: {first_line(error)}.") from error
     except ValueError:
         return  # a callable of C that has no signature
 
 
-def _load_weights_(model: nn.Module, path: Path) -> None:
+def _load_weights_(model: nn.Module, path: Path, options: OptionNames) -> None:
     """Fill the model from the file; every tensor must fit and be finite."""
-    given, own = _read_weights(path), model.state_dict()
+    given, own = _read_weights(path, options), model.state_dict()
     # Checkpoints older than torch 0.4.1 lack this counter, which eval mode never reads.
     missing = [n for n in own if n not in given and not n.endswith("num_batches_tracked")]
     unexpected = [name for name in given if name not in own]
@@ -222,7 +242,7 @@ def _load_weights_(model: nn.Module, path: Path) -> None:
                 f"{len(unexpected)} unexpected{_nearest(name, unexpected)}). Is it another model's file?"
             )
         if name in given:
-            _check_tensor(name, given[name], expected, path)
+            _check_tensor(name, given[name], expected, path, options)
     if unexpected:
         raise InputError(
             f"{path} does not fit {type(model).__name__}: {unexpected[0]!r} is not in the model ({len(unexpected)} "
@@ -231,14 +251,14 @@ def _load_weights_(model: nn.Module, path: Path) -> None:
     model.load_state_dict(given, strict=False)
 
 
-def _check_tensor(name: str, value: object, expected: Tensor, path: Path) -> None:
+def _check_tensor(name: str, value: object, expected: Tensor, path: Path, options: OptionNames) -> None:
     """Raise InputError unless the value is a finite tensor of the expected shape and sort of number."""
     if not isinstance(value, Tensor):
         raise InputError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor. Save the model's state_dict.")
     if value.shape != expected.shape:
         raise InputError(
             f"{path}: {name!r} has shape {tuple(value.shape)}, the model expects {tuple(expected.shape)}. "
-            "Check the model's name and `--model-kwargs`."
+            f"Check the model's name and `{options.kwargs}`."
         )
     if value.is_floating_point() != expected.is_floating_point():
         raise InputError(f"{path}: {name!r} is {value.dtype}, the model expects {expected.dtype}.")
@@ -247,10 +267,10 @@ def _check_tensor(name: str, value: object, expected: Tensor, path: Path) -> Non
         raise InputError(f"{path}: {name!r} holds {wrong} NaN or infinite values. The file cannot be used.")
 
 
-def _read_weights(path: Path) -> Mapping[str, object]:
+def _read_weights(path: Path, options: OptionNames) -> Mapping[str, object]:
     """The tensors of a weights file by name; a dictionary below `state_dict` or `model` is unwrapped."""
     if not path.is_file():
-        raise InputError(f"There is no weights file {path}. Check `--weights`.")
+        raise InputError(f"There is no weights file {path}. Check `{options.weights}`.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

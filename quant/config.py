@@ -10,7 +10,7 @@ from quant.choices import Estimator, GradientScale
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]  # above it products of two leave 64 bits
 
 
 @dataclass(frozen=True, kw_only=True)

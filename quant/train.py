@@ -1,6 +1,7 @@
 """The training loop of a quantized network."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from quant.batchnorm import batchnorms, reestimate_batchnorm_
 from quant.checkpoints import last_step, load_checkpoint_, save_checkpoint
 from quant.config import QATConfig
 from quant.errors import InputError
-from quant.loss_terms import Weights, gradient_norms, image_terms, low_bit, weight_terms
+from quant.loss_terms import TERMS, Weights, gradient_norms, image_terms, low_bit, weight_terms
 from quant.optimizer import make_optimizer
 from quant.oscillation import OscillationTracker, edge_rows
 from quant.prepare import latent_weights
@@ -27,6 +28,11 @@ from quant.step_batches import StepBatches
 
 LARGEST_LOSS = 1e3
 """Cross-entropy or distillation above it, in nats, is a divergence: chance is the logarithm of the classes."""
+
+
+SETTING_OF = {"obr_distance": "obr_weight", "obr_variance": "obr_weight", "dampening": "dampening_weight",
+              "kurtosis": "kurtosis_weight"}  # fmt: skip
+"""The weight of each term that depends on the weights alone."""
 
 
 class StepReport(NamedTuple):
@@ -119,7 +125,7 @@ def train_qat(
         figures["norm"] = accelerator.clip_grad_norm_(trained.parameters(), config.clip_grad_norm or math.inf)
         means = mean(torch.stack(list(figures.values()))).tolist()
         measured = dict(zip(figures, means, strict=True))
-        _refuse_divergence(step, measured, config, checkpoints)
+        _refuse_divergence(step, measured, norms, config, checkpoints)
         del measured["norm"]
         optimizer.step()
         for quantizer in quantizers:
@@ -171,11 +177,11 @@ def total_steps(config: QATConfig, images: int, processes: int = 1) -> int:
     return config.steps or config.epochs * (images // config.batch_size)
 
 
-def logged_steps(config: QATConfig, total: int) -> list[int]:
-    """The steps that leave a row of the split `train`."""
+def logged_steps(config: QATConfig, total: int, last: int) -> list[int]:
+    """The steps up to `last`, of `total`, that leave a row of the split `train`."""
     return [
         step
-        for step in range(1, total + 1)
+        for step in range(1, min(total, last) + 1)
         if _due(step, total, config.log_every) or _due(step, total, config.gradient_norms_every)
     ]
 
@@ -195,19 +201,51 @@ def _codes(weights: Weights) -> dict[Site, Tensor]:
     return {site: quantizer.codes(weight).flatten() for site, (weight, quantizer) in low_bit(weights).items()}
 
 
-def _refuse_divergence(step: int, measured: dict[str, float], config: QATConfig, checkpoints: Path) -> None:
+def _refuse_divergence(
+    step: int, measured: dict[str, float], norms: dict[str, float], config: QATConfig, checkpoints: Path
+) -> None:
     """Raise DivergedError before a step that would spoil the weights; the figures are the same in all processes."""
     softened = config.kd_weight * max(1.0, config.kd_temperature**2)  # by which both distillation terms grow
-    weights = {"task": config.task_weight, "kd": softened, "soft": softened}
-    large = [name for name in weights if name in measured and not measured[name] <= weights[name] * LARGEST_LOSS]
+    bounds = {"task": config.task_weight * LARGEST_LOSS, "kd": softened * LARGEST_LOSS, "soft": softened * LARGEST_LOSS}
+    terms = [name for name in TERMS if name in measured]
+    large = [name for name in terms if not measured[name] <= bounds.get(name, sys.float_info.max)]
     if not large and math.isfinite(measured["norm"]):
         return
-    what = f"the term {large[0]} is {measured[large[0]]:.4g}" if large else f"the gradient is {measured['norm']:.4g}"
+    steep = [name for name in terms if not math.isfinite(norms.get(f"grad_{name}", 0.0))]
+    cause = next(iter(large or steep), "")
+    if large:
+        what = f"the term {cause} is {measured[cause]:.4g}"
+    else:
+        what = f"the gradient{f' of the term {cause}' if cause else ''} is {measured['norm']:.4g}"
     kept = last_step(checkpoints)
     kept_words = f"The checkpoint of step {kept} is kept in {checkpoints}" if kept else "No checkpoint was written yet"
     raise DivergedError(
-        f"The training diverged at step {step}: {what}. {kept_words}. "
-        "Lower learning_rate or scale_learning_rate (--set) and start anew with --overwrite."
+        f"The training diverged at step {step}: {what}. {kept_words}. {_advice(step, cause, config)}; then start anew "
+        "with --overwrite."
+    )
+
+
+def _advice(step: int, cause: str, config: QATConfig) -> str:
+    """What to change after a divergence in the term `cause`, "" where that is not known."""
+    if cause in SETTING_OF:
+        return f"Lower {SETTING_OF[cause]} (--set)"
+    look = "look at the images (--mean, --std) and the weights: `qvw stats` names the first site with NaN or Inf"
+    fp32 = ", or try --set precision=fp32" if config.precision == "bf16" else ""
+    if step == 1:
+        if cause in ("kd", "soft"):
+            look = f"look at the teacher and kd_temperature{'' if config.task_weight else ', or ' + look}"
+        return f"It is the first step, so no learning rate is at fault: {look}{fp32}"
+    usual = QATConfig()
+    high = ["learning_rate"] if config.learning_rate >= usual.learning_rate else []
+    of_scales = config.scale_learning_rate
+    if of_scales > usual.scale_learning_rate or (high and of_scales == usual.scale_learning_rate):
+        high.append("scale_learning_rate")
+    if high:
+        return f"Lower {' or '.join(high)} (--set){fp32}"
+    clip = "" if config.clip_grad_norm else " --set clip_grad_norm=1 or"
+    return (
+        f"learning_rate={config.learning_rate:g} is below its default, {usual.learning_rate:g}, already: try{clip} a "
+        f"larger batch_size{fp32}, or {look}"
     )
 
 

@@ -242,7 +242,7 @@ def test_folders_without_images_are_told(tmp_path, make, message):
 def test_a_missing_split_is_told(divided):
     """Data with train/ alone has no validation images; none are taken from train/ in silence."""
     (divided / "val").rename(divided / "elsewhere")
-    with pytest.raises(InputError, match=r"has train/ but no val/.*`--split train`"):
+    with pytest.raises(InputError, match=r"has train/ but no val/.*`--split train` where.*`--data folder:\S+/train`"):
         load(f"folder:{divided}", split="val")
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from analysis.models import (
+    TEACHER_OPTIONS,
     ModelSource,
     classifier_names,
     load_model,
@@ -221,6 +222,23 @@ def test_pretrained_goes_with_a_timm_name_alone(factory_file):
         load_model(ModelSource(model=f"{factory_file}:small", pretrained=True))
     with pytest.raises(InputError, match="both given"):
         load_model(ModelSource(model="resnet10t", pretrained=True, weights="x.safetensors"))
+
+
+def test_errors_of_a_teacher_name_its_own_options(factory_file, tmp_path):
+    """`qvw train` loads two models: which of them is wrong shows in the option."""
+    own = saved(tmp_path / "w.safetensors", load_model(small(factory_file)).state_dict())
+    wrong = {
+        "`--teacher-pretrained` and `--teacher-weights` were both given": {"pretrained": True, "weights": str(own)},
+        "`--teacher-pretrained` needs a timm name, .* Use `--teacher-weights": {"pretrained": True},
+        "refuses `--teacher-kwargs`": {"kwargs": {"foo": 3}},
+        "no weights file .* Check `--teacher-weights`": {"weights": str(tmp_path / "gone.safetensors")},
+        "has shape .* Check the model's name and `--teacher-kwargs`": {"kwargs": {"width": 5}, "weights": str(own)},
+    }
+    for message, given in wrong.items():
+        with pytest.raises(InputError, match=message):
+            load_model(ModelSource(model=f"{factory_file}:small", options=TEACHER_OPTIONS, **given))
+    with pytest.raises(InputError, match="resnet10t cannot be built with `--teacher-kwargs`"):
+        load_model(ModelSource(model="resnet10t", kwargs={"cardinality": 2}, options=TEACHER_OPTIONS))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin"])

@@ -4,8 +4,10 @@ import copy
 import hashlib
 import json
 import math
+import re
 import resource
 import shutil
+import time
 
 import numpy as np
 import pandas as pd
@@ -24,7 +26,7 @@ from quant.optimizer import parameter_groups
 from quant.oscillation import OscillationTracker
 from quant.prepare import latent_weights, prepare_qat_
 from quant.quantizer import LSQQuantizer
-from quant.train import DivergedError, StepReport, total_steps, train_qat
+from quant.train import DivergedError, StepReport, logged_steps, total_steps, train_qat
 from tests.test_prepare import opened
 from tests.test_sensitivity import model_of
 
@@ -311,9 +313,46 @@ def test_a_loss_of_nan_is_a_divergence(tmp_path):
     with torch.no_grad():
         model.fc.bias[3] = math.nan
     before = model.conv1.weight.detach().clone()
-    with pytest.raises(DivergedError, match=r"diverged at step 1: the term task is nan\. No checkpoint was"):
-        list(reports(model, None, QATConfig(steps=2, batch_size=16), tmp_path))
+    with pytest.raises(DivergedError, match=r"diverged at step 1: the term task is nan\. No checkpoint was") as caught:
+        list(reports(model, None, QATConfig(steps=2, batch_size=16, precision="bf16"), tmp_path))
     assert torch.equal(model.conv1.weight, before)
+    # No learning rate has been at work: that one is too high would be a wrong trail.
+    assert re.search(r"first step, so no .* at fault: look at the images .* precision=fp32", str(caught.value))
+    assert "Lower" not in str(caught.value)
+
+
+def test_a_teacher_of_nan_is_named(tmp_path):
+    """The labels are answered well at the first step, the teacher is not: it is where to look."""
+    model, teacher = prepared(model_of("resnet"))
+    with torch.no_grad():
+        teacher.fc.bias[3] = math.nan
+    with pytest.raises(DivergedError, match=r"at step 1: the term kd is nan\. .* look at the teacher and kd_temp"):
+        list(reports(model, teacher, QATConfig(steps=2, batch_size=16), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, "Lower learning_rate or scale_learning_rate"),
+        ({"learning_rate": 1e-5}, "learning_rate=1e-05 is below its default, 0.0002, already: try .*clip_grad_norm=1"),
+        ({"learning_rate": 1e-5, "scale_learning_rate": 0.1}, r"Lower scale_learning_rate \(--set\)"),
+        ({"scale_learning_rate": 1e-3}, r"Lower learning_rate \(--set\)"),
+    ],
+)
+def test_a_low_rate_is_not_to_be_lowered(settings, advice, tmp_path):
+    """After the first step the rates are to blame, unless they are low already."""
+
+    def spoilt(sampler):
+        for number, (images, labels) in enumerate(load(sampler)):
+            yield images * (math.nan if number == 1 else 1), labels
+
+    model, _ = prepared(model_of("resnet"))
+    done = train_qat(
+        model, None, config=QATConfig(steps=3, batch_size=16, **settings), images=len(IMAGES), load=spoilt,
+        validate=validate, accelerator=Accelerator(cpu=True), checkpoints=tmp_path, calibration=[IMAGES],
+    )  # fmt: skip
+    with pytest.raises(DivergedError, match=rf"at step 2: the term task is nan\..*{advice}.*anew with --overwrite"):
+        list(done)
 
 
 def test_a_high_temperature_is_no_divergence(tmp_path):
@@ -325,10 +364,10 @@ def test_a_high_temperature_is_no_divergence(tmp_path):
 
 
 def test_a_regularizer_of_nan_is_a_divergence(tmp_path):
-    """A term on the weights has no bound of its own: it shows in the gradient."""
+    """A term on the weights has no bound of its own: it shows in its gradient, and its weight is what to lower."""
     model, teacher = prepared(model_of("vit"))
     config = QATConfig(steps=4, batch_size=16, kurtosis_weight=1e38, learning_rate=1e-9, clip_grad_norm=1.0)
-    with pytest.raises(DivergedError, match=r"diverged at step 1: the gradient is (inf|nan)"):
+    with pytest.raises(DivergedError, match=r"at step 1: the .*term kurtosis is (inf|nan)\. .*Lower kurtosis_weight"):
         list(reports(model, teacher, config, tmp_path))
 
 
@@ -428,6 +467,15 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert last_step(tmp_path) == 1
+
+
+def test_a_training_of_many_steps_costs_nothing_to_begin(tmp_path):
+    """A billion steps would take minutes to go through one by one."""
+    started = time.monotonic()
+    TrainingRows(tmp_path).keep(0, QATConfig(), 10**9)
+    assert time.monotonic() - started < 1
+    assert logged_steps(QATConfig(), 10**9, 25) == [1, 10, 20]
+    assert logged_steps(QATConfig(log_every=20, gradient_norms_every=30), 65, 10**9) == [1, 20, 30, 40, 60, 65]
 
 
 @pytest.mark.parametrize("lost", ["history", "oscillation", "bins"])

@@ -13,6 +13,7 @@ from dataclasses import asdict
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from analysis.storage.columns import BINS_COLUMNS, HISTORY_COLUMNS, OSCILLATION_COLUMNS
@@ -203,6 +204,11 @@ WRONG = {
                                   r"does not take the images of vit_tiny_patch16_224, \(1, 32, 32\)"),
     "a teacher that does not exist": (["--float", "--teacher", "resnet1"], "timm has no model 'resnet1'"),
     "a teacher of nothing": (["--float", "--set", "kd_weight=0", "--teacher", VIT[0]], "nothing is distilled"),
+    "a teacher of two weights": (["--float", "--teacher", VIT[0], "--teacher-pretrained", "--teacher-weights", "EMPTY"],
+                                 "`--teacher-pretrained` and `--teacher-weights` were both given"),
+    "a teacher of wrong arguments": (["--float", "--teacher", VIT[0], "--teacher-kwargs", '{"nothing": 1}'],
+                                     f"{VIT[0]} refuses `--teacher-kwargs`"),
+    "more to validate on than there are": (["--float", "--val-images", "451"], "--val-images 451, but digits has 450"),
     "no loss": (["--float", "--set", "kd_weight=0", "--set", "task_weight=0"], "nothing is learned from the images"),
     "an optimizer that cannot run here": (["--float", "--set", "optimizer=fusedadam"], "cannot be trained with"),
     "teacher weights without a teacher": (["--float", "--teacher-pretrained"], "need --teacher MODEL"),
@@ -312,6 +318,41 @@ def test_a_damaged_history_is_told_on_resuming(damage, tmp_path, monkeypatch, ca
         log.write_text(damage + log.read_text())
     assert train(run, "--uniform", "w3a4") == 2
     assert re.search("is damaged|lacks rows of its history", capfd.readouterr().err)
+
+
+def test_validation_images_that_are_gone_are_told(tmp_path, capfd):
+    """As many as before, where the command does not say; an option that was not typed is not to blame."""
+    for i in range(40):
+        path = tmp_path / "images" / ("train", "val")[i % 2] / str(i // 4) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (32, 32), 6 * i).save(path)
+    options = [
+        "--data",
+        f"folder:{tmp_path / 'images'}",
+        "--input-size",
+        "1,32,32",
+        "--mean",
+        "0.5",
+        "--std",
+        "0.5",
+        "--num-workers",
+        "0",
+        "--float",
+        "--set",
+        "steps=1",
+        "--set",
+        "batch_size=8",
+        "--run",
+        tmp_path / "run",
+    ]
+    assert qvw("train", *VIT, *options, "--val-images", 20) == 0
+    path.unlink()
+    capfd.readouterr()
+    assert qvw("train", *VIT, *options) == 2
+    error = capfd.readouterr().err
+    assert re.search(r"run holds qat validated on 20 images, \S+ has 19 in its split 'val'", error), error
+    assert qvw("train", *VIT, *options, "--val-images", 20) == 2
+    assert re.search(r"--val-images 20, but \S+ has 19 in its split 'val'", capfd.readouterr().err)
 
 
 def test_one_image_a_batch_needs_a_network_without_batchnorm(tmp_path, capfd):

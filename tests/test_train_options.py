@@ -5,9 +5,13 @@ from dataclasses import asdict
 import pytest
 import yaml
 
+from analysis.training.ablation_config import read_ablation
 from analysis.training.options import read_config
 from quant.config import QATConfig
 from quant.errors import InputError
+
+ALIASES = "a0: &a0 [x, x]\n" + "\n".join(f"a{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}'])}]" for i in range(1, 9))
+"""Eight lines that stand for 10^8 values."""
 
 
 def test_settings_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
@@ -52,6 +56,9 @@ def test_what_was_written_is_read_again(tmp_path):
         ("epochs=" + "[" * 3000, r"the value is not readable"),
         ("steps=" + "9" * 5000, r"the value is not readable"),
         ("epochs={a: [1, 2]}", r"epochs=a dict: should be a valid integer"),
+        ("steps=1000000000000", r"steps=1000000000000: should be less than or equal to 1000000000"),
+        ("steps=0x" + "f" * 5000, r"steps=a number of more than 20 digits: should be less"),  # Python cannot print it
+        ("steps={" + ALIASES.replace("\n", ", ") + "}", r"value is not readable: it stands for more than 20,000"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_named(setting, message):
@@ -77,3 +84,44 @@ def test_a_wrong_file_is_named(text, message, tmp_path):
         read_config(path, [])
     with pytest.raises(InputError, match="cannot be read"):
         read_config(tmp_path / "absent.yaml", [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ALIASES,
+        "settings: &a [*a]",
+        "settings: &a {b: *a}",
+        "a0: &a0 {x: 1}\n" + "\n".join(f"a{i}: &a{i} {{<<: [{', '.join(9 * [f'*a{i - 1}'])}]}}" for i in range(1, 9)),
+        "a: [" + "1," * 24_000 + "]",
+    ],
+    ids=["aliases", "a list in itself", "a mapping in itself", "merges", "a long list"],
+)  # fmt: skip
+def test_a_file_that_stands_for_more_than_it_says_is_refused_at_once(text, tmp_path):
+    """Aliases of aliases take gigabytes to write out; a training and an ablation refuse them in one line."""
+    path = tmp_path / "qat.yaml"
+    path.write_text(text)
+    for read in (lambda: read_config(path, []), lambda: read_ablation(path)):
+        with pytest.raises(InputError, match=r"qat.yaml cannot be read as YAML: it stands for more than 20,000 val"):
+            read()
+
+
+def test_a_file_that_is_no_file_of_settings_is_not_read_to_its_end(tmp_path):
+    """A wrong path, such as that of the weights, must not fill the memory: no settings take 256 KiB."""
+    path = tmp_path / "weights.safetensors"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # a hole: it takes no room on the disk
+    for read in (lambda: read_config(path, []), lambda: read_ablation(path)):
+        with pytest.raises(InputError, match=r"weights.safetensors cannot be read.*: it is larger than 256 KiB"):
+            read()
+
+
+def test_aliases_are_what_they_stand_for(tmp_path):
+    """Anchors, aliases and merges serve as YAML has them, and errors in them have their line."""
+    path = tmp_path / "qat.yaml"
+    path.write_text("seed: &n 3\nsteps: *n\n<<: {epochs: 2}\n")
+    config = read_config(path, [])
+    assert (config.seed, config.steps, config.epochs) == (3, 3, 2)
+    path.write_text("log_every: &n 0\nsteps: 3\n")
+    with pytest.raises(InputError, match=r"qat\.yaml, line 1: log_every=0"):
+        read_config(path, [])

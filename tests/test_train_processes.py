@@ -1,4 +1,4 @@
-"""`qvw train` and `qvw soft-labels` by two processes: the loss curve, and the file, of one."""
+"""`qvw train`, `ablate` and `soft-labels` by two processes: the loss curves, and the file, of one."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.test_ablation import written
 from tests.test_cli import MODEL, ROOT, VIT_KWARGS, qvw
 
 pytestmark = pytest.mark.skipif(
@@ -45,7 +46,7 @@ main(last)
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """The folder and the end of four commands in two processes of one `torchrun`, the first three run by one too.
+    """The folder and the end of five commands in two processes of one `torchrun`, the first four run by one too.
 
     The last meets an image that cannot be read, in the second process alone.
     """
@@ -59,10 +60,12 @@ def ended(tmp_path_factory):
             path.write_bytes(b"no image")
     folder = ["--data", f"folder:{root / 'images'}", "--num-workers", "0", "--input-size", "1,32,32", "--mean", "0.5",
               "--std", "0.5", "--holdout", "0"]  # fmt: skip
+    arms = written(root, seeds=[0], **{"subjects.vit.arms": ["lsq", "obr", "plan"]})
     commands = {name: [
         [*LABELS, "--out", root / f"{name}.soft"],
         [*TRAIN, "--run", root / f"{name}-kd"],
         [*TRAIN, *SOFT, "--run", root / f"{name}-soft", "--soft-labels", root / "one.soft"],
+        ["ablate", arms, "--out", root / f"{name}-arms", "--num-workers", 0],
     ] for name in ("one", "two")}  # fmt: skip
     for command in commands["one"]:
         assert qvw(*command) == 0
@@ -101,6 +104,19 @@ def test_two_processes_give_the_loss_curve_of_one(ended, kind):
     states = [load_file(root / f"{name}-{kind}" / "qat" / "model.safetensors") for name in ("one", "two")]
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_share_each_training_of_an_ablation(ended):
+    """The results of one process, and one voice: each line of it once, the table and the tables' files whole."""
+    root, done = ended
+    one, two = (pd.read_csv(root / f"{name}-arms" / "ablation.csv") for name in ("one", "two"))
+    times = ["seconds", "images_per_second"]
+    assert list(two["arm"]) == ["lsq", "obr", "plan"]
+    pd.testing.assert_frame_equal(two.drop(columns=times), one.drop(columns=times), rtol=1e-4)
+    for line in ("== 1 of 3: vit, LSQ, seed 0", "== 3 of 3: vit, planned, seed 0", "the ablation is in"):
+        assert done.stdout.count(line) == 1, done.stdout
+    steps = json.loads((root / "two-arms" / "vit" / "run.json").read_text())["steps"]
+    assert {steps[name]["options"]["processes"] for name in ("qat-lsq-0", "qat-plan-0", "sensitivity")} == {2}
 
 
 def test_two_processes_make_the_same_soft_labels(ended):

@@ -23,7 +23,7 @@ def ablate(config: Path, out: Path, only: tuple[str, ...], device: str, num_work
     CONFIG.yaml names networks, arms and seeds; reports/ablation/cifar10.yaml is one. Interrupted and started again it
     goes on; a training that is finished is kept, so seeds and arms can be added. Writes ablation.csv (a row a
     training), summary.csv (means with 95 % intervals over seeds, differences from the baseline seed by seed) and
-    ablation.png.
+    ablation.png. Several processes share each training: torchrun --nproc_per_node 4 -m -- analysis ablate ...
     """
     from analysis.training.ablation_config import read_ablation
 

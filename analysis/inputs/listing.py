@@ -135,7 +135,10 @@ def _list_folder(path: Path, split: str, config: InputConfig) -> Listing:
         raise InputError(f"There is no folder {path}. Check `--data folder:PATH`.")
     splits = [name for name in ("train", "val") if (path / name).is_dir()]
     if splits and split not in splits:
-        raise InputError(f"{path} has {splits[0]}/ but no {split}/. Add it, or use `--split {splits[0]}`.")
+        raise InputError(
+            f"{path} has {splits[0]}/ but no {split}/. Add it, use `--split {splits[0]}` where the "
+            f"command has that option, or let `--data folder:{path / splits[0]}` be divided in two."
+        )
     folder = path / split if splits else path
     # Both splits together: a class without images in one of them must not shift the labels there.
     found = {f.name for part in splits or ["."] for f in (path / part).iterdir() if f.is_dir() and f.name[0] != "."}

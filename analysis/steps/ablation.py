@@ -11,6 +11,8 @@ import pandas as pd
 from analysis.figures.ablation import ablation_figure
 from analysis.figures.panels import save_figure
 from analysis.runs import Run
+from analysis.session.processes import Processes, TogetherError, work_together
+from analysis.session.setup import Setup
 from analysis.steps.ablation_arms import request_of, setup_of
 from analysis.steps.train import run_train
 from analysis.storage.files import write_bytes
@@ -30,29 +32,59 @@ def run_ablation(
 
     A training that is finished is kept, one that was interrupted goes on. After each, ablation.csv (a row a training),
     summary.csv and ablation.png are written anew from all that are finished. `only` names the networks to train, so
-    that several processes can share the work.
+    that several commands can share the work. Several processes share each sweep and each training, one after another,
+    as in `run_sensitivity` and `run_train`; the one of rank 0 does the rest, and speaks.
     """
+    setup = Setup(run=out, device=device, num_workers=num_workers, quiet=quiet)
+    work_together(setup, lambda own, processes: _run_ablation(ablation, own, processes, only))
+
+
+def _run_ablation(ablation: Ablation, setup: Setup, processes: Processes, only: Sequence[str]) -> None:
+    out, quiet, main = setup.run, setup.quiet, processes.rank == 0
     jobs = list(ablation.jobs())
     wanted = [job for job in jobs if not only or job.subject in only]
-    with resumable(lambda: _kept(out, wanted)):
+    with resumable(lambda: _kept(out, wanted) if main else ""):
         for number, job in enumerate(wanted, start=1):
-            subject, arm = ablation.subjects[job.subject], ablation.arms[job.arm]
-            setup = replace(setup_of(out / job.subject, subject), device=device, num_workers=num_workers, quiet=True)
-            _forget_deleted(Run(setup.run), job)
-            done = _is_done(Run(setup.run), job)
-            step = 0 if done else last_step(setup.run / f"qat-{job.name}" / "checkpoints")
-            state = ": finished already" if done else f": goes on after step {step:,}" if step else ""
-            say(f"== {number} of {len(wanted)}: {job.subject}, {arm.title}, seed {job.seed}{state}", quiet=quiet)
+            done = processes.gather(_told(ablation, job, setup, f"{number} of {len(wanted)}", processes))[0]
             if not done:
-                with _of_job(job, setup.run):
-                    run_train(setup, request_of(setup, subject, arm, job))
-                _note(Run(setup.run), job)
-                _write(out, ablation, jobs)
+                _train(ablation, job, setup, processes)
+                if main:
+                    _note(Run(out / job.subject), job)
+                    _write(out, ablation, jobs)
+    if not main:
+        return
     summary = _write(out, ablation, jobs)
     say(as_text(_in_percent(summary)), quiet=quiet)
     for line in verdicts(summary, ablation):
         say(line, quiet=quiet)
     say(f"the ablation is in {out}: ablation.csv, summary.csv, ablation.png", quiet=quiet)
+
+
+def _told(ablation: Ablation, job: Job, setup: Setup, place: str, processes: Processes) -> bool:
+    """Whether the training is finished, as rank 0 finds and says it: the others may look while it writes."""
+    run = Run(setup.run / job.subject)
+
+    def done() -> bool:
+        if processes.rank > 0:
+            return False
+        _forget_deleted(run, job)
+        return _is_done(run, job)
+
+    finished = processes.together(done)
+    step = 0 if finished else last_step(run.path / f"qat-{job.name}" / "checkpoints")
+    state = ": finished already" if finished else f": goes on after step {step:,}" if step else ""
+    say(f"== {place}: {job.subject}, {ablation.arms[job.arm].title}, seed {job.seed}{state}", quiet=setup.quiet)
+    return finished
+
+
+def _train(ablation: Ablation, job: Job, setup: Setup, processes: Processes) -> None:
+    """Train one arm on one network with one seed."""
+    subject, arm = ablation.subjects[job.subject], ablation.arms[job.arm]
+    own = replace(
+        setup_of(setup.run / job.subject, subject), device=setup.device, num_workers=setup.num_workers, quiet=True
+    )
+    with _of_job(job, own.run):
+        run_train(own, request_of(own, subject, arm, job, processes))
 
 
 def _forget_deleted(run: Run, job: Job) -> None:
@@ -68,7 +100,8 @@ def _of_job(job: Job, run: Path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(
+        kind = TogetherError if isinstance(error, TogetherError) else InputError
+        raise kind(
             f"{job.subject}, arm {job.arm}, seed {job.seed}: {error} (Here options are keys of the file. To train anew "
             f"with other ones, delete {run / f'qat-{job.name}'}, or give the arm another name.)"
         ) from error

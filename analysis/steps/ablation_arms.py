@@ -8,6 +8,7 @@ from pathlib import Path
 from analysis.planning.request import PlanRequest
 from analysis.sensitivity import SweepConfig
 from analysis.session.open_run import open_run
+from analysis.session.processes import Processes
 from analysis.session.setup import Setup
 from analysis.steps.plan import run_plan
 from analysis.steps.sensitivity import run_sensitivity
@@ -31,43 +32,51 @@ def setup_of(run: Path, subject: Subject) -> Setup:
     )  # fmt: skip
 
 
-def request_of(setup: Setup, subject: Subject, arm: Arm, job: Job) -> TrainRequest:
-    """What a job trains; plan files that it needs are made in the run folder."""
+def request_of(setup: Setup, subject: Subject, arm: Arm, job: Job, processes: Processes) -> TrainRequest:
+    """What a job trains; plan files that it needs are made in the run folder, by the process of rank 0."""
     request = TrainRequest(name=job.name, config=job.config, val_images=subject.val_images)
     if arm.like is not None:
-        return replace(request, plan_file=_planned(setup, subject, arm, arm.like, _key(job)))
+        return replace(request, plan_file=_planned(setup, subject, arm, arm.like, _key(job), processes))
     if arm.uniform is not None and arm.per_head:
         return replace(request, uniform=arm.uniform, layout=arm.layout)
     if arm.uniform is not None:
-        return replace(request, plan_file=_one_scale_a_tensor(setup, arm, arm.uniform, _key(job)))
+        return replace(request, plan_file=_one_scale_a_tensor(setup, arm, arm.uniform, _key(job), processes))
     return replace(request, floating=True)
 
 
-def _planned(setup: Setup, subject: Subject, arm: Arm, like: str, key: str) -> Path:
-    """The planner's bits at the budget of `like`; the sweep behind them is made where it is not there."""
-    file = setup.run / f"plan-{like}-{arm.layout}-{key}.json"
-    if not file.exists():
+def _planned(setup: Setup, subject: Subject, arm: Arm, like: str, key: str, processes: Processes) -> Path:
+    """The planner's bits at the budget of `like`; the sweep behind them, shared, is made where it is not there."""
+    file, main = setup.run / f"plan-{like}-{arm.layout}-{key}.json", processes.rank == 0
+    if not processes.gather(file.exists())[0]:
         sweep = SweepConfig(bit_widths=subject.sweep_bits, batchnorm="re-estimate")
         images = open_run(setup, needs_data=True).images("train", None, at_most=subject.sweep_images).images
         run_sensitivity(replace(setup, images=images), sweep, tensors=TENSORS)
-        run_plan(setup.run, PlanRequest(like=like, layout=arm.layout, out=file, quiet=True))
+        request = PlanRequest(like=like, layout=arm.layout, out=file, quiet=True)
+        processes.together(lambda: run_plan(setup.run, request) if main else None)
     if arm.per_head:
         return file
-    plan = BitPlan.from_json(file.read_text(encoding="utf-8"), source=str(file))
     without = setup.run / f"{file.stem}-per-tensor.json"
-    write_bytes(without, _without_heads(plan).to_json().encode())
+
+    def write() -> None:
+        plan = BitPlan.from_json(file.read_text(encoding="utf-8"), source=str(file))
+        write_bytes(without, _without_heads(plan).to_json().encode())
+
+    processes.together(lambda: write() if main else None)
     return without
 
 
-def _one_scale_a_tensor(setup: Setup, arm: Arm, uniform: str, key: str) -> Path:
+def _one_scale_a_tensor(setup: Setup, arm: Arm, uniform: str, key: str, processes: Processes) -> Path:
     """Uniform bits as a plan file, with one scale a tensor where the default scheme has one a head."""
     file = setup.run / f"plan-{uniform}-{arm.layout}-{key}-per-tensor.json"
-    if not file.exists():
+
+    def make() -> None:
         made = calibrated(
             open_run(setup, needs_data=True), uniform, layout=arm.layout, calibration_images=CALIBRATION_IMAGES,
             estimator="mse",
         )  # fmt: skip
         write_bytes(file, _without_heads(made.plan).to_json().encode())
+
+    processes.together(lambda: make() if processes.rank == 0 and not file.exists() else None)
     return file
 
 

@@ -1,34 +1,36 @@
 """`qvw eval`: accuracy of the floating-point model, of a plan or uniform bits without training, of a trained model."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import torch
 from torch import Tensor
 
-from analysis.cost import cost_table
-from analysis.planning import accounting
-from analysis.planning.verdicts import ONLY_COMPARED
+from analysis.data import ImageData
+from analysis.models import weights_sha256
 from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.setup import Setup
+from analysis.steps.eval_batches import evaluated, log_name, log_names
 from analysis.steps.eval_request import EvalRequest
 from analysis.steps.export import load_checkpoint_
-from analysis.storage.columns import VERIFY_COLUMNS
-from analysis.sweeps.evaluation import logits_of, mean_and_error, scores
-from analysis.terminal.console import as_text, say, warn
-from analysis.training.calibration import Calibrated, calibrated, read_plan, warn_of_fewer
-from quant.batchnorm import batchnorm_reestimated, batchnorms
+from analysis.steps.verify_rows import keep_row, show_rows, verify_row, verify_rows
+from analysis.storage.files import RowLog
+from analysis.storage.input_changes import input_changes
+from analysis.terminal.console import warn
+from analysis.training.calibration import calibrated, read_plan, running_quantized, warn_of_fewer
 from quant.bit_plan import PlannedSite
-from quant.prepare import quantized
 
 
 def run_eval(setup: Setup, request: EvalRequest) -> None:
-    """Evaluate what is asked for, and keep the result as a row of verify.parquet."""
+    """Evaluate what is asked for, and keep the result as a row of verify.parquet.
+
+    What was interrupted goes on after the last batch that was evaluated, to the same row.
+    """
     opened = open_run(setup, needs_data=True)
     plan = request.uniform if request.plan_file is None else read_plan(request.plan_file, opened)
     sites: Sequence[PlannedSite] = ()
@@ -38,29 +40,54 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
     options = {name: None if value is None else str(value) for name, value in asdict(request).items()}
     text = plan if plan is None or isinstance(plan, str) else plan.to_json()
     options["plan_sha256"] = None if text is None else hashlib.sha256(text.encode()).hexdigest()
-    if setup.overwrite and not opened.run.is_done("eval", opened.inputs(data)) and _rows(opened):
-        warn(f"--overwrite removes {len(_rows(opened))} rows of verify.parquet, measured on other images.")
-        files: Sequence[str] = ("verify.parquet",)
-    else:
-        files = ()
-    with opened.step("eval", data, files, options):
+    options["checkpoint_sha256"] = None if request.checkpoint is None else _trained_sha256(opened, sites)
+    fixed = _fixed(opened, data, options)
+    log = log_name(fixed)
+    with opened.step("eval", data, _of_other_images(opened, data), options, temporary=(log,)):
         running: Any = nullcontext()
+        calibration: Sequence[Tensor] = ()
         if plan is not None:
             made = calibrated(
                 opened, plan, layout=request.layout, calibration_images=request.calibration_images,
                 estimator=request.estimator,
             )  # fmt: skip
             warn_of_fewer(made, request.calibration_images, "--calibration-images")
-            sites = made.plan.sites
+            sites, calibration = made.plan.sites, made.images
             running = running_quantized(opened, made, request.batchnorm)
         with running:
-            logits, labels = logits_of(opened.model, opened.stream(data, "evaluation"))
+            per_image = evaluated(opened, data, RowLog(opened.run.path / log), fixed, calibration)
         kind = _kind(request, opened.run.path)
         how = request.estimator if plan is not None else "learned" if sites else "none"
         batchnorm = "stored" if plan is None else request.batchnorm
-        row = verify_row(kind, opened, sites, logits, labels, estimator=how, batchnorm=batchnorm)
+        row = verify_row(kind, opened, sites, per_image, estimator=how, batchnorm=batchnorm)
         what = keep_row(opened, row)
     show_rows(opened, f"{kind} is {what}")
+
+
+def _trained_sha256(opened: Opened, sites: Sequence[PlannedSite]) -> str:
+    """SHA-256 of a trained model that was loaded: its state, and how its sites are quantized."""
+    return hashlib.sha256(f"{weights_sha256(opened.model)} {sites!r}".encode()).hexdigest()
+
+
+def _fixed(opened: Opened, data: ImageData, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What fixes the scores but for the calibration's images; where a plan or checkpoint lies does not."""
+    return {
+        **opened.inputs(data),
+        **{name: value for name, value in options.items() if name not in ("plan_file", "checkpoint")},
+        "model": opened.record.name, "kwargs": dict(opened.record.kwargs),
+        "device": torch.device(opened.setup.device).type,
+    }  # fmt: skip
+
+
+def _of_other_images(opened: Opened, data: ImageData) -> Sequence[str]:
+    """The files that `--overwrite` has to remove: rows, and unfinished evaluations, of other images."""
+    before = opened.run.record.steps.get("eval")
+    if not opened.setup.overwrite or (before and not input_changes(before.inputs, opened.inputs(data))):
+        return ()
+    rows = verify_rows(opened)
+    if rows:
+        warn(f"--overwrite removes {len(rows)} rows of verify.parquet, measured on other images.")
+    return [*(["verify.parquet"] if rows else []), *log_names(opened.run.path)]
 
 
 def _kind(request: EvalRequest, run: Path) -> str:
@@ -70,107 +97,3 @@ def _kind(request: EvalRequest, run: Path) -> str:
         folder = folder.parent if folder.name == "model.safetensors" else folder
         return folder.name if folder.parent == run.resolve() else str(folder)
     return "float" if request.floating else "uniform" if request.plan_file is None else "planned"
-
-
-@contextmanager
-def running_quantized(opened: Opened, made: Calibrated, batchnorm: str) -> Iterator[None]:
-    """A context in which the model runs with these quantizers."""
-    anew = batchnorm == "re-estimate" and bool(batchnorms(opened.model))
-    with (
-        quantized(opened.model, opened.trace, opened.by_site, made.quantizers),
-        batchnorm_reestimated(opened.model, made.images) if anew else nullcontext(),
-    ):
-        yield
-
-
-def verify_row(
-    kind: str,
-    opened: Opened,
-    sites: Sequence[PlannedSite],
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    estimator: str,
-    batchnorm: str = "stored",
-) -> dict[str, Any]:
-    """A row of verify.parquet: what the quantization of `sites` costs, and the figures of the logits.
-
-    `estimator` set the scales: one of `ESTIMATORS`, `learned` or, in floating point, `none`. `batchnorm` is `stored` or
-    `re-estimate`.
-    """
-    treated = {"stored": "stored", "re-estimate": "re_estimated"}[batchnorm] if batchnorms(opened.model) else "none"
-    per_image = scores(logits, labels)
-    loss, loss_se = mean_and_error(per_image.loss)
-    top1, top1_se = mean_and_error(per_image.hit)
-    totals = accounting.totals(sites, cost_table(opened.sites), opened.record.parameters)
-    floating = float(accounting.FLOAT_BITS)
-    return {
-        "plan": kind,
-        "weight_bits": floating if totals.weight_bits is None else totals.weight_bits,
-        "activation_bits": floating if totals.activation_bits is None else totals.activation_bits,
-        "size_bytes": totals.size_bytes,
-        "bitops": totals.bitops,
-        "loss": loss,
-        "loss_se": loss_se,
-        "top1": top1,
-        "top1_se": top1_se,
-        "images": len(labels),
-        "estimator": estimator,
-        "batchnorm": treated,
-    }
-
-
-def keep_row(opened: Opened, row: Mapping[str, Any]) -> str:
-    """Add a row to verify.parquet, in place of one of the same plan, cost and treatment; says what it is then."""
-    same = ("plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "estimator", "batchnorm")
-    with opened.run.taking_turns():
-        rows = _rows(opened)
-        place = next((i for i, old in enumerate(rows) if all(old[name] == row[name] for name in same)), len(rows))
-        before = rows[place] if place < len(rows) else None
-        rows[place : place + 1] = [dict(row)]
-        opened.run.write_table("verify", pd.DataFrame(rows, columns=list(VERIFY_COLUMNS)))
-    if before is None:
-        return "new"
-    if all(before[name] == row[name] for name in ("loss", "top1", "images")):
-        return "the same to the last digit as the row that was there"
-    return (
-        f"measured anew, in place of top-1 {100 * before['top1']:.2f} %, loss {before['loss']:.4g} on "
-        f"{before['images']:,} images"
-    )
-
-
-def _rows(opened: Opened) -> list[dict[str, Any]]:
-    if not (opened.run.path / "verify.parquet").exists():
-        return []
-    return opened.run.read_table("verify", VERIFY_COLUMNS).to_dict("records")
-
-
-def drop_rows(opened: Opened, kind: str) -> None:
-    """Remove the rows of what is about to be made anew from verify.parquet."""
-    with opened.run.taking_turns():
-        rows = _rows(opened)
-        kept = [row for row in rows if row["plan"] != kind]
-        if len(kept) < len(rows):
-            opened.run.write_table("verify", pd.DataFrame(kept, columns=list(VERIFY_COLUMNS)))
-
-
-def show_rows(opened: Opened, what: str) -> None:
-    """Print verify.parquet in the units of a reader: MiB, GBitOps, percent; `what` says which row is new.
-
-    Without the plans that a verification only compares with: it has shown them.
-    """
-    rows = opened.run.read_table("verify")
-    rows = rows[~rows["plan"].isin(ONLY_COMPARED)]
-    shown = rows[["plan", "weight_bits", "activation_bits"]].assign(
-        size_mib=rows["size_bytes"] / 2**20,
-        gbitops=rows["bitops"] / 1e9,
-        loss=rows["loss"],
-        loss_se=rows["loss_se"],
-        top1_percent=100 * rows["top1"],
-        top1_se=100 * rows["top1_se"],
-        images=rows["images"],
-        estimator=rows["estimator"],
-        batchnorm=rows["batchnorm"],
-    )
-    say(as_text(shown), quiet=opened.setup.quiet)
-    say(f"{what}, in {opened.run.path / 'verify.parquet'}", quiet=opened.setup.quiet)

@@ -15,7 +15,7 @@ from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.processes import work_together
 from analysis.session.setup import Setup
-from analysis.steps.eval import drop_rows, keep_row, show_rows, verify_row
+from analysis.steps.verify_rows import drop_rows, keep_row, show_rows, verify_row
 from analysis.sweeps.evaluation import logits_of, scores
 from analysis.terminal.console import progress, resumable, say, warn
 from analysis.training.calibration import calibrated, warn_of_fewer
@@ -165,7 +165,7 @@ def _finish(opened: Opened, plan: BitPlan | None, request: TrainRequest, logits:
     TrainingRows(run.path / name).write(run, opened.by_site)
     save_trained(run.path / name, opened, plan)
     sites, how = ((), "none") if plan is None else (plan.sites, "learned")
-    row = verify_row(name, opened, sites, logits, labels, estimator=how)
+    row = verify_row(name, opened, sites, scores(logits, labels), estimator=how)
     keep_row(opened, row)
     history = run.read_table(f"{name}/history")
     words, worse = outcome(history, loss_se=row["loss_se"], top1_se=row["top1_se"])

@@ -24,14 +24,14 @@ from analysis.planning.objectives import summed
 from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.setup import Setup
-from analysis.steps.eval import keep_row, running_quantized, verify_row
 from analysis.steps.plan_files import PlanFiles
 from analysis.steps.verification_words import verification_words
+from analysis.steps.verify_rows import keep_row, verify_row
 from analysis.storage.columns import VERIFICATION_COLUMNS, VERIFY_COLUMNS
 from analysis.storage.files import RowLog
 from analysis.sweeps.evaluation import compare_logits, logits_of, mean_and_error, scores
 from analysis.terminal.console import progress, resumable
-from analysis.training.calibration import Calibrated, calibrated
+from analysis.training.calibration import Calibrated, calibrated, running_quantized
 from quant.batchnorm import batchnorm_reestimated, batchnorms
 from quant.bit_plan import BitPlan, PlannedSite, PlanSolver
 from quant.choices import Estimator
@@ -124,7 +124,7 @@ def run_verify(
                 )
                 if clean is None:
                     logits, labels = logits_of(opened.model, batches.get())
-                    row = verify_row("float", opened, (), logits, labels, estimator="none")
+                    row = verify_row("float", opened, (), scores(logits, labels), estimator="none")
                     keep_row(opened, row)
                     clean = _reference(opened, made.images, sweep_batches.get(), treatment)
                 with running_quantized(opened, made, treatment):
@@ -224,15 +224,13 @@ def _measured(
     treatment: str,
 ) -> dict[str, Any]:
     """Figures of one plan, in which the model runs: its row of verify.parquet, the changes, and those of images."""
-    logits, labels = logits_of(opened.model, batches)
+    per_image = scores(*logits_of(opened.model, batches))
     noisy, sweep_labels = logits_of(opened.model, sweep_batches)
     figures, images = compare_logits(noisy, clean, sweep_labels)
     return {
-        "verify": verify_row(
-            kind, opened, made.plan.sites, logits, labels, estimator=estimator, batchnorm=treatment
-        ),
+        "verify": verify_row(kind, opened, made.plan.sites, per_image, estimator=estimator, batchnorm=treatment),
         "figures": figures,
-        "hit": scores(logits, labels).hit.tolist(), "kl": images.kl.tolist(),
+        "hit": per_image.hit.tolist(), "kl": images.kl.tolist(),
     }  # fmt: skip
 
 

@@ -17,20 +17,30 @@ def logits_of(model: Callable[[Tensor], Any], batches: Iterable[tuple[Tensor, Te
     """
     rows: list[Tensor] = []
     labels: list[Tensor] = []
+    seen = 0
     with torch.inference_mode():
         for images, batch_labels in batches:
-            output = model(images)
-            if not isinstance(output, Tensor) or output.ndim != 2:
-                what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-                raise InputError(f"the model returned {what}; expected logits of shape (images, classes).")
-            if not torch.isfinite(output).all():
-                image = sum(len(part) for part in labels) + int((~torch.isfinite(output)).any(dim=1).nonzero()[0])
-                raise InputError(f"the logits of image {image} hold NaN or Inf. `qvw stats` says where they arise.")
-            if len(output) != len(batch_labels):
-                raise InputError(f"the model returned {len(output)} rows for {len(batch_labels)} images.")
-            rows.append(output.float().cpu())
+            rows.append(batch_logits(model, images, batch_labels, seen=seen))
             labels.append(batch_labels)
+            seen += len(batch_labels)
     return torch.cat(rows), torch.cat(labels)
+
+
+def batch_logits(model: Callable[[Tensor], Any], images: Tensor, labels: Tensor, *, seen: int) -> Tensor:
+    """Logits (images, classes) of one batch, float32 on the CPU; InputError where they are none, or not finite.
+
+    `seen` images came before the batch, for the message. To be called in inference mode.
+    """
+    output = model(images)
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        what = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise InputError(f"the model returned {what}; expected logits of shape (images, classes).")
+    if not torch.isfinite(output).all():
+        image = seen + int((~torch.isfinite(output)).any(dim=1).nonzero()[0])
+        raise InputError(f"the logits of image {image} hold NaN or Inf. `qvw stats` says where they arise.")
+    if len(output) != len(labels):
+        raise InputError(f"the model returned {len(output)} rows for {len(labels)} images.")
+    return output.float().cpu()
 
 
 class Scores(NamedTuple):

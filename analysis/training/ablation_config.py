@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from analysis.planning.uniform import parse_uniform
-from analysis.storage.yaml_text import YamlText, read_yaml
+from analysis.storage.yaml_text import YamlText, read_text, read_yaml
 from analysis.training.options import checked_config
 from quant.choices import Layout
 from quant.config import QATConfig
@@ -127,8 +127,8 @@ def read_ablation(path: Path) -> Ablation:
     Paths are as on the command line. InputError for anything that cannot be.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"The ablation {path} cannot be read: {first_line(error)}.") from error
     expanded = os.path.expandvars(text)
     unset = _UNSET.search(expanded)

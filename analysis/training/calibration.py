@@ -1,7 +1,8 @@
 """What a plan, or uniform bits, mean for an opened model: the sites, and quantizers calibrated on training images."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from analysis.planning.options import uniform_bits
 from analysis.planning.uniform import parse_uniform
 from analysis.session.opened import Opened
 from analysis.terminal.console import warn
+from quant.batchnorm import batchnorm_reestimated, batchnorms
 from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlannedSite, PlanSolver, check_known_sites
 from quant.calibrate import ActivationSample, default_scheme, make_quantizer, observe_activations
 from quant.choices import Estimator, Layout
 from quant.errors import InputError, first_line
+from quant.prepare import quantized
 from quant.quantizer import Quantizer
 from quant.scheme import QuantScheme, axis_and_groups
 from quant.site import Site
@@ -58,6 +61,17 @@ def calibrated(
         for planned in plan.sites
     }
     return Calibrated(plan=plan, quantizers=quantizers, images=images)
+
+
+@contextmanager
+def running_quantized(opened: Opened, made: Calibrated, batchnorm: str) -> Iterator[None]:
+    """A context in which the model runs with these quantizers."""
+    anew = batchnorm == "re-estimate" and bool(batchnorms(opened.model))
+    with (
+        quantized(opened.model, opened.trace, opened.by_site, made.quantizers),
+        batchnorm_reestimated(opened.model, made.images) if anew else nullcontext(),
+    ):
+        yield
 
 
 def warn_of_fewer(made: Calibrated, asked: int, option: str) -> None:

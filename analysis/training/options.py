@@ -6,10 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from analysis.storage.yaml_text import UNREADABLE, YamlText, read_yaml
+from analysis.storage.yaml_text import UNREADABLE, YamlText, parsed, read_yaml
 from quant.config import QATConfig
 from quant.errors import InputError, first_line
 
@@ -27,10 +26,10 @@ def read_config(path: Path | None, settings: Sequence[str]) -> QATConfig:
         if not equals or not key:
             raise InputError(f"--set {setting!r} is not understood; write key=value, such as learning_rate=0.001.")
         try:
-            values[key.strip()] = yaml.safe_load(text)
+            values[key.strip()] = parsed(text)
             sources[key.strip()] = "--set"
         except UNREADABLE as error:
-            raise InputError(f"--set {setting!r}: the value is not readable: {first_line(error)}.") from error
+            raise InputError(f"--set {setting[:80]!r}: the value is not readable: {first_line(error)}.") from error
     return checked_config(values, sources)
 
 
@@ -56,10 +55,16 @@ def checked_config(values: Mapping[str, Any], sources: Mapping[str, str]) -> QAT
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
         wrong = first["msg"].removeprefix("Input ")
-        value = first["input"]
-        came = str(value)[:40] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+        came = _short(first["input"])
         source = sources.get(str(first["loc"][0]) if first["loc"] else "", "--set")
         raise InputError(f"{source}: {where}={came}: {wrong}. Give another value.") from error
+
+
+def _short(value: object) -> str:
+    """A value in a message; Python refuses to write integers of more than 4,300 digits."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return "a number of more than 20 digits"
+    return str(value)[:40] if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _settings_in(file: YamlText) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class TrainingRows:
         rows = {name: log.keep(first if first else -1) for name, log in self.logs.items()}
         trained = {row["step"] for row in rows["history"] if row.get("split") == "train"}
         observed, binned = ({row["step"] for row in rows[name]} for name in ("oscillation", "bins"))
-        expected = {step for step in logged_steps(config, total) if step <= first}
+        expected = set(logged_steps(config, total, first))
         bins = {step for step in binned_steps(total) if step <= first}
         if lost or trained != expected or ((observed or binned) and (observed, binned) != (expected | {0}, bins)):
             raise InputError(

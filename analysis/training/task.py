@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.data import ImageData
-from analysis.models import ModelSource, load_model, weights_sha256
+from analysis.models import TEACHER_OPTIONS, ModelSource, load_model, weights_sha256
 from analysis.session.opened import Opened
 from analysis.terminal.console import warn
 from analysis.training.calibration import read_plan
@@ -40,7 +40,7 @@ def training_task(opened: Opened, request: TrainRequest, processes: int) -> Trai
     before = run.record.steps.get(request.folder)
     known = before.inputs if before is not None and not opened.setup.overwrite else {}
     train = opened.step_images(request.folder, "train")
-    val = opened.images("val", request.val_images or known.get("val_images"))
+    val = _validation(opened, request, known.get("val_images"))
     if not (train.labelled and val.labelled):
         raise InputError("training needs labels, of the training and of the validation images.")
     steps = total_steps(config, train.images, processes)
@@ -61,6 +61,21 @@ def training_task(opened: Opened, request: TrainRequest, processes: int) -> Trai
     }  # fmt: skip
     return TrainingTask(
         plan=plan, train=train, val=val, teacher=teacher, soft_labels=soft_labels, steps=steps, inputs=inputs
+    )
+
+
+def _validation(opened: Opened, request: TrainRequest, known: int | None) -> ImageData:
+    """The images to validate on: as many as the command says, else as when it was run before, else all."""
+    asked = request.val_images or known
+    val = opened.images("val", None, asked)
+    if asked is None or val.images == asked:
+        return val
+    there = f"{val.spec} has {val.images} in its split 'val'"
+    if request.val_images is not None:
+        raise InputError(f"--val-images {asked}, but {there}. Ask for fewer.")
+    raise InputError(
+        f"{opened.run.path} holds {request.folder} validated on {asked} images, {there}. Put the images back, or start "
+        "anew with --overwrite."
     )
 
 
@@ -86,6 +101,7 @@ def _teacher(opened: Opened, request: TrainRequest) -> tuple[nn.Module | None, s
         source = ModelSource(
             model=request.teacher, pretrained=request.teacher_pretrained, kwargs=request.teacher_kwargs or {},
             weights=None if request.teacher_weights is None else str(request.teacher_weights), seed=0,
+            options=TEACHER_OPTIONS,
         )  # fmt: skip
         teacher, name = load_model(source).to(opened.setup.device), request.teacher
         if source.untrained:

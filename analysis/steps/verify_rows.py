@@ -1,0 +1,108 @@
+"""Rows of verify.parquet: what a network costs and how it scores, kept, replaced and shown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from analysis.cost import cost_table
+from analysis.planning import accounting
+from analysis.planning.verdicts import ONLY_COMPARED
+from analysis.session.opened import Opened
+from analysis.storage.columns import VERIFY_COLUMNS
+from analysis.sweeps.evaluation import Scores, mean_and_error
+from analysis.terminal.console import as_text, say
+from quant.batchnorm import batchnorms
+from quant.bit_plan import PlannedSite
+
+
+def verify_row(
+    kind: str,
+    opened: Opened,
+    sites: Sequence[PlannedSite],
+    per_image: Scores,
+    *,
+    estimator: str,
+    batchnorm: str = "stored",
+) -> dict[str, Any]:
+    """A row of verify.parquet: what the quantization of `sites` costs, and the mean scores of the images.
+
+    `estimator` set the scales: one of `ESTIMATORS`, `learned` or, in floating point, `none`. `batchnorm` is `stored` or
+    `re-estimate`.
+    """
+    treated = {"stored": "stored", "re-estimate": "re_estimated"}[batchnorm] if batchnorms(opened.model) else "none"
+    loss, loss_se = mean_and_error(per_image.loss)
+    top1, top1_se = mean_and_error(per_image.hit)
+    totals = accounting.totals(sites, cost_table(opened.sites), opened.record.parameters)
+    floating = float(accounting.FLOAT_BITS)
+    return {
+        "plan": kind,
+        "weight_bits": floating if totals.weight_bits is None else totals.weight_bits,
+        "activation_bits": floating if totals.activation_bits is None else totals.activation_bits,
+        "size_bytes": totals.size_bytes,
+        "bitops": totals.bitops,
+        "loss": loss,
+        "loss_se": loss_se,
+        "top1": top1,
+        "top1_se": top1_se,
+        "images": len(per_image.loss),
+        "estimator": estimator,
+        "batchnorm": treated,
+    }
+
+
+def verify_rows(opened: Opened) -> list[dict[str, Any]]:
+    """The rows that verify.parquet holds; none where there is none."""
+    if not (opened.run.path / "verify.parquet").exists():
+        return []
+    return opened.run.read_table("verify", VERIFY_COLUMNS).to_dict("records")
+
+
+def keep_row(opened: Opened, row: Mapping[str, Any]) -> str:
+    """Add a row to verify.parquet, in place of one of the same plan, cost and treatment; says what it is then."""
+    same = ("plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "estimator", "batchnorm")
+    with opened.run.taking_turns():
+        rows = verify_rows(opened)
+        place = next((i for i, old in enumerate(rows) if all(old[name] == row[name] for name in same)), len(rows))
+        before = rows[place] if place < len(rows) else None
+        rows[place : place + 1] = [dict(row)]
+        opened.run.write_table("verify", pd.DataFrame(rows, columns=list(VERIFY_COLUMNS)))
+    if before is None:
+        return "new"
+    if all(before[name] == row[name] for name in ("loss", "top1", "images")):
+        return "the same to the last digit as the row that was there"
+    return (
+        f"measured anew, in place of top-1 {100 * before['top1']:.2f} %, loss {before['loss']:.4g} on "
+        f"{before['images']:,} images"
+    )
+
+
+def drop_rows(opened: Opened, kind: str) -> None:
+    """Remove the rows of what is about to be made anew from verify.parquet."""
+    with opened.run.taking_turns():
+        rows = verify_rows(opened)
+        kept = [row for row in rows if row["plan"] != kind]
+        if len(kept) < len(rows):
+            opened.run.write_table("verify", pd.DataFrame(kept, columns=list(VERIFY_COLUMNS)))
+
+
+def show_rows(opened: Opened, what: str) -> None:
+    """Print verify.parquet in the units of a reader: MiB, GBitOps, percent; `what` says which row is new.
+
+    Without the plans that a verification only compares with: it has shown them.
+    """
+    rows = opened.run.read_table("verify")
+    rows = rows[~rows["plan"].isin(ONLY_COMPARED)]
+    shown = rows[["plan", "weight_bits", "activation_bits"]].assign(
+        size_mib=rows["size_bytes"] / 2**20,
+        gbitops=rows["bitops"] / 1e9,
+        loss=rows["loss"],
+        loss_se=rows["loss_se"],
+        top1_percent=100 * rows["top1"],
+        top1_se=100 * rows["top1_se"],
+        images=rows["images"],
+        estimator=rows["estimator"],
+        batchnorm=rows["batchnorm"],
+    )
+    say(as_text(shown), quiet=opened.setup.quiet)
+    say(f"{what}, in {opened.run.path / 'verify.parquet'}", quiet=opened.setup.quiet)
