@@ -100,6 +100,8 @@ def test_fewer_images_to_calibrate_on_are_told(tmp_path, capfd):
     data = ["--data", f"folder:{tmp_path / 'data'}", *DATA[2:]]
     command = ["eval", *MODEL, *data, "--run", tmp_path / "run", "--uniform", "w4a4"]
     assert qvw(*command, "--calibration-images", 40) == 0
-    assert "10 training images set the scales, all that can be read; --calibration-images is 40" in capfd.readouterr().err
+    assert (
+        "10 training images set the scales, all that can be read; --calibration-images is 40" in capfd.readouterr().err
+    )
     assert qvw(*command, "--calibration-images", 10) == 0
     assert "training images" not in capfd.readouterr().err

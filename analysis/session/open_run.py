@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from analysis.data import input_channels, resolve_input
 from analysis.inputs.listing import InputConfig
-from analysis.models import ModelSource, classifier_names, described, load_model, tensors_in, weights_sha256
+from analysis.inputs.weights import weights_sha256
+from analysis.models import ModelSource, classifier_names, described, load_model, tensors_in
 from analysis.runs import Run
 from analysis.session.opened import Opened, image_of_noise
 from analysis.session.setup import Setup, completed

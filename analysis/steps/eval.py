@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from analysis.data import ImageData
-from analysis.models import weights_sha256
+from analysis.inputs.weights import weights_sha256
 from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.setup import Setup

@@ -30,7 +30,7 @@ class ModelRecord:
 
     typed: str  # as the user typed it
     name: str  # what the tables call it
-    weights_sha256: str  # of the state dict: analysis.models.weights_sha256
+    weights_sha256: str  # of the state dict: analysis.inputs.weights.weights_sha256
     parameters: Annotated[int, Field(ge=0, le=2**53)]
     factory: str | None = None  # file:function with its absolute path; None for a timm name
     kwargs: dict[str, Any] = field(default_factory=dict)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from analysis.data import ImageData
-from analysis.models import TEACHER_OPTIONS, ModelSource, load_model, weights_sha256
+from analysis.inputs.weights import TEACHER_OPTIONS, weights_sha256
+from analysis.models import ModelSource, load_model
 from analysis.session.opened import Opened
 from analysis.terminal.console import warn
 from analysis.training.calibration import read_plan
