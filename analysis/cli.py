@@ -38,8 +38,8 @@ def cli() -> None:
     MODEL is a timm name (`qvw models resnet`) or your own factory, path/to/file.py:function, with --weights FILE.
     MODEL and --data may be left out where the run folder knows them. `qvw demo` shows it all on bundled data.
 
-    Exit codes: 0 done, 2 wrong input, 130 interrupted, 1 a defect of ours. train, sensitivity, soft-labels, ablate and
-    demo keep what they have done: the same command goes on.
+    Exit codes: 0 done, 2 wrong input, 130 interrupted, 1 a defect of ours. What was interrupted keeps what it has done:
+    the same command goes on.
     """
 
 

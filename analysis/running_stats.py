@@ -48,13 +48,13 @@ class RunningStats:
         self.groups = groups
         self.reason = ""  # why nothing could be measured, or no channels told apart
         self.histogram: FloatHistogram | None = None
-        self._moments: Moments | None = None  # per group
+        self.moments: Moments | None = None  # per group; None where nothing was seen
         self._exact: dict[str, float] = {}
 
     @property
     def count(self) -> int:
         """Number of values seen."""
-        return 0 if self._moments is None else int(self._moments.count.sum())
+        return 0 if self.moments is None else int(self.moments.count.sum())
 
     @torch.no_grad()
     def update(self, x: Tensor) -> Batch | None:
@@ -92,27 +92,34 @@ class RunningStats:
         if self.histogram is None:
             self.histogram = FloatHistogram(batch.centre)
         self.histogram.add(batch.counts)
-        self._moments = batch.moments if self._moments is None else self._moments.joined(batch.moments)
+        self.moments = batch.moments if self.moments is None else self.moments.joined(batch.moments)
         self._exact = {}
 
     def merge(self, other: "RunningStats") -> None:
         """Add what `other` has seen; exact but for float64 rounding, and for histograms of different centres."""
         if other.groups != self.groups:
             raise ValueError(f"Cannot merge statistics of {other.groups} groups into those of {self.groups}.")
-        if other._moments is None or other.histogram is None:
+        if other.moments is None or other.histogram is None:
             return
         if self.histogram is None:
             self.histogram = FloatHistogram(other.histogram.centre)
         self.histogram.merge(other.histogram)
-        self._moments = other._moments if self._moments is None else self._moments.joined(other._moments)
+        self.moments = other.moments if self.moments is None else self.moments.joined(other.moments)
         self._exact = {}
+
+    def copy(self) -> "RunningStats":
+        """The statistics as they stand: what is added to either afterwards does not reach the other; takes no time."""
+        copied = RunningStats(self.groups)
+        copied.reason, copied.moments, copied._exact = self.reason, self.moments, self._exact
+        copied.histogram = None if self.histogram is None else self.histogram.copy()
+        return copied
 
     @property
     def note(self) -> str:
         """Why a figure is NaN: `not observed`, `constant`, or that the median group is zero; else empty."""
-        if self._moments is None:
+        if self.moments is None:
             return self.reason or "not observed"
-        if self._moments.minimum.min() == self._moments.maximum.max():
+        if self.moments.minimum.min() == self.moments.maximum.max():
             return "; ".join(filter(None, (self.reason, "constant")))
         if self.groups > 1 and np.median(self._group_abs_max()) == 0:
             return "median channel is zero"
@@ -121,7 +128,7 @@ class RunningStats:
     def row(self) -> dict[str, float | int | str]:
         """The tensor's columns of stats.parquet, in its own unit; std divides by count; `note` says why NaN."""
         names = ["mean", "std", "abs_mean", "min", "max", "skewness", "excess_kurtosis", "abs_max_over_std"]
-        if self._moments is None:
+        if self.moments is None:
             return {"count": 0} | dict.fromkeys([*names, *OUTLIERS, *QUANTILES], float("nan")) | {"note": self.note}
         row: dict[str, float | int | str] = {"count": self.count}
         tensor = self._tensor_figures()
@@ -142,25 +149,25 @@ class RunningStats:
 
     def group_rows(self) -> list[dict[str, float | int]]:
         """One dictionary per channel or head: index, mean, std, min, max, abs_mean, excess_kurtosis."""
-        if self._moments is None:
+        if self.moments is None:
             return []
-        figures = self._moments.figures()
+        figures = self.moments.figures()
         names = ("mean", "std", "min", "max", "abs_mean", "excess_kurtosis")
         columns = zip(*(figures[name].tolist() for name in names), strict=True)
         return [{"index": index} | dict(zip(names, values, strict=True)) for index, values in enumerate(columns)]
 
     def range_ratio(self) -> float:
         """The largest group's abs-max over the median group's; NaN for a single group or a median of 0."""
-        if self._moments is None or self.groups == 1:
+        if self.moments is None or self.groups == 1:
             return float("nan")
         ranges = self._group_abs_max()
         return float(ranges.max() / np.median(ranges)) if np.median(ranges) > 0 else float("nan")
 
     def std_cv(self) -> float:
         """Standard deviation of the groups' std over their mean; NaN for a single group or where all are constant."""
-        if self._moments is None or self.groups == 1:
+        if self.moments is None or self.groups == 1:
             return float("nan")
-        std = self._moments.figures()["std"]
+        std = self.moments.figures()["std"]
         return float(std.std() / std.mean()) if std.mean() > 0 else float("nan")
 
     def histogram_rows(self) -> list[tuple[float, float, int]]:
@@ -171,12 +178,12 @@ class RunningStats:
         return list(zip(left.tolist(), right.tolist(), count.tolist(), strict=True))
 
     def _group_abs_max(self) -> np.ndarray:
-        assert self._moments is not None
-        return np.maximum(-self._moments.minimum, self._moments.maximum)
+        assert self.moments is not None
+        return np.maximum(-self.moments.minimum, self.moments.maximum)
 
     def _tensor_figures(self) -> dict[str, float]:
-        assert self._moments is not None
-        return {name: float(value) for name, value in self._moments.pooled(0).figures().items()}
+        assert self.moments is not None
+        return {name: float(value) for name, value in self.moments.pooled(0).figures().items()}
 
     def _approximate(self) -> tuple[dict[str, float], dict[str, float]]:
         """Outlier fractions and quantiles from the histogram, and the errors of the former."""
@@ -223,7 +230,7 @@ def stats_of(tensor: Tensor, axis: int = 0, groups: int = 1) -> RunningStats:
     x = to_groups(tensor.detach(), axis, groups)
     stats.update(x)
     if stats.count:
-        stats._moments = _moments_in_float64(x)
+        stats.moments = _moments_in_float64(x)
         stats._exact = _order_statistics(x, stats._tensor_figures())
     return stats
 

@@ -1,5 +1,6 @@
 """What every test shares: one thread, no window for figures, trained weights and real images, the demo's folder."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -14,9 +15,13 @@ SHARED = Path(__file__).parents[2] / "shared"
 torch.set_num_threads(1)  # results to the bit, and no contention where tests run beside other work
 matplotlib.use("Agg")  # draws without a display
 
-# A busy machine makes an example slow without making it wrong; pytest-timeout stops what hangs.
+# A busy machine makes an example slow without making it wrong; pytest-timeout stops what hangs. Examples are drawn anew
+# each time, but where changes are judged (CI): what is found there must come from the change.
 hypothesis.settings.register_profile(
-    "workbench", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "workbench",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
 )
 hypothesis.settings.load_profile("workbench")
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
@@ -203,6 +203,7 @@ def test_zero_channels_are_noted():
 
 
 @settings(max_examples=25, deadline=None)
+@example(seed=1496, mean=0.0, cuts=[0], order=list(range(12)))  # the median lies between values of other signs
 @given(
     seed=st.integers(0, 2**31),
     mean=st.sampled_from([0.0, 1.0, 100.0]),
@@ -232,8 +233,8 @@ def test_any_split_or_order_of_the_same_batches(seed, mean, cuts, order):
     exact = torch.cat(batches).double().numpy()
     assert merged.histogram.count == exact.size
     for name, probability in QUANTILES.items():
-        expected = np.quantile(exact, probability)
-        slack = max(merged.quantile_error(v) for v in (expected, other[name]))
+        expected, *between = (np.quantile(exact, probability, method=m) for m in ("linear", "lower", "higher"))
+        slack = max(merged.quantile_error(v) for v in (other[name], *between))
         assert abs(other[name] - expected) <= slack + 1e-12
 
 

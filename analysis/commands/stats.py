@@ -27,7 +27,7 @@ def stats(**options: Any) -> None:
     """Variance, kurtosis, outliers, quantiles of every weight, and with --data of every activation.
 
     Writes stats.parquet, channels.parquet, histograms.parquet, variation.json. Several processes share the images:
-    torchrun --nproc_per_node 4 -m -- analysis stats ...
+    torchrun --nproc_per_node 4 -m -- analysis stats ... Interrupted and started again, it goes on with the next batch.
     """
     from analysis.session.setup import Setup
     from analysis.steps.stats import run_stats

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.data import Batch, ImageData, batches, load_data, shared_batches
+from analysis.data import ImageData, batches, load_data
 from analysis.inputs.listing import InputConfig
 from analysis.models import num_classes
 from analysis.runs import Run
@@ -86,14 +86,6 @@ class Opened:
                 yield images.to(setup.device), labels
                 bar.update(len(images))
         warn_of_skipped(data)
-
-    def share(self, data: ImageData, what: str, *, rank: int, world: int) -> Iterator[Batch]:
-        """One process's share of the batches, every `world`-th from `rank` on, on the device; a batch may be empty."""
-        setup, options = self.setup, {"rank": rank, "world": world}
-        with progress(data.images, what, "image", quiet=setup.quiet or rank > 0) as bar:
-            for batch in shared_batches(data, batch_size=setup.batch_size, num_workers=setup.num_workers, **options):
-                yield batch._replace(images=batch.images.to(setup.device))
-                bar.update(min(setup.batch_size * world, data.images - bar.n))  # the other processes do as much
 
     def inputs(self, data: ImageData | None) -> dict[str, Any]:
         """What fixes the result of a step: a step of other inputs is another step."""

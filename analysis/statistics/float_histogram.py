@@ -24,12 +24,18 @@ class FloatHistogram:
     def __init__(self, centre: float) -> None:
         self.centre = float(np.float32(centre))
         self.other_centres: list[float] = []  # of histograms merged in that had another centre
-        self._octaves: dict[int, np.ndarray] = {}  # biased exponent -> int64 counts (2 signs, 128)
+        self.octaves: dict[int, np.ndarray] = {}  # biased exponent -> int64 counts (2 signs, 128), never written into
 
     @property
     def count(self) -> int:
         """Number of values counted."""
-        return sum(int(octave.sum()) for octave in self._octaves.values())
+        return sum(int(octave.sum()) for octave in self.octaves.values())
+
+    def copy(self) -> "FloatHistogram":
+        """The histogram as it stands: what is added to either afterwards does not reach the other."""
+        copied = FloatHistogram(self.centre)
+        copied.other_centres, copied.octaves = list(self.other_centres), dict(self.octaves)
+        return copied
 
     def merge(self, other: "FloatHistogram") -> None:
         """Add the counts of `other`; exact where the centres agree.
@@ -38,8 +44,8 @@ class FloatHistogram:
         to 2^-8 of their distance from the other centre besides the error of the bin that they fall into.
         """
         if other.centre == self.centre:
-            for exponent, octave in other._octaves.items():
-                self._octaves[exponent] = self._octaves.get(exponent, 0) + octave
+            for exponent, octave in other.octaves.items():
+                self.octaves[exponent] = self.octaves.get(exponent, 0) + octave
         else:
             left, right, count = other.bins()
             distance = ((left + right) / 2 - self.centre).astype(np.float32)
@@ -54,10 +60,10 @@ class FloatHistogram:
 
         `per_octave`, a power of two up to 128, merges neighbours.
         """
-        if not self._octaves:
+        if not self.octaves:
             return np.empty(0), np.empty(0), np.empty(0, dtype=np.int64)
-        exponents = np.array(sorted(self._octaves))
-        counts = np.stack([self._octaves[exponent] for exponent in exponents], axis=1)  # (2, octaves, 128)
+        exponents = np.array(sorted(self.octaves))
+        counts = np.stack([self.octaves[exponent] for exponent in exponents], axis=1)  # (2, octaves, 128)
         counts = counts.reshape(2, -1, per_octave, BINS_PER_OCTAVE // per_octave).sum(-1)
         base = np.where(exponents == 0, 0.0, np.exp2(exponents - 127.0))[:, None]  # octave 0: zero and denormals
         near = (base * (1 + np.arange(per_octave) / per_octave)).ravel()
@@ -113,7 +119,7 @@ class FloatHistogram:
         """Add int64 counts (65536,) of the upper 16 bits of the float32 of x - centre."""
         table = counts.reshape(2, 256, BINS_PER_OCTAVE)
         for exponent in np.flatnonzero(table.any(axis=(0, 2))).tolist():
-            self._octaves[exponent] = self._octaves.get(exponent, 0) + table[:, exponent]
+            self.octaves[exponent] = self.octaves.get(exponent, 0) + table[:, exponent]
 
 
 def centre_of(mean: float, std: float) -> float:

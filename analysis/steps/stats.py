@@ -1,18 +1,23 @@
-"""`qvw stats`: the statistics of every tensor, into a run folder, by one process or several that share the images."""
+"""`qvw stats`: the statistics of every tensor, into a run folder, by one process or several that share the images.
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+A pass that was stopped goes on after the last batch that was saved (`analysis.steps.stats_in_work`).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
 import pandas as pd
 from torch import Tensor
 
-from analysis.data import ImageData, none_readable
+from analysis.data import ImageData, none_readable, shared_batches
 from analysis.figures.panels import distribution_figure, figure_files, save_figure
 from analysis.running_stats import RunningStats
 from analysis.session.open_run import open_run
 from analysis.session.opened import Opened, warn_of_skipped
 from analysis.session.processes import Processes, work_together
 from analysis.session.setup import Setup
+from analysis.statistics.kept_stats import Passed
+from analysis.steps.stats_in_work import StatsInWork, begin, kept_files
 from analysis.tensor_stats import (
     StatsTables,
     centres_of,
@@ -22,10 +27,10 @@ from analysis.tensor_stats import (
     stats_tables,
     take_centres_,
 )
-from analysis.terminal.console import as_text, say
+from analysis.terminal.console import as_text, progress, say
 from analysis.variation import variation
 from quant.errors import InputError
-from quant.site import Site
+from quant.site import Site, SiteInfo
 
 IMAGES = 2000
 FILES = ("stats.parquet", "channels.parquet", "histograms.parquet", "variation.json", *figure_files("distribution"))
@@ -44,10 +49,7 @@ def _run_stats(setup: Setup, processes: Processes) -> None:
     run, main = opened.run, processes.rank == 0
     done = not setup.overwrite and run.is_done("stats", opened.inputs(data))
     if not processes.gather(done)[0]:
-        step: AbstractContextManager[None] = nullcontext()
-        if main:
-            step = opened.step("stats", data, FILES, {"processes": processes.world}, renew=True)
-        _measure_and_write(opened, data, processes, step)
+        _measure_and_write(opened, data, processes)
     if main:
         stats = run.read_table("stats")
         say(_summary(stats), quiet=setup.quiet)
@@ -58,18 +60,36 @@ def _run_stats(setup: Setup, processes: Processes) -> None:
         say(f"{len(stats)} tensors in {run.path / 'stats.parquet'}, figure distribution.png", quiet=setup.quiet)
 
 
-def _measure_and_write(
-    opened: Opened, data: ImageData | None, processes: Processes, step: AbstractContextManager[None]
-) -> None:
-    """Take the step; where measuring fails no file was written, and run.json tells of an earlier one as before."""
-    before = opened.run.record
+def _measure_and_write(opened: Opened, data: ImageData | None, processes: Processes) -> None:
+    """Take the step; where measuring fails no file was written, and run.json tells of an earlier one as before.
+
+    What was measured is then kept for the next start; but not beside the results of an earlier one, which stay valid.
+    """
+    run, main = opened.run, processes.rank == 0
+    before = run.record
+    finished = "stats" in before.steps and run.is_done("stats", before.steps["stats"].inputs)
+    earlier = processes.gather(finished)[0]
+    kept = kept_files(run, processes.world)
     with ExitStack() as afterwards, ExitStack() as during:
-        processes.together(lambda: during.enter_context(step))
-        if processes.rank == 0:
-            afterwards.callback(opened.put_back, "stats", before)  # runs after the step has noted how it ended
-        tables = _measured(opened, data, processes)
+
+        def start() -> None:
+            if main:
+                options = {"processes": processes.world}
+                during.enter_context(opened.step("stats", data, FILES, options, temporary=kept, renew=True))
+                run.remove(kept if opened.setup.overwrite else ())
+
+        processes.together(start)
+        if main:  # both run after the step has noted how it ended
+            afterwards.callback(opened.put_back, "stats", before)
+            afterwards.callback(run.remove, kept if earlier else ())
+        work = None
+        if data is not None:
+            work = begin(opened, data, start_activations(_described(opened)), processes)
+            if not earlier:
+                during.enter_context(work.saved_at_the_end(opened.setup, data.images, processes.world))
+        tables = _measured(opened, data, work, processes)
         afterwards.pop_all()  # all is measured: from here on the files are new, and so is what run.json tells
-        if processes.rank == 0:
+        if main:
             _write(opened, tables)
 
 
@@ -82,56 +102,71 @@ def _opened(setup: Setup) -> tuple[Opened, ImageData | None]:
     return opened, data
 
 
-def _measured(opened: Opened, data: ImageData | None, processes: Processes) -> StatsTables:
+def _described(opened: Opened) -> list[SiteInfo]:
+    """The sites that the tables tell of."""
+    return [info for info in opened.sites if not info.excluded]
+
+
+def _measured(opened: Opened, data: ImageData | None, work: StatsInWork | None, processes: Processes) -> StatsTables:
     """The tables of all sites; those of activations are complete in the process of rank 0 alone."""
-    sites = [info for info in opened.sites if not info.excluded]
+    sites = _described(opened)
     weights = processes.together(lambda: measure_weights(opened.model, sites) if processes.rank == 0 else {})
     activations: dict[Site, RunningStats] = {}
-    if data is not None:
-        activations = start_activations(sites)
-        batches = _share(opened, data, processes, activations)
+    if data is not None and work is not None:
+        batches = _share(opened, data, work, processes)
         try:
-            measure_activations(opened.model, opened.trace, sites, batches, activations)
+            measure_activations(opened.model, opened.trace, sites, batches, work.running)
         except InputError as error:
             processes.fail(error)
-        activations = _merged(activations, processes)
+        activations = _merged(work.running, processes)
     return stats_tables(sites, weights | activations, opened.trace, name=opened.name, with_activations=data is not None)
 
 
 def _share(
-    opened: Opened, data: ImageData, processes: Processes, running: Mapping[Site, RunningStats]
+    opened: Opened, data: ImageData, work: StatsInWork, processes: Processes
 ) -> Iterator[tuple[Tensor, Sequence[str]]]:
-    """This process's batches with the paths of their images.
+    """The batches that this process has not measured yet, with the paths of their images; `work` hears of each.
 
     After each one the processes agree that all is well, so that an error in one ends all at the same batch. The first
     batch of all is measured before any other, and gives the centres of all histograms.
     """
-    world, rank = processes.world, processes.rank
-    rounds = -(-data.images // (opened.setup.batch_size * world))
-    read, waiting = 0, world > 1
+    world, rank, setup = processes.world, processes.rank, opened.setup
+    size, passed = setup.batch_size, work.passed
+    left = len(range(rank * size, data.images, world * size)) - passed.batches
+    rounds = max(processes.gather(left))
+    data.skipped.extend(passed.skipped)
+    waiting = world > 1 and not passed.batches  # all begin, or all go on with the centres that they have
 
     def first_of_all() -> None:
         processes.agree(None)
-        centres = processes.gather(centres_of(running))[0]
+        centres = processes.gather(centres_of(work.running))[0]
         if rank > 0:
-            take_centres_(running, centres)
+            take_centres_(work.running, centres)
 
     if waiting and rank > 0:
         first_of_all()
-    for images, _, paths in opened.share(data, "statistics", rank=rank, world=world):
-        if len(paths):
-            yield images, paths
-        read += len(paths)
-        rounds -= 1
-        if waiting and rank == 0:
-            first_of_all()
-        waiting = False
-        processes.agree(None)
-    if rounds:  # the last round has fewer batches than processes
+    with progress(data.images, "statistics", "image", quiet=setup.quiet) as bar:
+        there = min(passed.batches * size * world, data.images)
+        if there:
+            say(f"goes on after {there:,} of {data.images:,} images", quiet=setup.quiet)
+        bar.update(there)
+        for images, _, paths in shared_batches(
+            data, batch_size=size, num_workers=setup.num_workers, rank=rank + passed.batches * world, world=world
+        ):
+            if len(paths):
+                yield images.to(setup.device), paths
+            passed = Passed(batches=passed.batches + 1, images=passed.images + len(paths), skipped=tuple(data.skipped))
+            if waiting and rank == 0:
+                first_of_all()
+            waiting = False
+            work.note(passed)
+            processes.agree(None)
+            bar.update(min(size * world, data.images - bar.n))  # the other processes do as much
+    for _ in range(rounds - left):  # the last round has fewer batches than processes
         processes.agree(None)
     for skipped in processes.gather(data.skipped):
         data.skipped.extend(path for path in skipped if path not in data.skipped)
-    if not sum(processes.gather(read)):
+    if not sum(processes.gather(passed.images)):
         processes.fail(none_readable(data))
     if rank == 0:
         warn_of_skipped(data)
