@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = error.ctx.command_path if error.ctx else "qvw"
         code = _complain(f"qvw: error: {error.format_message()} See `{path} --help`.")
     except (KeyboardInterrupt, click.Abort) as error:
-        click.echo(f"qvw: interrupted. {_kept(error)}", err=True)
+        click.echo(f"qvw: interrupted. {_kept(error, sys.argv[1:] if arguments is None else arguments)}", err=True)
         code = 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stdout = None  # or Python complains of the pipe once more at exit
@@ -145,12 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _kept(error: BaseException) -> str:
+def _kept(error: BaseException, arguments: Sequence[str]) -> str:
     """What a step has noted of what is kept (`resumable`); click raises its own exception from the interrupt."""
     notes = getattr(error.__cause__ or error, "__notes__", [])
     if not notes:
         return "Nothing new was kept: the same command starts where this one did."
-    return f"Kept: {'; '.join(notes)}. The same command goes on from there."
+    but = ", without --overwrite (which starts anew)" if "--overwrite" in arguments else ""
+    return f"Kept: {'; '.join(notes)}. The same command goes on from there{but}."
 
 
 def _complain(message: str) -> int:

@@ -222,16 +222,16 @@ def load_data(
 
 
 def shared_batches(
-    data: ImageData, *, batch_size: int, num_workers: int = 0, rank: int = 0, world: int = 1
+    data: ImageData, *, batch_size: int, num_workers: int = 0, first: int = 0, every: int = 1
 ) -> Iterator[Batch]:
-    """The batches number `rank`, `rank + world`, ... of the images, always in the same order.
+    """The batches number `first`, `first + every`, ... of the images, always in the same order.
 
-    They hold the same images whatever `world` is. An image that cannot be read raises InputError, or with `skip_broken`
+    They hold the same images whatever `every` is. An image that cannot be read raises InputError, or with `skip_broken`
     is left out and named in `data.skipped`: a batch may be empty.
     """
     if batch_size < 1:
         raise InputError(f"`--batch-size` {batch_size} is below 1.")
-    starts = range(rank * batch_size, data.images, world * batch_size)
+    starts = range(first * batch_size, data.images, every * batch_size)
     chosen: Any = [range(start, min(start + batch_size, data.images)) for start in starts]  # lists would take more room
     loader: DataLoader[Any] = DataLoader(
         _Guarded(data.dataset),

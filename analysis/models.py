@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from analysis.inputs.model_form import check_form
-from analysis.inputs.weights import MODEL_OPTIONS, OptionNames, load_weights_
+from analysis.inputs.option_names import MODEL_OPTIONS, OptionNames
+from analysis.inputs.weights import load_weights_
 from quant.errors import InputError, first_line
 
 

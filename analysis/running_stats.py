@@ -39,8 +39,8 @@ class RunningStats:
     Quantiles: from a `FloatHistogram`, so off by at most one bin, 2^-7 of their distance from its centre, commonly far
     less (`quantile_error`); where one is interpolated between two far values, their distances count. The centre is
     fixed by the first batch, and 0 unless its mean exceeds one or two std; statistics of different centres merge with
-    the error stated there. Outlier fractions are off by at most the share
-    of the bins that hold the thresholds (`outlier_fraction_error`). `stats_of` gives both exactly, for weights.
+    the error stated there. Outlier fractions are off by at most the share of the bins that hold the thresholds
+    (`outlier_fraction_error`). `stats_of` gives both exactly, for weights.
     """
 
     def __init__(self, groups: int = 1) -> None:

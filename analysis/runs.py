@@ -72,7 +72,9 @@ class Run:
                 with ExitStack() as held:
                     for name in now.steps:
                         held.enter_context(self._lock(name))
-                    self.remove(["verify.parquet", *(file for step in now.steps.values() for file in step.files)])
+                    unfinished = (path.name for path in self.path.glob("*.partial*"))
+                    of_steps = (file for step in now.steps.values() for file in step.files)
+                    self.remove(["verify.parquet", *of_steps, *unfinished])
                     self.edit(lambda _: RunRecord(model=record))
         if self.record.model != record:
             self.edit(lambda latest: replace(latest, model=record))

@@ -35,9 +35,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from analysis.evaluation import compare_logits, logits_of
 from analysis.sensitivity import SweepConfig, sweep_keys
 from analysis.sites import find_sites
-from analysis.sweeps.evaluation import compare_logits, logits_of
 from analysis.sweeps.sweep import sweep
 from quant.calibrate import default_scheme, make_quantizer
 from quant.prepare import quantized

@@ -526,7 +526,7 @@ def test_shares_are_the_batches_of_one_process(folder, world):
     assert [len(batch.paths) for batch in alone] == [8, 8, 4]
     assert [path for batch in alone for path in batch.paths] == [str(folder / name) for name in data.dataset.names]
     for rank in range(world):
-        share = list(shared_batches(data, batch_size=8, rank=rank, world=world))
+        share = list(shared_batches(data, batch_size=8, first=rank, every=world))
         assert [batch.paths for batch in share] == [batch.paths for batch in alone[rank::world]]
         for mine, theirs in zip(share, alone[rank::world], strict=True):
             assert torch.equal(mine.images, theirs.images)

@@ -255,17 +255,57 @@ def test_other_images_are_refused_as_in_every_step(tmp_path, monkeypatch, capfd,
     assert not logs_of(run)
 
 
-def test_overwrite_starts_this_evaluation_anew_and_keeps_the_others(undisturbed, tmp_path, monkeypatch, evaluated_now):
-    """Rows and unfinished evaluations of the same images stay."""
+@pytest.mark.parametrize("last", ["w8a8", "float"])
+def test_overwrite_starts_this_evaluation_anew_and_keeps_the_others(last, tmp_path, monkeypatch, evaluated_now):
+    """Rows and unfinished evaluations of the same images stay, whichever of them was stopped last."""
     run = tmp_path / "vit"
     assert qvw("eval", *SMALL, *UNIFORM, "--run", run) == 0
-    assert interrupted(monkeypatch, 3, "eval", *SMALL, "--uniform", "w8a8", "--run", run) == 130
-    assert interrupted(monkeypatch, 3, "eval", *SMALL, "--float", "--run", run) == 130
+    stopped = [["--uniform", "w8a8"], ["--float"]]
+    for choice in stopped if last == "float" else stopped[::-1]:
+        assert interrupted(monkeypatch, 3, "eval", *SMALL, *choice, "--run", run) == 130
     evaluated_now.clear()
     assert qvw("eval", *SMALL, "--float", "--run", run, "--overwrite") == 0
     assert evaluated_now == list(range(IMAGES))
     assert list(rows_of(run)["plan"]) == ["uniform", "float"]
     assert len(logs_of(run)) == 1
+
+
+def test_overwrite_removes_rows_of_other_images_alone(tmp_path, capfd):
+    """Once; the next `--overwrite` on the same images keeps them, and so does one before which `eval` never ran."""
+    run, fewer = tmp_path / "vit", [*SMALL, "--images", 8]
+    assert qvw("eval", *fewer, "--float", "--run", run) == 0
+    assert qvw("eval", *SMALL, "--float", "--run", run, "--overwrite") == 0
+    assert "--overwrite removes 1 rows of verify.parquet, measured on other images" in capfd.readouterr().err
+    assert qvw("eval", *SMALL, *UNIFORM, "--run", run, "--overwrite") == 0
+    assert list(rows_of(run)["plan"]) == ["float", "uniform"]
+    record = json.loads((run / "run.json").read_text())
+    del record["steps"]["eval"]  # as where `train` and `plan --verify` made the rows
+    (run / "run.json").write_text(json.dumps(record))
+    assert qvw("eval", *SMALL, "--uniform", "w8a8", "--run", run, "--overwrite") == 0
+    assert list(rows_of(run)["plan"]) == ["float", "uniform", "uniform"]
+    assert "measured on other images" not in capfd.readouterr().err
+
+
+def test_a_forward_that_was_mended_takes_nothing_over(tmp_path, monkeypatch, evaluated_now, capfd):
+    """Its weights are equal, its answers are not."""
+    file = tmp_path / "net.py"
+    text = (
+        "import torch\n"
+        "def net():\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 8), torch.nn.ReLU(),"
+        " torch.nn.Linear(8, 10))\n"
+    )
+    file.write_text(text)
+    data = ["--data", "digits", "--mean", 0.5, "--std", 0.5, "--input-size", "1,32,32", "--images", IMAGES]
+    arguments = ["eval", f"{file}:net", *data, "--batch-size", BATCH, "--float", "--num-workers", 0]
+    assert interrupted(monkeypatch, 3, *arguments, "--run", tmp_path / "run") == 130
+    file.write_text(text.replace("ReLU", "Sigmoid"))
+    evaluated_now.clear()
+    assert qvw(*arguments, "--run", tmp_path / "run") == 0
+    assert evaluated_now == list(range(IMAGES))
+    assert "was begun with other inputs: what it lacks is evaluated again" in capfd.readouterr().err
+    assert qvw(*arguments, "--run", tmp_path / "whole") == 0
+    assert rows_of(tmp_path / "run").equals(rows_of(tmp_path / "whole"))
 
 
 def cut_within_a_line(lines):
@@ -330,7 +370,7 @@ def test_a_damaged_log_is_used_up_to_the_damage(
     with monkeypatch.context() as patch:
         patch.setattr(RowLog, "append", lambda self, rows: append(self, rows) or os.kill(os.getpid(), signal.SIGINT))
         assert qvw(*arguments) == 130
-    assert (f"warning: {log} is damaged, or of other calibration images" in capfd.readouterr().err) == told
+    assert (f"warning: {log} is damaged, or was begun with other inputs" in capfd.readouterr().err) == told
     assert evaluated_now == list(range(intact * BATCH, (intact + 1) * BATCH))
     evaluated_now.clear()
     assert qvw(*arguments) == 0

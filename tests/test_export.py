@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from analysis.evaluation import logits_of
 from analysis.session.open_run import open_run
 from analysis.session.setup import Setup
 from analysis.steps.export import load_checkpoint_
-from analysis.sweeps.evaluation import logits_of
 from quant.bit_plan import BitPlan
 from quant.errors import InputError
 from tests.digits_vit import DATA, qvw

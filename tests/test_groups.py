@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from analysis.evaluation import compare_logits, logits_of
 from analysis.sensitivity import SweepConfig, quantized_sites, sensitivity_table, sweep_keys
 from analysis.sites import find_sites
-from analysis.sweeps.evaluation import compare_logits, logits_of
 from analysis.sweeps.groups import EVERYTHING, groups_of, stage_of
 from analysis.sweeps.rank_bands import images_to_separate, rank_bands
 from analysis.sweeps.sweep import sweep

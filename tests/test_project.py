@@ -24,17 +24,16 @@ QUANT_MAY_IMPORT = {
 }
 ANALYSIS_MAY_IMPORT_TIMM = {"models", "data", "listing", "training_data"}
 
-# The folders of analysis, each of which may import those before it; and the files beside them, that other people
-# import: each belongs to a folder.
+# The folders of analysis, each of which may import those before it; and the files beside them: each belongs to one.
 FOLDERS = (
     "terminal", "inputs", "storage", "statistics", "sweeps", "solver", "planning", "session", "training", "figures",
     "page", "steps", "commands",
 )  # fmt: skip
 FRONT = {
     "models": "inputs", "data": "inputs", "sites": "inputs", "runs": "storage", "running_stats": "statistics",
-    "tensor_stats": "statistics", "variation": "statistics", "replay": "sweeps", "sensitivity": "sweeps",
-    "proxies": "sweeps", "cost": "planning", "planner": "planning", "plots": "figures", "report": "page",
-    "notebook_runs": "steps", "cli": "commands", "__main__": "commands",
+    "evaluation": "inputs", "tensor_stats": "statistics", "variation": "statistics", "replay": "sweeps",
+    "sensitivity": "sweeps", "proxies": "sweeps", "cost": "planning", "planner": "planning", "plots": "figures",
+    "report": "page", "notebook_runs": "steps", "cli": "commands", "__main__": "commands",
 }  # fmt: skip
 
 # Names to import, where they differ from the names that PyPI gives to the packages.

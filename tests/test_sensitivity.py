@@ -13,10 +13,10 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from analysis.evaluation import compare_logits, logits_of
 from analysis.replay import Replay
 from analysis.sensitivity import SENSITIVITY_COLUMNS, SweepConfig, sensitivity_table, sweep_keys
 from analysis.sites import find_sites
-from analysis.sweeps.evaluation import compare_logits, logits_of
 from analysis.sweeps.sweep import sweep
 from quant.batchnorm import batchnorm_reestimated
 from quant.calibrate import default_scheme, make_quantizer, observe_activations

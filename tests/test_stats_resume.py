@@ -256,7 +256,7 @@ def test_a_network_that_was_mended_starts_anew(unfinished, subject, tmp_path, ca
         subject.network.write_text(original.replace("+ 5", "+ 6"))
         assert qvw(*subject.command(run)) == 0
         printed = capfd.readouterr()
-        assert f"{run / KEPT} was begun with other inputs (another network): the statistics start anew." in printed.err
+        assert f"{run / KEPT} was begun with other inputs (another factory): the statistics start anew." in printed.err
         assert "goes on" not in printed.out
     finally:
         subject.network.write_text(original)
@@ -278,7 +278,10 @@ def test_an_interrupt_of_overwrite_leaves_earlier_results_alone(subject, tmp_pat
 def test_an_interrupted_overwrite_goes_on_without_it(subject, tmp_path, capfd):
     """Where there were no results before; the message says that --overwrite would start anew."""
     assert subject.stopped(tmp_path / "run", 5, "--overwrite") == 130
-    assert "Kept: 32 of 78 images (leave out --overwrite, which starts anew)." in capfd.readouterr().err
+    assert (
+        "Kept: 32 of 78 images. The same command goes on from there, without --overwrite (which starts anew)."
+        in capfd.readouterr().err
+    )
     assert subject.stopped(tmp_path / "run", 1) == 130
     assert "goes on after 32 of 78 images\n" in capfd.readouterr().out
 

@@ -170,7 +170,7 @@ def test_an_interrupted_training_says_so_and_refuses_another_configuration(tmp_p
     assert "step_00000004 is damaged or cut short: optimizer.pt" in capfd.readouterr().err
     shutil.rmtree(optimizer.parent)
     assert train(run, "--uniform", "w3a4") == 0
-    assert "goes on after step 2 of 10" in capfd.readouterr().out
+    assert "goes on after 2 of 10 steps" in capfd.readouterr().out
 
 
 def test_an_interrupt_before_the_first_checkpoint_promises_nothing(tmp_path, monkeypatch, capfd):

@@ -6,7 +6,8 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.container import ErrorbarContainer
 
-from analysis.figures.verification import INTERVAL, plan_names, plot_accuracy, plot_prediction, verification_figure
+from analysis.figures.verification import INTERVAL, plot_accuracy, plot_prediction, verification_figure
+from analysis.planning.verdicts import plan_names
 
 
 @pytest.fixture(autouse=True)

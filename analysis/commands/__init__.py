@@ -1,1 +1,1 @@
-"""What can be typed: the options of each command of `qvw`, and the step that it calls."""
+"""What can be typed: options, and the commands of `qvw` with many of them; the rest are in `analysis.cli`."""

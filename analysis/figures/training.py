@@ -68,8 +68,8 @@ def plot_oscillation(
 ) -> Axes:
     """Share of oscillating weights over steps, in percent, one line per training.
 
-    `shares` is that of `report_content.oscillation_frame`: training, step and `value`, a fraction. `names` are all
-    trainings of the panels beside it, which have the same colours; those without rows get no line.
+    `shares` is that of `analysis.page.content.oscillation_frame`: training, step and `value`, a fraction. `names` are
+    all trainings of the panels beside it, which have the same colours; those without rows get no line.
     """
     ax = _axes(ax)
     names = shares["training"].unique().tolist() if names is None else list(names)

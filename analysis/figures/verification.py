@@ -16,27 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
+from analysis.planning.verdicts import NAMES, plan_names
 from analysis.plots import PAGE, STYLE, new_axes, plain, tick_label
 
-NAMES = {  # of the column `plan`
-    "planned": "planned",
-    "additive": "sum alone",
-    "uniform": "uniform",
-    "greedy": "greedy",
-    "reverse": "worst-first",
-    "random": "random",
-}
 INTERVAL = 1.96  # standard errors: half a 95 % interval
 _COLOURS = dict(zip(NAMES, (sns.color_palette("colorblind")[i] for i in (0, 4, 1, 2, 3, 7)), strict=True))
 _MARKERS = dict(zip(NAMES, "oPs^vD", strict=True))
-
-
-def plan_names(table: pd.DataFrame) -> list[str]:
-    """What a reader calls each row; several plans of one sort are numbered."""
-    words = table["plan"].map(lambda kind: NAMES.get(kind, kind))
-    many = words.map(words.value_counts()) > 1
-    return [f"{word} {i + 1}" if of_many else word
-            for word, i, of_many in zip(words, words.groupby(words).cumcount(), many, strict=True)]  # fmt: skip
 
 
 @mpl.rc_context(STYLE)

@@ -1,1 +1,1 @@
-"""What comes from outside: the images that a data string names, and the form of a user's model."""
+"""What comes from outside: images that a data string names, crops and augmented ones; files of weights; factories."""

@@ -3,29 +3,14 @@
 import difflib
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from analysis.inputs.option_names import OptionNames
 from quant.errors import InputError, first_line
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptionNames:
-    """The options that tell of a model, by which an error names what was typed."""
-
-    pretrained: str = "--pretrained"
-    weights: str = "--weights"
-    kwargs: str = "--model-kwargs"
-
-
-MODEL_OPTIONS = OptionNames()
-TEACHER_OPTIONS = OptionNames(
-    pretrained="--teacher-pretrained", weights="--teacher-weights", kwargs="--teacher-kwargs"
-)  # fmt: skip
 
 
 def load_weights_(model: nn.Module, path: Path, options: OptionNames) -> None:

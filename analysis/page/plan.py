@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.figures.verification import plan_names
 from analysis.page.cells import DASH, Cell, Table, measured, number, text
 from analysis.page.content import RunContent
 from analysis.planning.budget_kinds import BUDGET_KINDS, amount
 from analysis.planning.pareto import ON_REQUEST, TOTALS, knee
-from analysis.planning.verdicts import listed, reading, verdict
+from analysis.planning.verdicts import listed, plan_names, reading, verdict
 from analysis.plots import LABELS
 
 MOST_ROWS = 20  # of the table of a curve

@@ -5,9 +5,25 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+NAMES = {  # of the column `plan`
+    "planned": "planned",
+    "additive": "sum alone",
+    "uniform": "uniform",
+    "greedy": "greedy",
+    "reverse": "worst-first",
+    "random": "random",
+}
 ONLY_COMPARED = ("additive", "greedy", "reverse", "random")  # plans of a verification that nobody would deploy
 ERRORS = 2  # standard errors within which two plans are told as equal
 WORDS = {"worse": "worse than", "not told apart": "within two standard errors of", "better": "better than"}
+
+
+def plan_names(table: pd.DataFrame) -> list[str]:
+    """What a reader calls each row; several plans of one sort are numbered."""
+    words = table["plan"].map(lambda kind: NAMES.get(kind, kind))
+    many = words.map(words.value_counts()) > 1
+    return [f"{word} {i + 1}" if of_many else word
+            for word, i, of_many in zip(words, words.groupby(words).cumcount(), many, strict=True)]  # fmt: skip
 
 
 def reading(ahead: float, error: float) -> str:

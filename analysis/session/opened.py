@@ -1,5 +1,6 @@
 """An open run folder: the model with its sites on a device, its images, and the record of the steps that use them."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ from analysis.inputs.listing import InputConfig
 from analysis.models import num_classes
 from analysis.runs import Run
 from analysis.session.setup import REMEMBERED, Setup
-from analysis.storage.run_record import ModelRecord, RunRecord, StepRecord, typed_command
+from analysis.storage.run_record import ModelRecord, RunRecord, StepRecord, typed_command, versions
 from analysis.terminal.console import progress, warn
 from quant.errors import InputError
 from quant.site import Site, SiteInfo
@@ -98,9 +99,22 @@ class Opened:
             fixed |= {
                 "split": data.split, "images": data.images, "images_sha256": data.sha256,
                 "split_note": data.note, "batch_size": setup.batch_size, "skip_broken": setup.skip_broken,
-                **_jsonable(asdict(self.input_config)),
+                **asdict(self.input_config),
             }  # fmt: skip
         return fixed
+
+    def identity(self, data: ImageData | None) -> dict[str, Any]:
+        """All that fixes what a pass over images gives; by it unfinished work is known to be this one's.
+
+        Beside `inputs` these are the network as it was built, the text of a user's factory (a forward that was mended
+        gives other values with equal weights), the sort of device, and versions.
+        """
+        record = self.record
+        source = b"" if record.factory is None else Path(record.factory.rpartition(":")[0]).read_bytes()
+        return self.inputs(data) | versions() | {
+            "model": record.name, "kwargs": dict(record.kwargs), "device_type": torch.device(self.setup.device).type,
+            "factory_sha256": hashlib.sha256(source).hexdigest(),
+        }  # fmt: skip
 
     @contextmanager
     def step(
@@ -129,13 +143,13 @@ class Opened:
         assert setup.seed is not None
         fixed, before = self.inputs(data) | dict(inputs or {}), run.record.steps.get(name)
         with run.start_step(
-            name, command=typed_command(), options=_jsonable(asdict(setup) | dict(options)),
+            name, command=typed_command(), options=asdict(setup) | dict(options),
             inputs=fixed, seed=setup.seed if seed is None else seed, device=setup.device, files=files,
             temporary=temporary, instead=instead, overwrite=setup.overwrite and not renew,
             renew=setup.overwrite and renew,
         ):  # fmt: skip
             if data is not None:
-                run.set_data({name: _jsonable(getattr(setup, name)) for name in REMEMBERED})
+                run.set_data({name: getattr(setup, name) for name in REMEMBERED})
             yield
         self._note_skipped(name, before, data)
 
@@ -168,11 +182,3 @@ def warn_of_skipped(data: ImageData) -> None:
 def image_of_noise(config: InputConfig, device: str) -> Tensor:
     """(1, channels, height, width) on `device`, uniform in [0, 1), always the same."""
     return torch.rand(1, *config.input_size, generator=torch.Generator().manual_seed(0)).to(device)
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_jsonable(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

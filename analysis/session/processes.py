@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -44,6 +44,11 @@ class Processes:
             self.fail(error)
         self.agree(None)
         return result
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns in the process of rank 0, which alone does it; its InputError is raised in all."""
+        found: list[Any] = self.gather(self.together(lambda: work() if self.rank == 0 else None))
+        return found[0]
 
     def fail(self, error: InputError) -> NoReturn:
         """Raise the error in all processes; the others call `agree` or `fail` at this point too."""

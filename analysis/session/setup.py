@@ -1,4 +1,4 @@
-"""The options that `stats`, `sensitivity`, `eval` and `train` share, and what a run folder knows of them."""
+"""The options that all steps on a model and images share, and what a run folder knows of them."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def _run_ablation(ablation: Ablation, setup: Setup, processes: Processes, only: 
     wanted = [job for job in jobs if not only or job.subject in only]
     with resumable(lambda: _kept(out, wanted) if main else ""):
         for number, job in enumerate(wanted, start=1):
-            done = processes.gather(_told(ablation, job, setup, f"{number} of {len(wanted)}", processes))[0]
-            if not done:
+            place = f"{number} of {len(wanted)}"
+            if not processes.by_first(partial(_is_told, ablation, job, setup, place)):
                 _train(ablation, job, setup, processes)
                 if main:
                     _note(Run(out / job.subject), job)
@@ -60,17 +61,11 @@ def _run_ablation(ablation: Ablation, setup: Setup, processes: Processes, only: 
     say(f"the ablation is in {out}: ablation.csv, summary.csv, ablation.png", quiet=quiet)
 
 
-def _told(ablation: Ablation, job: Job, setup: Setup, place: str, processes: Processes) -> bool:
-    """Whether the training is finished, as rank 0 finds and says it: the others may look while it writes."""
+def _is_told(ablation: Ablation, job: Job, setup: Setup, place: str) -> bool:
+    """Say which training comes now; whether it is finished."""
     run = Run(setup.run / job.subject)
-
-    def done() -> bool:
-        if processes.rank > 0:
-            return False
-        _forget_deleted(run, job)
-        return _is_done(run, job)
-
-    finished = processes.together(done)
+    _forget_deleted(run, job)
+    finished = _is_done(run, job)
     step = 0 if finished else last_step(run.path / f"qat-{job.name}" / "checkpoints")
     state = ": finished already" if finished else f": goes on after step {step:,}" if step else ""
     say(f"== {place}: {job.subject}, {ablation.arms[job.arm].title}, seed {job.seed}{state}", quiet=setup.quiet)
@@ -91,6 +86,7 @@ def _forget_deleted(run: Run, job: Job) -> None:
     """Let run.json forget a training whose folder the user has deleted, so that it is made anew."""
     name = f"qat-{job.name}"
     if name in run.record.steps and not (run.path / name).exists():
+        run.write_json(_NOTES, {key: note for key, note in _noted(run).items() if key != job.name})
         run.edit(lambda now: replace(now, steps={key: step for key, step in now.steps.items() if key != name}))
 
 

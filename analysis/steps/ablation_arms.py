@@ -46,13 +46,16 @@ def request_of(setup: Setup, subject: Subject, arm: Arm, job: Job, processes: Pr
 
 def _planned(setup: Setup, subject: Subject, arm: Arm, like: str, key: str, processes: Processes) -> Path:
     """The planner's bits at the budget of `like`; the sweep behind them, shared, is made where it is not there."""
-    file, main = setup.run / f"plan-{like}-{arm.layout}-{key}.json", processes.rank == 0
-    if not processes.gather(file.exists())[0]:
+    file = setup.run / f"plan-{like}-{arm.layout}-{key}.json"
+
+    def images() -> int:
+        return open_run(setup, needs_data=True).images("train", None, at_most=subject.sweep_images).images
+
+    if not processes.by_first(file.exists):
         sweep = SweepConfig(bit_widths=subject.sweep_bits, batchnorm="re-estimate")
-        images = open_run(setup, needs_data=True).images("train", None, at_most=subject.sweep_images).images
-        run_sensitivity(replace(setup, images=images), sweep, tensors=TENSORS)
+        run_sensitivity(replace(setup, images=processes.by_first(images)), sweep, tensors=TENSORS)
         request = PlanRequest(like=like, layout=arm.layout, out=file, quiet=True)
-        processes.together(lambda: run_plan(setup.run, request) if main else None)
+        processes.by_first(lambda: run_plan(setup.run, request))
     if arm.per_head:
         return file
     without = setup.run / f"{file.stem}-per-tensor.json"
@@ -61,7 +64,7 @@ def _planned(setup: Setup, subject: Subject, arm: Arm, like: str, key: str, proc
         plan = BitPlan.from_json(file.read_text(encoding="utf-8"), source=str(file))
         write_bytes(without, _without_heads(plan).to_json().encode())
 
-    processes.together(lambda: write() if main else None)
+    processes.by_first(write)
     return without
 
 
@@ -70,13 +73,15 @@ def _one_scale_a_tensor(setup: Setup, arm: Arm, uniform: str, key: str, processe
     file = setup.run / f"plan-{uniform}-{arm.layout}-{key}-per-tensor.json"
 
     def make() -> None:
+        if file.exists():
+            return
         made = calibrated(
             open_run(setup, needs_data=True), uniform, layout=arm.layout, calibration_images=CALIBRATION_IMAGES,
             estimator="mse",
         )  # fmt: skip
         write_bytes(file, _without_heads(made.plan).to_json().encode())
 
-    processes.together(lambda: make() if processes.rank == 0 and not file.exists() else None)
+    processes.by_first(make)
     return file
 
 

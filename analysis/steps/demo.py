@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analysis.data import ImageData, batches, load_data, resolve_input
+from analysis.evaluation import logits_of, scores
 from analysis.models import ModelSource, load_model
 from analysis.planning.request import PlanRequest
 from analysis.runs import Run
@@ -31,7 +32,6 @@ from analysis.steps.sensitivity import run_sensitivity
 from analysis.steps.stats import run_stats
 from analysis.steps.train import run_train
 from analysis.storage.files import write_atomic
-from analysis.sweeps.evaluation import logits_of, scores
 from analysis.terminal.console import resumable
 from analysis.training.request import TrainRequest
 from quant.config import QATConfig

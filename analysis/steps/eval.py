@@ -1,13 +1,12 @@
 """`qvw eval`: accuracy of the floating-point model, of a plan or uniform bits without training, of a trained model."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from analysis.data import ImageData
@@ -15,11 +14,10 @@ from analysis.inputs.weights import weights_sha256
 from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.setup import Setup
-from analysis.steps.eval_batches import evaluated, log_name, log_names
+from analysis.steps.eval_log import evaluated, log_name, log_names
 from analysis.steps.eval_request import EvalRequest
 from analysis.steps.export import load_checkpoint_
 from analysis.steps.verify_rows import keep_row, show_rows, verify_row, verify_rows
-from analysis.storage.files import RowLog
 from analysis.storage.input_changes import input_changes
 from analysis.terminal.console import warn
 from analysis.training.calibration import calibrated, read_plan, running_quantized, warn_of_fewer
@@ -41,9 +39,12 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
     text = plan if plan is None or isinstance(plan, str) else plan.to_json()
     options["plan_sha256"] = None if text is None else hashlib.sha256(text.encode()).hexdigest()
     options["checkpoint_sha256"] = None if request.checkpoint is None else _trained_sha256(opened, sites)
-    fixed = _fixed(opened, data, options)
-    log = log_name(fixed)
-    with opened.step("eval", data, _of_other_images(opened, data), options, temporary=(log,)):
+    asked = {
+        name: value for name, value in options.items() if name not in ("plan_file", "checkpoint")
+    }  # wherever they lie
+    of_other_images = _of_other_images(opened, data)
+    with opened.step("eval", data, (), options, temporary=(log_name(asked),), renew=True):
+        opened.run.remove([log_name(asked), *of_other_images] if setup.overwrite else ())
         running: Any = nullcontext()
         calibration: Sequence[Tensor] = ()
         if plan is not None:
@@ -55,7 +56,7 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
             sites, calibration = made.plan.sites, made.images
             running = running_quantized(opened, made, request.batchnorm)
         with running:
-            per_image = evaluated(opened, data, RowLog(opened.run.path / log), fixed, calibration)
+            per_image = evaluated(opened, data, asked, calibration)
         kind = _kind(request, opened.run.path)
         how = request.estimator if plan is not None else "learned" if sites else "none"
         batchnorm = "stored" if plan is None else request.batchnorm
@@ -69,25 +70,15 @@ def _trained_sha256(opened: Opened, sites: Sequence[PlannedSite]) -> str:
     return hashlib.sha256(f"{weights_sha256(opened.model)} {sites!r}".encode()).hexdigest()
 
 
-def _fixed(opened: Opened, data: ImageData, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What fixes the scores but for the calibration's images; where a plan or checkpoint lies does not."""
-    return {
-        **opened.inputs(data),
-        **{name: value for name, value in options.items() if name not in ("plan_file", "checkpoint")},
-        "model": opened.record.name, "kwargs": dict(opened.record.kwargs),
-        "device": torch.device(opened.setup.device).type,
-    }  # fmt: skip
-
-
 def _of_other_images(opened: Opened, data: ImageData) -> Sequence[str]:
-    """The files that `--overwrite` has to remove: rows, and unfinished evaluations, of other images."""
+    """The files that `--overwrite` has to remove: rows and unfinished evaluations, where they are of other images."""
     before = opened.run.record.steps.get("eval")
-    if not opened.setup.overwrite or (before and not input_changes(before.inputs, opened.inputs(data))):
+    if not opened.setup.overwrite or before is None or not input_changes(before.inputs, opened.inputs(data)):
         return ()
     rows = verify_rows(opened)
     if rows:
         warn(f"--overwrite removes {len(rows)} rows of verify.parquet, measured on other images.")
-    return [*(["verify.parquet"] if rows else []), *log_names(opened.run.path)]
+    return [*(["verify.parquet"] if rows else []), *log_names(opened.run)]
 
 
 def _kind(request: EvalRequest, run: Path) -> str:

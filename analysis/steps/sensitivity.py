@@ -86,8 +86,8 @@ def _run_sensitivity(
         step = opened.step("sensitivity", work.data, (*FILES, *sorted(path.name for path in logs)), options)
     with ExitStack() as during:
         processes.together(lambda: during.enter_context(step))
-        finished = processes.together(lambda: _finished(opened, work.data) if main else [])
-        rows = {row_key(row): row for row in processes.gather(finished)[0]}
+        finished = processes.by_first(lambda: _finished(opened, work.data))
+        rows = {row_key(row): row for row in finished}
         missing = [key for key in work.keys if row_key(key) not in rows]
         there = len(work.keys) - len(missing)
         if main and there:

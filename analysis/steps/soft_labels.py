@@ -114,10 +114,7 @@ def _ask(
     quiet, world = opened.setup.quiet, processes.world
     starts = range(first, header.records, header.batch_size)
     batches = _batches(data, header, opened.input_config, starts[processes.rank :: world], opened.setup.num_workers)
-    with progress(header.records, "soft labels", "crop", quiet=quiet) as bar:
-        if first:
-            say(f"goes on after {first:,} of {header.records:,} crops", quiet=quiet)
-        bar.update(first)
+    with progress(header.records, "soft labels", "crop", quiet=quiet, done=first) as bar:
         for _ in range(0, len(starts), world):
             own = processes.together(lambda: [_answered(opened, header, parts) for parts in islice(batches, 1)])
             for answered in (one for each in processes.gather(own) for one in each):

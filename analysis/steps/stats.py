@@ -47,8 +47,10 @@ def run_stats(setup: Setup) -> None:
 def _run_stats(setup: Setup, processes: Processes) -> None:
     opened, data = processes.together(lambda: _opened(setup))
     run, main = opened.run, processes.rank == 0
-    done = not setup.overwrite and run.is_done("stats", opened.inputs(data))
-    if not processes.gather(done)[0]:
+    if processes.by_first(lambda: not setup.overwrite and run.is_done("stats", opened.inputs(data))):
+        if main:
+            run.remove(kept_files(run, 0))  # a kill between the record and the removal leaves them
+    else:
         _measure_and_write(opened, data, processes)
     if main:
         stats = run.read_table("stats")
@@ -67,8 +69,8 @@ def _measure_and_write(opened: Opened, data: ImageData | None, processes: Proces
     """
     run, main = opened.run, processes.rank == 0
     before = run.record
-    finished = "stats" in before.steps and run.is_done("stats", before.steps["stats"].inputs)
-    earlier = processes.gather(finished)[0]
+    step = before.steps.get("stats")
+    earlier = processes.by_first(lambda: step is not None and run.is_done("stats", step.inputs))
     kept = kept_files(run, processes.world)
     with ExitStack() as afterwards, ExitStack() as during:
 
@@ -79,9 +81,9 @@ def _measure_and_write(opened: Opened, data: ImageData | None, processes: Proces
                 run.remove(kept if opened.setup.overwrite else ())
 
         processes.together(start)
-        if main:  # both run after the step has noted how it ended
+        if main and earlier:  # both run after the step has noted how it ended
             afterwards.callback(opened.put_back, "stats", before)
-            afterwards.callback(run.remove, kept if earlier else ())
+            afterwards.callback(run.remove, kept)
         work = None
         if data is not None:
             work = begin(opened, data, start_activations(_described(opened)), processes)
@@ -145,13 +147,10 @@ def _share(
 
     if waiting and rank > 0:
         first_of_all()
-    with progress(data.images, "statistics", "image", quiet=setup.quiet) as bar:
-        there = min(passed.batches * size * world, data.images)
-        if there:
-            say(f"goes on after {there:,} of {data.images:,} images", quiet=setup.quiet)
-        bar.update(there)
+    there = min(passed.batches * size * world, data.images)
+    with progress(data.images, "statistics", "image", quiet=setup.quiet, done=there) as bar:
         for images, _, paths in shared_batches(
-            data, batch_size=size, num_workers=setup.num_workers, rank=rank + passed.batches * world, world=world
+            data, batch_size=size, num_workers=setup.num_workers, first=rank + passed.batches * world, every=world
         ):
             if len(paths):
                 yield images.to(setup.device), paths

@@ -1,7 +1,5 @@
 """The statistics that `qvw stats` measures: kept in the run folder from time to time, taken up by the next start."""
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +13,7 @@ from analysis.session.opened import Opened
 from analysis.session.processes import Processes
 from analysis.session.setup import Setup
 from analysis.statistics.kept_stats import NotTakenUpError, Passed, load_stats, save_stats
-from analysis.storage.input_changes import plain
-from analysis.storage.run_record import versions
+from analysis.storage.own_rows import json_sha256
 from analysis.terminal.console import resumable, warn
 from quant.errors import InputError, first_line
 from quant.site import Site
@@ -91,8 +88,7 @@ class StatsInWork:
 
         def kept() -> str:
             count = min(self._saved.batches * setup.batch_size * processes, images)
-            hint = " (leave out --overwrite, which starts anew)" if setup.overwrite else ""
-            return f"{count:,} of {images:,} images{hint}" if count else ""
+            return f"{count:,} of {images:,} images" if count else ""
 
         with resumable(kept):
             try:
@@ -105,8 +101,9 @@ class StatsInWork:
 def begin(opened: Opened, data: ImageData, running: dict[Site, RunningStats], processes: Processes) -> StatsInWork:
     """The work as an earlier start left it; where that cannot be used in one process, all begin with `running`."""
     rank, world, size = processes.rank, processes.world, opened.setup.batch_size
-    identity = opened.inputs(data) | {"network_sha256": _network(opened, running)} | versions()
-    identity |= {"processes": world, "process": rank}
+    sites = [[*site, stats.groups] for site, stats in running.items()]
+    identity = opened.identity(data) | {"processes": world, "process": rank}
+    identity["sites_sha256"] = json_sha256({"sites": sites})
     path = opened.run.path / _file(rank)
     work, problem = StatsInWork(path, identity, running), ""
     if path.exists():
@@ -115,20 +112,11 @@ def begin(opened: Opened, data: ImageData, running: dict[Site, RunningStats], pr
         except NotTakenUpError as error:
             problem = f"{path} {error}: the statistics start anew."
     first = next(filter(None, processes.gather(problem)), None)
+    passed = processes.gather(work.passed.batches)
+    if all(passed):
+        return work
+    if any(passed) and first is None:
+        first = "a process was stopped before it had kept anything: the statistics start anew."
     if first is not None and rank == 0:
         warn(first)
-    if all(processes.gather(work.passed.batches)):
-        return work
     return StatsInWork(path, identity, running)
-
-
-def _network(opened: Opened, running: Mapping[Site, RunningStats]) -> str:
-    """What tells the network apart beside its weights: how it was built, and what of it is measured.
-
-    The text of a user's factory counts too: a forward that was mended since makes other activations of equal weights.
-    """
-    record = opened.record
-    source = b"" if record.factory is None else Path(record.factory.rpartition(":")[0]).read_bytes()
-    sites = [[*site, stats.groups] for site, stats in running.items()]
-    built = plain({"name": record.name, "kwargs": record.kwargs, "sites": sites})
-    return hashlib.sha256(json.dumps(built, sort_keys=True).encode() + source).hexdigest()

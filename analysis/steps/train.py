@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from analysis.evaluation import logits_of, scores
 from analysis.inputs.training_data import TrainingImages, training_batches
 from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.processes import work_together
 from analysis.session.setup import Setup
 from analysis.steps.verify_rows import drop_rows, keep_row, show_rows, verify_row
-from analysis.sweeps.evaluation import logits_of, scores
 from analysis.terminal.console import progress, resumable, say, warn
 from analysis.training.calibration import calibrated, warn_of_fewer
 from analysis.training.request import TrainRequest
@@ -148,10 +148,7 @@ def _train(
         checkpoints=folder / "checkpoints", calibration=calibration,
     )  # fmt: skip
     quiet = setup.quiet or not accelerator.is_main_process
-    with progress(task.steps, f"train {request.folder}", "step", quiet=quiet) as bar:
-        bar.update(first)
-        if first:
-            say(f"goes on after step {first:,} of {task.steps:,}", quiet=quiet)
+    with progress(task.steps, f"train {request.folder}", "step", quiet=quiet, done=first) as bar:
         for report in reports:
             if accelerator.is_main_process:
                 rows.append(report)

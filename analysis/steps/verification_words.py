@@ -5,9 +5,8 @@ from statistics import mode
 
 import pandas as pd
 
-from analysis.figures.verification import plan_names
 from analysis.planning.budget_kinds import amount
-from analysis.planning.verdicts import listed, verdict
+from analysis.planning.verdicts import listed, plan_names, verdict
 from analysis.terminal.console import as_text
 from quant.bit_plan import BitPlan
 

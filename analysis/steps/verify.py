@@ -1,7 +1,6 @@
 """`qvw plan --verify`: the plan beside others at the same budget, calibrated, not trained, on validation images."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,6 +12,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from analysis.data import ImageData
+from analysis.evaluation import compare_logits, logits_of, mean_and_error, scores
 from analysis.figures.panels import figure_files, save_figure
 from analysis.figures.verification import verification_figure
 from analysis.planner import plan_bits
@@ -28,8 +28,7 @@ from analysis.steps.plan_files import PlanFiles
 from analysis.steps.verification_words import verification_words
 from analysis.steps.verify_rows import keep_row, verify_row
 from analysis.storage.columns import VERIFICATION_COLUMNS, VERIFY_COLUMNS
-from analysis.storage.files import RowLog
-from analysis.sweeps.evaluation import compare_logits, logits_of, mean_and_error, scores
+from analysis.storage.own_rows import OwnRows
 from analysis.terminal.console import progress, resumable
 from analysis.training.calibration import Calibrated, calibrated, running_quantized
 from quant.batchnorm import batchnorm_reestimated, batchnorms
@@ -92,9 +91,8 @@ def run_verify(
     """Measure each plan, add its row to verify.parquet and to verification.parquet; returns the comparison in words.
 
     `measured` are the rows of sensitivity.parquet whose sums are the predictions, `products` those of the interactions
-    that the plan counts. Predictions are compared on the
-    images of the sweep, accuracy is that of the validation split. Plans of the same bits are measured once, and those
-    that were measured before an interrupt are not measured again.
+    that the plan counts. Predictions are compared on the images of the sweep, accuracy is that of the validation split.
+    Plans of the same bits are measured once, and those that were measured before an interrupt are not measured again.
     """
     opened = _opened(setup)
     data = opened.images("val" if setup.split is None else setup.split, setup.images)
@@ -106,15 +104,14 @@ def run_verify(
               "estimator": estimator, "batchnorm": treatment}  # fmt: skip
     partial, verification = files.in_run("verification.partial.jsonl"), files.in_run("verification")
     step = "verify" if files.is_own else f"verify-{files.name.removeprefix('plan-')}"
-    log = RowLog(opened.run.path / partial)
-    fixed = hashlib.sha256(json.dumps(opened.inputs(data) | inputs, sort_keys=True).encode()).hexdigest()
+    log = OwnRows(opened.run.path / partial, opened.identity(data) | inputs)
     made_files = (f"{verification}.parquet", *figure_files(verification))
     with (
         opened.step(step, data, made_files, {"plans": _names(others)}, inputs, temporary=(partial,), renew=True),
         progress(len(others) + 1, "verify", "plan", quiet=setup.quiet) as bar,
-        resumable(lambda: _kept(log, fixed)),
+        resumable(lambda: _kept(log)),
     ):
-        known = {row["bits"]: row for row in log.read(damaged=True) if row and row["inputs"] == fixed}
+        known = {row["bits"]: row for row in log.read()[0]}
         clean: Tensor | None = None
         rows = []
         for kind, each in ((kind, each) for kind, some in plans.items() for each in some):
@@ -131,8 +128,8 @@ def run_verify(
                     figures = _measured(
                         opened, made, kind, batches.get(), sweep_batches.get(), clean, estimator, treatment
                     )
-                known[_bits(each)] = figures | {"inputs": fixed, "bits": _bits(each)}
-                log.append([known[_bits(each)]])
+                known[_bits(each)] = figures | {"bits": _bits(each)}
+                log.append(known[_bits(each)])
             own = known[_bits(each)]
             keep_row(opened, own["verify"] | {"plan": kind})
             row = _row(own, known[_bits(plan)], each, measured, products)
@@ -147,9 +144,9 @@ def run_verify(
     return verification_words(table, plan, others)
 
 
-def _kept(log: RowLog, fixed: str) -> str:
+def _kept(log: OwnRows) -> str:
     """What an interrupted verification leaves for the next start, in words."""
-    count = sum(1 for row in log.read(damaged=True) if row and row["inputs"] == fixed)
+    count = len(log.read()[0])
     return f"the plan, and what was measured of {count} plans" if count else ""
 
 
@@ -179,7 +176,7 @@ def _opened(setup: Setup) -> Opened:
 def _sweep_images(opened: Opened) -> ImageData:
     """The images on which the sensitivities were measured; InputError where they are not those any more."""
     swept = opened.run.record.steps["sensitivity"].inputs
-    data = opened.images(str(swept["split"]), int(swept["images"]))
+    data = opened.images(str(swept["split"]), None, at_most=int(swept["images"]))
     if data.sha256 != swept["images_sha256"]:
         raise InputError(
             f"{data.spec} does not hold the images of the sweep any more (sha256 {data.sha256[:12]}, expected "

@@ -6,11 +6,11 @@ from typing import Any
 import pandas as pd
 
 from analysis.cost import cost_table
+from analysis.evaluation import Scores, mean_and_error
 from analysis.planning import accounting
 from analysis.planning.verdicts import ONLY_COMPARED
 from analysis.session.opened import Opened
 from analysis.storage.columns import VERIFY_COLUMNS
-from analysis.sweeps.evaluation import Scores, mean_and_error
 from analysis.terminal.console import as_text, say
 from quant.batchnorm import batchnorms
 from quant.bit_plan import PlannedSite

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from analysis.evaluation import compare_logits, logits_of
 from analysis.replay import Replay, find_cuts
 from analysis.sensitivity import quantized_sites
 from analysis.sweeps.cuts import Cut
-from analysis.sweeps.evaluation import compare_logits, logits_of
 from analysis.sweeps.noise import CleanOutputs, MeasuredQuantizer, Noise, output_noise
 from quant.batchnorm import batchnorm_kept, batchnorms, reestimate_batchnorm_
 from quant.calibrate import ActivationSample, default_scheme, make_quantizer, observe_activations

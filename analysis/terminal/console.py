@@ -20,12 +20,17 @@ class _Lines(tqdm):
             self.fp.flush()
 
 
-def progress(total: int, what: str, unit: str, *, quiet: bool) -> tqdm:
-    """A bar on standard error, or a line a minute where that is no terminal; silent if `quiet`."""
+def progress(total: int, what: str, unit: str, *, quiet: bool, done: int = 0) -> tqdm:
+    """A bar on standard error, or a line a minute where that is no terminal; silent if `quiet`.
+
+    Where an earlier start has `done` some of it, it says so, and the time to go is that of the rest.
+    """
+    if done:
+        say(f"goes on after {done:,} of {total:,} {unit}s", quiet=quiet)
     if quiet or sys.stderr.isatty():
-        return tqdm(total=total, desc=what, unit=f" {unit}", disable=quiet, leave=False)
+        return tqdm(total=total, initial=done, desc=what, unit=f" {unit}", disable=quiet, leave=False)
     return _Lines(
-        total=total, desc=what, unit=f" {unit}", leave=False, delay=60, mininterval=60, miniters=1,
+        total=total, initial=done, desc=what, unit=f" {unit}", leave=False, delay=60, mininterval=60, miniters=1,
         bar_format="{desc}: {n_fmt} of {total_fmt}{unit}s after {elapsed}, {remaining} to go",
     )  # fmt: skip
 

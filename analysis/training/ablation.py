@@ -9,6 +9,7 @@ from scipy import stats
 from analysis.runs import Run
 from analysis.storage.columns import HISTORY_COLUMNS, OSCILLATION_COLUMNS
 from analysis.training.ablation_config import Ablation, Job
+from quant.errors import InputError
 
 RESULT_COLUMNS = (
     "subject", "arm", "seed", "weight_bits", "activation_bits", "val_images", "top1_start", "top1_last", "top1_best",
@@ -39,7 +40,13 @@ def result(run: Run, job: Job) -> dict[str, object]:
         "images_per_second": val["images"].iloc[-1] / max(val["seconds"].iloc[-1], 1e-9),
     }  # fmt: skip
     verify = run.read_table("verify")
-    measured = verify[verify["plan"] == f"qat-{job.name}"].iloc[-1]
+    rows = verify[verify["plan"] == f"qat-{job.name}"]
+    if rows.empty:
+        raise InputError(
+            f"{run.path / 'verify.parquet'} has no row of qat-{job.name} any more. Measure it anew: `qvw eval --run "
+            f"{run.path} --checkpoint {run.path / f'qat-{job.name}'}`."
+        )
+    measured = rows.iloc[-1]
     row |= {name: measured[name] for name in ("weight_bits", "activation_bits")} | {"val_images": measured["images"]}
     oscillation = run.read_table(f"qat-{job.name}/oscillation", OSCILLATION_COLUMNS)
     last = oscillation[oscillation["step"] == oscillation["step"].max()]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from analysis.data import ImageData
-from analysis.inputs.weights import TEACHER_OPTIONS, weights_sha256
+from analysis.inputs.option_names import TEACHER_OPTIONS
+from analysis.inputs.weights import weights_sha256
 from analysis.models import ModelSource, load_model
 from analysis.session.opened import Opened
 from analysis.terminal.console import warn
