@@ -1,6 +1,7 @@
 """`qvw`: from a model and images to statistics, sensitivity, a bit plan and its accuracy. One function a command."""
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,8 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "DataLoader worker" not in str(error):
             raise
         code = _complain(
-            "qvw: error: a process that reads images was killed, most often for want of memory. Give fewer "
-            "--num-workers (0: none); what was kept of the work is used by the same command."
+            f"qvw: error: {_who()} was killed, most often for want of memory. Give fewer --num-workers (0: none); what "
+            "was kept of the work is used by the same command."
         )
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -152,6 +153,12 @@ def _kept(error: BaseException, arguments: Sequence[str]) -> str:
         return "Nothing new was kept: the same command starts where this one did."
     but = ", without --overwrite (which starts anew)" if "--overwrite" in arguments else ""
     return f"Kept: {'; '.join(notes)}. The same command goes on from there{but}."
+
+
+def _who() -> str:
+    """Whose end ends the readers of images: torchrun, too, stops all when one of its processes has ended."""
+    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "another process of this command, or one that reads images," if together else "a process that reads images"
 
 
 def _complain(message: str) -> int:

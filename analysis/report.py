@@ -124,7 +124,7 @@ def sections(contents: Sequence[RunContent], variation: Sequence[Picture] | None
 
 def _summary(content: RunContent) -> Part:
     missing = list(_left_out(content, "verify"))
-    found = set() if content.verify is None else set(content.verify["plan"])
+    found = {row["plan"] for row in report_summary.evaluations(content)}
     if "float" not in found:
         missing.append(f"The network in floating point was not evaluated yet: {_command(content, 'eval', '--float')}.")
     if "planned" not in found and content.plan is not None:

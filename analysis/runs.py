@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 
-from analysis.storage.files import json_scalar, write_atomic, writing
+from analysis.storage.files import json_scalar, remove_unfinished, write_atomic, writing
 from analysis.storage.input_changes import input_changes, plain
 from analysis.storage.locks import exclusive, taking_turns
 from analysis.storage.run_record import ModelRecord, RunRecord, StepRecord, git_commit, versions
@@ -129,6 +129,7 @@ class Run:
                     f"{self.path} holds an unfinished {name} ({', '.join(unknown)}), but run.json has no record of the "
                     "inputs that it began with. Put run.json back, or start anew with `--overwrite`."
                 )
+            remove_unfinished(self.path)
             files = [*files, *temporary]
             if overwrite:
                 self.remove([*files, *(old.files if old is not None else [])])
@@ -235,7 +236,7 @@ class Run:
         for file in files:
             path = self._inside(file)
             with writing(path):
-                if path.is_dir():
+                if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
@@ -243,7 +244,8 @@ class Run:
     def _inside(self, file: str) -> Path:
         """The path of a file of the run folder; InputError where run.json was edited so that it names another."""
         path = self.path / file
-        if self.path.resolve() not in path.resolve().parents:
+        folder, own = path.parent.resolve(), self.path.resolve()  # of a link its own place counts
+        if path.name in ("", ".", "..") or own not in (folder, *folder.parents):
             raise InputError(f"{self.path / 'run.json'} names {file!r}, which lies outside the run folder. Mend it.")
         return path
 

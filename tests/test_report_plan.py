@@ -10,10 +10,9 @@ import pandas as pd
 import pytest
 
 from analysis.page.cells import DASH
-from analysis.page.content import read_run
+from analysis.page.content import belongs, read_run
 from analysis.page.plan import (
     MOST_ROWS,
-    belongs,
     front_sentences,
     front_tables,
     objective,
@@ -21,6 +20,7 @@ from analysis.page.plan import (
     verification_sentences,
     verification_table,
 )
+from analysis.page.summary import deciding, evaluated, evaluations, readings
 from analysis.planning.pareto import knee
 from analysis.report import report_html, sections
 from analysis.steps import plan as plan_step
@@ -286,3 +286,20 @@ def test_the_chart_of_bits_has_the_budget_in_its_title(planned):
     assert plan["budget"] == {"weight_bits": 3.5, "activation_bits": 4.5}
     svg = (planned / "plan.svg").read_text()
     assert "bits by site, budget 3.5 mean weight bits and 4.5 mean activation bits" in svg
+
+
+def test_a_row_of_another_plan_is_not_told_as_the_plan_s(planned):
+    """Where plan.json was written anew the page says whose the old rows are, and judges by none of them."""
+    content = read_run(planned, "mine")
+    assert "planned" in {row["plan"] for row in evaluations(content)}
+    (told,) = readings([content])
+    assert told.startswith("Without training the plan of mine is by")
+    totals = replace(content.plan.totals, size_bytes=content.plan.totals.size_bytes + 1)
+    anew = replace(content, plan=replace(content.plan, totals=totals))
+    assert {"planned", "other"} & {row["plan"] for row in evaluations(anew)} == {"other"}
+    assert "bits of another plan, without training" in {row[0].text for row in evaluated(anew).rows}
+    assert readings([anew]) == ()
+    figures = {row[0].text for row in deciding([anew]).rows}
+    assert not [name for name in figures if name.startswith(("top-1 of the plan", "plan ahead"))]
+    missing = [line for section in sections([anew]) for part in section.parts for line in part.missing]
+    assert [line for line in missing if line.startswith("The plan was not evaluated yet")]

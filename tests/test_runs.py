@@ -481,3 +481,43 @@ def test_row_log_that_ran_out_of_space_keeps_its_rows(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert same(log.read(), ROWS)
+
+
+def test_what_killed_writes_have_left_is_removed(tmp_path):
+    """By the next step, if no process of that number runs and the file is a minute old; other hidden files stay."""
+    (tmp_path / "run").mkdir()
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    number = int(dead.stdout)
+    left, young, running, other = (
+        tmp_path / "run" / name
+        for name in (f".stats.{number}.tmp.parquet", f".run.{number}.tmp.json", f".plan.{os.getpid()}.tmp.json", ".tmp")
+    )
+    for path in (left, young, running, other):
+        path.write_bytes(b"half")
+        if path != young:
+            os.utime(path, (0, 0))
+    with start(Run(tmp_path / "run"), inputs={}, files=[]):
+        assert not left.exists()
+    assert [path.exists() for path in (young, running, other)] == [True, True, True]
+
+
+def test_a_link_in_place_of_a_file_is_removed_itself(tmp_path):
+    """Wherever it leads, or nowhere; a name outside of the folder is refused as before."""
+    run = Run(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_bytes(b"x")
+    for name, target in (
+        ("nowhere", "missing"),
+        ("folder", tmp_path / "elsewhere"),
+        ("file", tmp_path / "elsewhere/file"),
+    ):
+        (tmp_path / "run" / name).symlink_to(target)
+    run.remove(["nowhere", "folder", "file"])
+    assert not list((tmp_path / "run").iterdir())
+    assert (tmp_path / "elsewhere" / "file").exists()
+    for outside in ("../elsewhere", "..", ".", "a/../../elsewhere"):
+        with pytest.raises(InputError, match="lies outside the run folder"):
+            run.remove([outside])

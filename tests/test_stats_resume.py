@@ -23,7 +23,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from analysis.cli import main
+from analysis.data import ChosenImages
 from analysis.running_stats import RunningStats
+from analysis.runs import Run
 from analysis.statistics.kept_stats import NotTakenUpError, Passed, load_stats, save_stats
 from analysis.steps import stats_in_work
 from quant.site import Site
@@ -521,3 +523,42 @@ def test_two_processes_go_on_to_the_same_tables(subject, tmp_path, capfd):
     assert "was begun with other inputs (processes: 2 -> 1): the statistics start anew." in printed.err
     assert "goes on" not in printed.out
     assert_same_tables(tmp_path / "alone", subject.whole)
+
+
+def test_results_stay_valid_until_an_overwrite_has_measured_all(subject, tmp_path, monkeypatch):
+    """A kill at any batch finds tables and record as they were."""
+    run = Path(shutil.copytree(subject.whole, tmp_path / "run"))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    seen = []
+
+    def noted(self, passed):
+        seen.append({path.name: path.read_bytes() for path in run.iterdir()})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stats_in_work.StatsInWork, "note", noted)
+        assert qvw(*subject.command(run, "--overwrite", "--batch-size", 16)) == 0
+    assert len(seen) == 5
+    assert all(files == before for files in seen)
+    assert json.loads((run / "run.json").read_text())["steps"]["stats"]["inputs"]["batch_size"] == 16
+
+
+@pytest.mark.parametrize("table", ["channels", "stats"])
+def test_an_interrupt_among_the_tables_costs_no_image(table, subject, tmp_path, monkeypatch, capfd):
+    """With finished results before or without: all that was measured is kept, and the next start writes the tables."""
+    write = Run.write_table
+
+    def interrupted(self, name, frame):
+        if name == table:
+            raise KeyboardInterrupt
+        write(self, name, frame)
+
+    again = Path(shutil.copytree(subject.whole, tmp_path / "again"))
+    for run, options in ((again, ["--overwrite"]), (tmp_path / "new", [])):
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "write_table", interrupted)
+            assert qvw(*subject.command(run, *options)) == 130
+        assert "Kept: 78 of 78 images" in capfd.readouterr().err
+        with monkeypatch.context() as patch:
+            patch.setattr(ChosenImages, "__getitem__", None)  # no image is read
+            assert qvw(*subject.command(run)) == 0
+        assert_same_tables(run, subject.whole)

@@ -116,6 +116,13 @@ def read_run(folder: Path, name: str) -> RunContent:
     return content
 
 
+def belongs(content: RunContent, table: pd.DataFrame | None) -> bool:
+    """Whether a table was made with the plan that the run folder now holds; also False where nothing tells."""
+    if content.plan is None or table is None or "plan_sha256" not in table:
+        return False
+    return bool(table["plan_sha256"].iloc[0] == content.plan.sha256)
+
+
 def terms(trainings: Sequence[Training]) -> list[str]:
     """The terms of the loss that were logged, in the order of the tables; those never measured are left out."""
     found: dict[str, None] = {}

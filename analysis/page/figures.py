@@ -19,8 +19,8 @@ from analysis.figures.training import terms_figure, training_figure
 from analysis.figures.variation_panels import variation_figures
 from analysis.figures.verification import verification_figure
 from analysis.page.cells import finite
-from analysis.page.content import RunContent, Training, history_frame, oscillation_frame, terms
-from analysis.page.plan import belongs, objective
+from analysis.page.content import RunContent, Training, belongs, history_frame, oscillation_frame, terms
+from analysis.page.plan import objective
 from analysis.planning.budget_kinds import budget_words
 from analysis.statistics.variation_frames import Measured
 from analysis.sweeps.proxy_correlation import measured_beside

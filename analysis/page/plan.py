@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.page.cells import DASH, Cell, Table, measured, number, text
-from analysis.page.content import RunContent
+from analysis.page.content import RunContent, belongs
 from analysis.planning.budget_kinds import BUDGET_KINDS, amount
 from analysis.planning.pareto import ON_REQUEST, TOTALS, knee
 from analysis.planning.verdicts import listed, plan_names, reading, verdict
@@ -43,13 +43,6 @@ VERIFICATION = (
                                   "that add up to more than their sum."),
     ("KL above the plan's", "The measured KL minus that of the plan, ± one standard error of the difference."),
 )  # fmt: skip
-
-
-def belongs(content: RunContent, table: pd.DataFrame | None) -> bool:
-    """Whether a table was made with the plan that the run folder now holds; also False where nothing tells."""
-    if content.plan is None or table is None or "plan_sha256" not in table:
-        return False
-    return bool(table["plan_sha256"].iloc[0] == content.plan.sha256)
 
 
 def other_plan(content: RunContent, table: pd.DataFrame | None, what: str, option: str) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.page.cells import DASH, Cell, Table, finite, measured, number, text
-from analysis.page.content import RunContent, Training
+from analysis.page.content import RunContent, Training, belongs
 from analysis.page.sensitivity import MOST_SENSITIVE
+from analysis.planning.accounting import FLOAT_BITS
 from analysis.planning.verdicts import ONLY_COMPARED, WORDS, reading
 from analysis.plots import TENSOR_CLASSES
 from analysis.statistics.names import shorten_site
@@ -18,8 +19,10 @@ from analysis.variation import variation
 KINDS = {  # of verify.parquet, in the order of the table
     "float": "floating point",
     "planned": "planned bits, without training",
+    "other": "bits of another plan, without training",  # than plan.json as it is now
     "uniform": "uniform bits, without training",
 }
+COSTS = ("weight_bits", "activation_bits", "size_bytes", "bitops")  # of a row: by them it is known to be of a plan
 
 
 def deciding(contents: Sequence[RunContent]) -> Table:
@@ -81,11 +84,25 @@ def evaluated(content: RunContent) -> Table | None:
 
 
 def evaluations(content: RunContent) -> list[dict[str, Any]]:
-    """Rows of verify.parquet: those of `KINDS` in their order, then trained models; no other baselines."""
+    """Rows of verify.parquet: those of `KINDS` in their order, then trained models; no other baselines.
+
+    A row `planned` that has not the costs of plan.json as it is now is one of the kind `other`.
+    """
     if content.verify is None:
         return []
     rank = {kind: place for place, kind in enumerate(KINDS)}
     rows = [row for row in content.verify.astype({"plan": str}).to_dict("records") if row["plan"] not in ONLY_COMPARED]
+    if content.plan is not None:
+        totals = content.plan.totals
+        costs = (
+            totals.weight_bits or FLOAT_BITS,
+            totals.activation_bits or FLOAT_BITS,
+            totals.size_bytes,
+            totals.bitops,
+        )
+        for row in rows:
+            if row["plan"] == "planned" and tuple(row[cost] for cost in COSTS) != costs:
+                row["plan"] = "other"
     return sorted(rows, key=lambda row: rank.get(row["plan"], len(rank)))
 
 
@@ -99,7 +116,7 @@ def network_label(plan: str, trainings: Iterable[Training]) -> str:
 
 def _plan_beside_uniform(content: RunContent) -> str:
     """What the plan is worth beside uniform bits within its budgets, before training; empty where not verified."""
-    table = content.verification
+    table = content.verification if belongs(content, content.verification) else None
     uniform = None if table is None else table[table["plan"] == "uniform"]
     if table is None or uniform is None or uniform.empty:
         return ""
@@ -177,7 +194,7 @@ def _accuracy(content: RunContent) -> dict[str, str]:
         )
     }
     ahead = DASH
-    if content.verification is not None:
+    if content.verification is not None and belongs(content, content.verification):
         uniform = content.verification[content.verification["plan"] == "uniform"]
         for row in uniform.to_dict("records"):
             ahead = measured(row["planned_ahead"], row["planned_ahead_se"], scale=100, digits=1).text

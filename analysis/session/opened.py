@@ -16,7 +16,7 @@ from analysis.inputs.listing import InputConfig
 from analysis.models import num_classes
 from analysis.runs import Run
 from analysis.session.setup import REMEMBERED, Setup
-from analysis.storage.run_record import ModelRecord, RunRecord, StepRecord, typed_command, versions
+from analysis.storage.run_record import ModelRecord, StepRecord, typed_command, versions
 from analysis.terminal.console import progress, warn
 from quant.errors import InputError
 from quant.site import Site, SiteInfo
@@ -152,12 +152,6 @@ class Opened:
                 run.set_data({name: getattr(setup, name) for name in REMEMBERED})
             yield
         self._note_skipped(name, before, data)
-
-    def put_back(self, name: str, before: RunRecord) -> None:
-        """Let run.json tell of a step, and of its images, what it told `before`, if that step's files are all there."""
-        step = before.steps.get(name)
-        if step is not None and all((self.run.path / file).exists() for file in step.files):
-            self.run.note_step(name, step, data=before.data)
 
     def _note_skipped(self, name: str, before: StepRecord | None, data: ImageData | None) -> None:
         """Name in run.json the images that a step left out, if any; `before` is its record as it stood at the start."""

@@ -63,34 +63,35 @@ def _run_stats(setup: Setup, processes: Processes) -> None:
 
 
 def _measure_and_write(opened: Opened, data: ImageData | None, processes: Processes) -> None:
-    """Take the step; where measuring fails no file was written, and run.json tells of an earlier one as before.
+    """Take the step, measure, write.
 
-    What was measured is then kept for the next start; but not beside the results of an earlier one, which stay valid.
+    What is measured is kept for the next start. Where `--overwrite` meets finished results these stay valid until all
+    is measured: the step is taken then, and nothing is kept before.
     """
     run, main = opened.run, processes.rank == 0
-    before = run.record
-    step = before.steps.get("stats")
-    earlier = processes.by_first(lambda: step is not None and run.is_done("stats", step.inputs))
-    kept = kept_files(run, processes.world)
-    with ExitStack() as afterwards, ExitStack() as during:
+    step, kept = run.record.steps.get("stats"), kept_files(run, processes.world)
+    late = processes.by_first(lambda: opened.setup.overwrite and step is not None and run.is_done("stats", step.inputs))
+    with ExitStack() as during:
 
         def start() -> None:
             if main:
                 options = {"processes": processes.world}
-                during.enter_context(opened.step("stats", data, FILES, options, temporary=kept, renew=True))
-                run.remove(kept if opened.setup.overwrite else ())
+                during.enter_context(opened.step("stats", data, FILES, options, temporary=kept))
 
-        processes.together(start)
-        if main and earlier:  # both run after the step has noted how it ended
-            afterwards.callback(opened.put_back, "stats", before)
-            afterwards.callback(run.remove, kept)
         work = None
+        if late:
+            processes.by_first(lambda: run.remove(kept))
+        else:
+            processes.together(start)
         if data is not None:
-            work = begin(opened, data, start_activations(_described(opened)), processes)
-            if not earlier:
-                during.enter_context(work.saved_at_the_end(opened.setup, data.images, processes.world))
+            work = begin(opened, data, start_activations(_described(opened)), processes, keep=not late)
+            during.enter_context(work.saved_at_the_end(opened.setup, data.images, processes.world))
         tables = _measured(opened, data, work, processes)
-        afterwards.pop_all()  # all is measured: from here on the files are new, and so is what run.json tells
+        if late:
+            processes.together(start)
+        if work is not None:
+            work.keep = True
+            work.save()  # the tables replace one another: a kill among them costs no image
         if main:
             _write(opened, tables)
 

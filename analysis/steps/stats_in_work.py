@@ -42,8 +42,10 @@ class StatsInWork:
     Processes save by clocks of their own: each file stands alone, whatever batch the others have come to.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], running: dict[Site, RunningStats]) -> None:
-        self.path, self.identity, self.running = path, identity, running
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], running: dict[Site, RunningStats], *, keep: bool = True
+    ) -> None:
+        self.path, self.identity, self.running, self.keep = path, identity, running, keep
         self.passed = self._saved = Passed()
         self._noted = self.passed, running
         self._next = time.monotonic() + SECONDS
@@ -68,7 +70,7 @@ class StatsInWork:
     def save(self) -> None:
         """Write what was last noted. A full disk costs no statistics: a warning tells of it, once."""
         passed, running = self._noted
-        if passed.batches == self._saved.batches:
+        if not self.keep or passed.batches == self._saved.batches:
             return
         start = time.monotonic()
         try:
@@ -98,14 +100,16 @@ class StatsInWork:
                 raise
 
 
-def begin(opened: Opened, data: ImageData, running: dict[Site, RunningStats], processes: Processes) -> StatsInWork:
+def begin(
+    opened: Opened, data: ImageData, running: dict[Site, RunningStats], processes: Processes, *, keep: bool
+) -> StatsInWork:
     """The work as an earlier start left it; where that cannot be used in one process, all begin with `running`."""
     rank, world, size = processes.rank, processes.world, opened.setup.batch_size
     sites = [[*site, stats.groups] for site, stats in running.items()]
     identity = opened.identity(data) | {"processes": world, "process": rank}
     identity["sites_sha256"] = json_sha256({"sites": sites})
     path = opened.run.path / _file(rank)
-    work, problem = StatsInWork(path, identity, running), ""
+    work, problem = StatsInWork(path, identity, running, keep=keep), ""
     if path.exists():
         try:
             work.take_up(len(range(rank * size, data.images, world * size)), data.dataset.names)
@@ -119,4 +123,4 @@ def begin(opened: Opened, data: ImageData, running: dict[Site, RunningStats], pr
         first = "a process was stopped before it had kept anything: the statistics start anew."
     if first is not None and rank == 0:
         warn(first)
-    return StatsInWork(path, identity, running)
+    return StatsInWork(path, identity, running, keep=keep)

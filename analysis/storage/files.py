@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ _NO_ACCESS = {
     errno.EEXIST,
     errno.ENAMETOOLONG,
 }
+YOUNG = 60.0
+"""Seconds in which a file may be one that another machine is writing."""
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -44,6 +47,26 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         _fsync_folder(path.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what killed processes of this machine have left in the folder of files that they were writing."""
+    for path in folder.glob(".*.tmp*"):
+        number = path.name.rpartition(".tmp")[0].rpartition(".")[2]
+        with suppress(OSError):
+            if number.isdecimal() and time.time() - path.stat().st_mtime > YOUNG and not _runs(int(number)):
+                path.unlink()
+
+
+def _runs(number: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
