@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from analysis.inputs.weights import TEACHER_OPTIONS, weights_sha256
+from analysis.inputs.option_names import TEACHER_OPTIONS
+from analysis.inputs.weights import weights_sha256
 from analysis.models import ModelSource, classifier_names, load_model, model_names, num_classes
 from quant.errors import InputError
 
