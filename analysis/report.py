@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
 
 from analysis.page import bits, definitions, figures
 from analysis.page import plan as report_plan
@@ -51,28 +51,36 @@ class Section:
     parts: tuple[Part, ...] = ()
 
 
+def page_environment(*folders: Path) -> Environment:
+    """Where templates of pages are found: in `folders`, then among those of the report, whose style any may include."""
+    return Environment(
+        loader=ChoiceLoader([FileSystemLoader(folders), PackageLoader("analysis.page")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def report_html(runs: Sequence[Path], variation: Sequence[Picture] | None = None) -> str:
     """The page of one or more run folders; the same folders give the same page. InputError as `read_runs`.
 
     `variation` are the pictures of how the runs vary, where they are drawn already.
     """
     contents = read_runs(runs)
-    environment = Environment(
-        loader=PackageLoader("analysis.page"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     step = "report" if variation is None else "compare"
-    return environment.get_template("report.html.jinja").render(
-        title=" and ".join(content.name for content in contents),
-        sections=sections(contents, variation),
-        csv_of=table_download,
-        long=LONG,
-        described=[_described(content) for content in contents if content.record.model is not None],
-        command=f"{shlex.join(['qvw', step, *map(str, runs)])} --out DIR",
-        program=f"{PROGRAM} {versions().get(PROGRAM, '')}".rstrip(),
+    return (
+        page_environment()
+        .get_template("report.html.jinja")
+        .render(
+            title=" and ".join(content.name for content in contents),
+            sections=sections(contents, variation),
+            csv_of=table_download,
+            long=LONG,
+            described=[_described(content) for content in contents if content.record.model is not None],
+            command=f"{shlex.join(['qvw', step, *map(str, runs)])} --out DIR",
+            program=f"{PROGRAM} {versions().get(PROGRAM, '')}".rstrip(),
+        )
     )
 
 

@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from analysis.figures.ablation import ablation_figure
 from analysis.page import figures as report_figures
 from analysis.page.content import read_runs
 from analysis.page.figures import Picture
+from analysis.report import page_environment
 
 HERE = Path(__file__).parent
 NETWORKS = ("cifar10_resnet20", "cifar10_vit_d128_l4", "cifar10_swin_e48", "imagenet_mobilenetv1_025")
@@ -48,16 +48,13 @@ def main() -> None:
     kept.write_text(rounded(pd.read_csv(runs / "compare" / "differences.csv")), encoding="utf-8")
     page = HERE / "gallery" / "index.html"
     page.parent.mkdir(exist_ok=True)
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     for old in page.parent.glob("*.webp"):
         old.unlink()
     sections = [
         (title, lead, [drawn(each, page.parent) for each in some]) for title, lead, some in gallery(runs, ablation)
     ]
-    style = (HERE.parent / "analysis" / "templates" / "report.css").read_text(encoding="utf-8")
-    page.write_text(environment.get_template("gallery.html.jinja").render(sections=sections, style=style), "utf-8")
+    template = page_environment(HERE).get_template("gallery.html.jinja")
+    page.write_text(template.render(sections=sections), "utf-8")
     size = sum(file.stat().st_size for file in HERE.rglob("*") if file.is_file())
     print(f"{sum(len(each[2]) for each in sections)} figures in {page}; {size / 2**20:.2f} MiB in {HERE}")
 

@@ -1,7 +1,9 @@
 """README and docs/ say what is there: commands that parse, links that resolve, files that are named, code that runs."""
 
+import importlib.util
 import re
 import shlex
+from importlib import resources
 from pathlib import Path
 
 import click
@@ -156,6 +158,16 @@ def test_python_on_the_pages_is_python():
         for language, code in FENCED.findall(page.read_text(encoding="utf-8")):
             if language == "python":
                 compile(code, named(page), "exec")
+
+
+def test_the_gallery_has_the_style_of_the_report():
+    """reports/build.py imports what there is, and its page includes the report's style sheet, wherever that lies."""
+    spec = importlib.util.spec_from_file_location("build_of_reports", ROOT / "reports" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    page = build.page_environment(build.HERE).get_template("gallery.html.jinja").render(sections=[])
+    style = (resources.files("analysis.page") / "templates" / "report.css").read_text(encoding="utf-8")
+    assert style.strip() in page
 
 
 def test_reports_stay_small_and_tell_no_path_of_a_machine():

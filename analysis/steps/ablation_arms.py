@@ -1,7 +1,5 @@
 """What the arms of an ablation train: the shared options of a network, and the plan files of its arms."""
 
-import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from analysis.session.setup import Setup
 from analysis.steps.plan import run_plan
 from analysis.steps.sensitivity import run_sensitivity
 from analysis.storage.files import write_bytes
+from analysis.storage.own_rows import json_sha256
 from analysis.training.ablation_config import Arm, Job, Subject
 from analysis.training.calibration import calibrated
 from analysis.training.request import TrainRequest
@@ -93,4 +92,4 @@ def _without_heads(plan: BitPlan) -> BitPlan:
 def _key(job: Job) -> str:
     """What tells apart plans of different sweeps, layouts and images; the same for all seeds and settings."""
     fixed = {key: value for key, value in job.fixed.items() if not key.startswith("config.")}
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:8]
+    return json_sha256(fixed)[:8]
