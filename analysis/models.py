@@ -18,10 +18,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from analysis.inputs.model_form import check_form
 from analysis.inputs.option_names import MODEL_OPTIONS, OptionNames
 from analysis.inputs.weights import load_weights_
 from quant.errors import InputError, first_line
+from quant.network import check_form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +68,6 @@ def load_model(source: ModelSource) -> nn.Module:
     return model.eval()
 
 
-def tensors_in(output: object) -> list[Tensor]:
-    """The tensors in what a model returns: a tensor, or tuples, lists and dictionaries of them."""
-    if isinstance(output, Tensor):
-        return [output]
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return [x for part in parts for x in tensors_in(part)]
-
-
 def described(output: object) -> str:
     """What a model returned, in words: shapes of tensors, entries of dictionaries."""
     if isinstance(output, Tensor):
@@ -105,21 +97,6 @@ def num_classes(model: nn.Module) -> int | None:
     """The number of classes of the model's head; None where it does not say or has no head."""
     count = getattr(model, "num_classes", None)
     return count if isinstance(count, int) and count > 0 else None
-
-
-def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """The dotted names of the classifier layers; empty where the model does not say."""
-    modules = dict(model.named_modules())
-    configuration = getattr(model, "pretrained_cfg", None)
-    told = configuration.get("classifier") if isinstance(configuration, dict) else None
-    told = (told,) if isinstance(told, str) else tuple(told or ())
-    names = tuple(name for name in told if name in modules and not isinstance(modules[name], nn.Identity))
-    if names or not callable(getattr(model, "get_classifier", None)):
-        return names
-    heads: Any = model.get_classifier()  # type: ignore[operator]  # nn.Module's attributes are Tensor | Module to mypy
-    heads = heads if isinstance(heads, (tuple, list, nn.ModuleList)) else (heads,)
-    layers = {id(head) for head in heads if not isinstance(head, nn.Identity)}
-    return tuple(name for name, module in modules.items() if id(module) in layers)
 
 
 def _timm_model(source: ModelSource) -> nn.Module:

@@ -7,11 +7,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from analysis.models import tensors_in
 from analysis.running_stats import RunningStats, stats_of
 from analysis.statistics.float_histogram import FloatHistogram
 from analysis.statistics.moments import NonFiniteError
 from analysis.statistics.shared_tensors import SharedTensors
+from quant.batches import tensors
 from quant.errors import InputError
 from quant.intercept import intercept
 from quant.prepare import weight_of
@@ -198,7 +198,7 @@ def _runs_finite(model: nn.Module, trace: Trace, site: Site | None, image: Tenso
 
 def _is_finite(output: object) -> bool:
     """Whether no tensor in what a model returned holds NaN or Inf."""
-    return all(bool(x.isfinite().all()) for x in tensors_in(output))
+    return all(bool(x.isfinite().all()) for x in tensors(output))
 
 
 def stats_tables(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from analysis.sites import is_layer
+from quant.sites import is_layer
 
 
 class WeightUses(TorchFunctionMode):

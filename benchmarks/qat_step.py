@@ -41,7 +41,6 @@ from torch import Tensor, nn
 
 from analysis.cost import cost_table
 from analysis.planning.options import uniform_bits
-from analysis.sites import find_sites
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.config import QATConfig
 from quant.errors import InputError
@@ -50,6 +49,7 @@ from quant.loss_terms import weight_terms
 from quant.prepare import latent_weights, prepare_qat_
 from quant.quantizer import LSQQuantizer
 from quant.scheme import QuantScheme
+from quant.sites import find_sites
 
 MODELS = {
     "resnet18": "resnet18",

@@ -37,11 +37,11 @@ from torch import Tensor, nn
 
 from analysis.evaluation import compare_logits, logits_of
 from analysis.sensitivity import SweepConfig, sweep_keys
-from analysis.sites import find_sites
 from analysis.sweeps.sweep import sweep
 from quant.calibrate import default_scheme, make_quantizer
 from quant.prepare import quantized
 from quant.site import Site, SiteInfo
+from quant.sites import find_sites
 from quant.trace import Trace
 
 MODELS = ("resnet18", "swin_tiny_patch4_window7_224", "deit_tiny_patch16_224")

@@ -35,11 +35,11 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization import HistogramObserver
 
-from analysis.sites import find_sites, is_layer
 from analysis.statistics.fused_pass import fused_pass
 from analysis.tensor_stats import measure_activations, measure_weights, start_activations, stats_tables
 from quant.intercept import intercept
 from quant.site import SiteInfo
+from quant.sites import find_sites, is_layer
 from quant.trace import Trace
 
 MODELS = ("resnet18", "swin_tiny_patch4_window7_224")

@@ -40,12 +40,12 @@ import torch
 from torch import Tensor, nn
 
 from analysis.sensitivity import SweepConfig, sweep_keys
-from analysis.sites import find_sites
 from analysis.sweeps.sweep import sweep
 from analysis.tensor_stats import collect_stats
 from benchmarks.executed import AttentionOperators, executed
 from quant.intercept import intercept
 from quant.site import ATTENTION_TENSORS, Site, SiteInfo
+from quant.sites import find_sites
 from quant.trace import Trace, first_tensor
 
 BESIDES = (

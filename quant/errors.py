@@ -12,6 +12,10 @@ class InputError(ValueError):
     """
 
 
+class ForwardError(InputError):
+    """The model does not run on the batch that it is given."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, 200 characters at most, without its full stop; else its type's name.
 

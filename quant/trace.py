@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from quant import batches
 from quant.attention import MATMULS, SOFTMAXES, AttentionForm, fused_where_offered, is_product_of_activations
 from quant.attention_search import (
     NO_SCORES,
@@ -279,9 +280,9 @@ def first_tensor(x: Any) -> tuple[Any, Tensor] | None:
     return next(((key, value) for key, value in items if isinstance(value, Tensor)), None)
 
 
-def trace_forward(model: nn.Module, images: Tensor) -> Trace:
-    """What one forward pass of `images` (batch, channels, height, width) executes; the model is left as it was."""
-    trace = Trace(images=len(images))
+def trace_forward(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] = batches.forward) -> Trace:
+    """What one forward pass of `batch` executes; the model is left as it was."""
+    trace = Trace(images=batches.samples(batch))
     probe = _Probe(trace, model)
     handles = []
 
@@ -305,7 +306,7 @@ def trace_forward(model: nn.Module, images: Tensor) -> Trace:
             handles.append(module.register_forward_pre_hook(enter(name, owns), with_kwargs=True))
             handles.append(module.register_forward_hook(leave(name)))
         with torch.no_grad(), fused_where_offered(list(model.modules())), probe:
-            model(images)
+            forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.cost import cost_table
 from analysis.planning import accounting
-from analysis.sites import find_sites
+from quant.sites import find_sites
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from analysis.sites import find_sites
 from analysis.sweeps.fisher import fisher_probe, fisher_scores
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
 from quant.intercept import intercept
 from quant.prepare import quantized, weight_of
 from quant.site import Site
+from quant.sites import find_sites
 
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -10,12 +10,12 @@ from hypothesis.extra import numpy as npst
 
 from analysis.evaluation import compare_logits, logits_of
 from analysis.sensitivity import SweepConfig, quantized_sites, sensitivity_table, sweep_keys
-from analysis.sites import find_sites
 from analysis.sweeps.groups import EVERYTHING, groups_of, stage_of
 from analysis.sweeps.rank_bands import images_to_separate, rank_bands
 from analysis.sweeps.sweep import sweep
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.prepare import quantized
+from quant.sites import find_sites
 
 IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(24) % 10

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from analysis.sites import find_sites
 from analysis.sweeps.hessian import hessian_traces
 from quant.intercept import intercept
 from quant.site import Site
+from quant.sites import find_sites
 
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])

@@ -10,8 +10,9 @@ from torch import nn
 
 from analysis.inputs.option_names import TEACHER_OPTIONS
 from analysis.inputs.weights import weights_sha256
-from analysis.models import ModelSource, classifier_names, load_model, model_names, num_classes
+from analysis.models import ModelSource, load_model, model_names, num_classes
 from quant.errors import InputError
+from quant.sites import classifier_names
 
 FACTORIES = """
 from dataclasses import dataclass

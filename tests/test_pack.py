@@ -11,7 +11,6 @@ from torch import nn
 
 from analysis.cost import cost_table
 from analysis.planning import accounting
-from analysis.sites import find_sites
 from quant.bit_plan import PlannedSite
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
@@ -21,6 +20,7 @@ from quant.prepare import latent_weights, prepare_qat_
 from quant.quantizer import LSQQuantizer, Quantizer
 from quant.scheme import QuantScheme, axis_and_groups, default_granularity
 from quant.site import Site
+from quant.sites import find_sites
 from tests.test_sensitivity import IMAGES, model_of
 
 IMAGES = IMAGES[:4]

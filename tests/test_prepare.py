@@ -13,13 +13,13 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from analysis.models import ModelSource, load_model
-from analysis.sites import find_sites
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
 from quant.layers import is_quantized
 from quant.prepare import latent_weights, prepare_qat_, quantized, restore_float_
 from quant.quantizer import LSQQuantizer
 from quant.site import Site
+from quant.sites import find_sites
 from tests.test_sensitivity import IMAGES, model_of
 from tests.test_trace import small
 

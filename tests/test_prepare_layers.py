@@ -10,7 +10,6 @@ from torch import nn
 
 from analysis.cost import cost_table
 from analysis.planning.options import uniform_bits
-from analysis.sites import find_sites
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
 from quant.functional import to_groups
@@ -18,6 +17,7 @@ from quant.layers import is_quantized
 from quant.prepare import prepare_qat_, quantized, restore_float_
 from quant.quantizer import LSQQuantizer
 from quant.site import ATTENTION_TENSORS, Site
+from quant.sites import find_sites
 from tests.test_prepare import IMAGE, NETWORKS, opened
 from tests.test_sensitivity import IMAGES
 from tests.test_trace import FORMS, small

@@ -19,7 +19,8 @@ QUANT_MAY_IMPORT = {
     "optimizer": {"timm"},  # optimizers and schedules
     "train": {"accelerate"},  # devices and processes
     "checkpoints": {"accelerate", "safetensors"},  # processes; weights without running code
-    "bit_plan": {"pydantic"},  # validation of a file that a person may have edited
+    "network": {"pandas"},  # the frame of sites
+    "bit_plan": {"pydantic", "pandas"},  # validation of a file that a person may have edited
     "config": {"pydantic"},  # the same
 }
 ANALYSIS_MAY_IMPORT_TIMM = {"models", "data", "listing", "training_data"}
@@ -30,8 +31,9 @@ FOLDERS = (
     "page", "steps", "commands",
 )  # fmt: skip
 FRONT = {
-    "models": "inputs", "data": "inputs", "sites": "inputs", "runs": "storage", "running_stats": "statistics",
-    "evaluation": "inputs", "tensor_stats": "statistics", "variation": "statistics", "replay": "sweeps",
+    "models": "inputs", "data": "inputs", "runs": "storage", "running_stats": "statistics",
+    "evaluation": "inputs", 
+    "scoring": "inputs", "task": "inputs", "tasks": "inputs", "tensor_stats": "statistics", "variation": "statistics", "replay": "sweeps",
     "sensitivity": "sweeps", "proxies": "sweeps", "cost": "planning", "planner": "planning", "plots": "figures",
     "report": "page", "notebook_runs": "steps", "cli": "commands", "__main__": "commands",
 }  # fmt: skip
@@ -127,7 +129,7 @@ def test_every_file_of_analysis_belongs_to_a_folder():
         ("quant/train.py", "import seaborn"),
         ("quant/attention.py", "from matplotlib import pyplot"),
         ("quant/prepare.py", "from .scheme import QuantScheme"),
-        ("analysis/sites.py", "from timm.layers import Mlp"),
+        ("quant/sites.py", "from timm.layers import Mlp"),
         ("analysis/runs.py", "from analysis import cli"),
         ("analysis/runs.py", "import analysis.cli"),
         ("analysis/page/content.py", "from analysis.steps.verify import VERIFICATION_COLUMNS"),

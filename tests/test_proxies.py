@@ -22,13 +22,13 @@ from analysis.proxies import (
     stats_scores,
 )
 from analysis.sensitivity import SweepConfig, images_table, preferred_rows, sensitivity_table, sweep_keys
-from analysis.sites import find_sites
 from analysis.sweeps.fisher import fisher_scores
 from analysis.sweeps.hessian import hessian_traces
 from analysis.sweeps.proxy_correlation import CORRELATION_COLUMNS, LEAST_SITES, noise_ceiling, proxy_correlations
 from analysis.sweeps.sweep import sample_activations, sweep
 from quant.calibrate import default_scheme, make_quantizer
 from quant.site import Site, SiteInfo
+from quant.sites import find_sites
 
 IMAGES = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(40) % 10

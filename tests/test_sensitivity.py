@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from analysis.evaluation import compare_logits, logits_of
 from analysis.replay import Replay
 from analysis.sensitivity import SENSITIVITY_COLUMNS, SweepConfig, sensitivity_table, sweep_keys
-from analysis.sites import find_sites
 from analysis.sweeps.sweep import sweep
 from quant.batchnorm import batchnorm_reestimated
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
 from quant.prepare import quantized
 from quant.site import Site
+from quant.sites import find_sites
 
 IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(24) % 10

@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.cost import cost_table
 from analysis.models import ModelSource, load_model
-from analysis.sites import KINDS, find_sites
 from analysis.tensor_stats import collect_stats
 from quant.errors import InputError
 from quant.site import Site
+from quant.sites import KINDS, find_sites
 
 
 def swin():

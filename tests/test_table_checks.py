@@ -32,7 +32,6 @@ from analysis.sensitivity import (
     sensitivity_table,
     sweep_keys,
 )
-from analysis.sites import find_sites
 from analysis.steps import plan as plan_step
 from analysis.steps.plan import run_plan
 from analysis.storage.columns import (
@@ -49,6 +48,7 @@ from analysis.sweeps.proxy_correlation import CORRELATION_COLUMNS, measured_besi
 from analysis.sweeps.sweep import sweep
 from analysis.tensor_stats import STATS_COLUMNS, collect_stats
 from quant.errors import InputError
+from quant.sites import find_sites
 from tests.digits_vit import qvw
 
 IMAGES = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,6 @@ import timm
 import torch
 from torch import nn
 
-from analysis.sites import find_sites
 from analysis.tensor_stats import (
     STATS_COLUMNS,
     centres_of,
@@ -24,6 +23,7 @@ from analysis.tensor_stats import (
 )
 from quant.errors import InputError
 from quant.site import Site
+from quant.sites import find_sites
 
 IMAGES = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

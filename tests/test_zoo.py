@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import nn
 
-from analysis.sites import find_sites
 from benchmarks.executed import executed
 from benchmarks.zoo import Result, check, main, smallest
+from quant.sites import find_sites
 
 
 def causes(model):

@@ -12,9 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from analysis.plots import COLUMN, LABELS, PAGE, STYLE, leave_room, new_axes, plain
-from analysis.sites import KINDS
 from analysis.statistics.names import shorten
 from quant.site import ATTENTION_TENSORS
+from quant.sites import KINDS
 
 Colour = str | tuple[float, float, float]
 Style = tuple[Colour, str, str, bool]

@@ -6,16 +6,14 @@ from torch import Tensor, nn
 from analysis.data import input_channels, resolve_input
 from analysis.inputs.listing import InputConfig
 from analysis.inputs.weights import weights_sha256
-from analysis.models import ModelSource, classifier_names, described, load_model, tensors_in
+from analysis.models import ModelSource, described, load_model
 from analysis.runs import Run
 from analysis.session.opened import Opened, image_of_noise
 from analysis.session.setup import Setup, completed
-from analysis.sites import find_sites
 from analysis.storage.run_record import ModelRecord
 from analysis.terminal.console import warn
-from quant.errors import InputError, first_line
-from quant.site import SiteInfo
-from quant.trace import Trace
+from quant.errors import ForwardError, InputError, first_line
+from quant.network import Network
 
 
 def open_run(setup: Setup, *, needs_data: bool) -> Opened:
@@ -65,8 +63,8 @@ def open_run(setup: Setup, *, needs_data: bool) -> Opened:
         )
     input_config = _input_config(model, setup)
     _place(model, setup.device)
-    trace, sites = _traced(model, setup, record.name, input_config, needs_logits=needs_data)
-    return Opened(setup=setup, run=run, record=record, model=model, input_config=input_config, trace=trace, sites=sites)
+    network = _traced(model, setup, record.name, input_config, needs_logits=needs_data)
+    return Opened(setup=setup, run=run, record=record, input_config=input_config, network=network)
 
 
 def _input_config(model: nn.Module, setup: Setup) -> InputConfig:
@@ -91,62 +89,22 @@ def _place(model: nn.Module, device: str) -> None:
         raise InputError(f"device {device!r} cannot be used: {reason}. Try --device cpu.") from error
 
 
-def _traced(
-    model: nn.Module, setup: Setup, name: str, config: InputConfig, *, needs_logits: bool
-) -> tuple[Trace, list[SiteInfo]]:
-    """One forward pass of one image of noise, which also shows whether the model takes images of this size.
+def _traced(model: nn.Module, setup: Setup, name: str, config: InputConfig, *, needs_logits: bool) -> Network:
+    """The network, of one image of noise, which also shows whether the model takes images of this size.
 
     One image, so that tensors with no batch axis (tables of relative positions) are counted once.
     """
+    image = image_of_noise(config, setup.device)
     try:
-        _refuse_training_mode(model, name)
-        image = image_of_noise(config, setup.device)
-        untouched = image.clone()
+        network = Network(model, image, include=setup.include, exclude=setup.exclude, name=name)
+    except ForwardError as error:
+        raise InputError(f"{error} Or give --input-size, or the constructor's arguments by --model-kwargs.") from error
+    if needs_logits:
         with torch.inference_mode():
-            first, second = model(image), model(image)
-        if not torch.equal(image, untouched):
+            output = network(image)
+        if not (isinstance(output, Tensor) and output.ndim == 2 and len(output) == 1):
             raise InputError(
-                f"{name} writes into the images that it is given: every measurement would see others. "
-                "Let its forward begin with `x = x.clone()`."
-            )
-        answers = [
-            pair for pair in zip(tensors_in(first), tensors_in(second), strict=False) if pair[0].is_floating_point()
-        ]
-        if not all(_alike(a, b) for a, b in answers):
-            raise InputError(
-                f"{name} gives two answers to the same image: its forward pass is random, or changes the model. "
-                "Switch dropout and noise off in evaluation mode."
-            )
-        if needs_logits and not (isinstance(first, Tensor) and first.ndim == 2 and len(first) == 1):
-            raise InputError(
-                f"{name} returned {described(first)} for one image; expected logits of shape (images, classes). "
+                f"{name} returned {described(output)} for one image; expected logits of shape (images, classes). "
                 "Name a factory whose model returns them alone, path/to/file.py:factory; `qvw stats` needs none."
             )
-        return find_sites(
-            model, image, include=setup.include, exclude=setup.exclude, classifier=classifier_names(model)
-        )
-    except InputError:
-        raise
-    except Exception as error:  # the model is the user's: whatever its forward raises is told
-        reason = first_line(error)
-        raise InputError(
-            f"{name} does not take images of size {config.input_size}: {reason}. "
-            "Give --input-size, or the constructor's arguments by --model-kwargs."
-        ) from error
-
-
-def _refuse_training_mode(model: nn.Module, name: str) -> None:
-    """InputError for a BatchNorm or dropout that stays in training mode after `eval()`."""
-    for where, module in model.named_modules():
-        kind = type(module).__name__
-        if module.training and (isinstance(module, nn.modules.batchnorm._BatchNorm) or "Drop" in kind):
-            raise InputError(
-                f"{where} of {name}, a {kind}, stays in training mode after eval(), so that every pass differs. "
-                "Let its train() follow the mode that it is given."
-            )
-
-
-def _alike(first: Tensor, second: Tensor) -> bool:
-    """Whether two answers are the same but for rounding, measured by the largest of them."""
-    scale = float(first.nan_to_num(0.0, 0.0, 0.0).abs().max()) if first.numel() else 0.0
-    return torch.allclose(first, second, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
+    return network

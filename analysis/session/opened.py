@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from analysis.session.setup import REMEMBERED, Setup
 from analysis.storage.run_record import ModelRecord, StepRecord, typed_command, versions
 from analysis.terminal.console import progress, warn
 from quant.errors import InputError
+from quant.network import Network
 from quant.site import Site, SiteInfo
 from quant.trace import Trace
 
@@ -33,20 +33,33 @@ class Opened:
     setup: Setup
     run: Run
     record: ModelRecord
-    model: nn.Module
     input_config: InputConfig
-    trace: Trace
-    sites: list[SiteInfo]
+    network: Network
 
     @property
     def name(self) -> str:
         """The model's short name: timm's, or the factory's function."""
         return self.record.name
 
-    @cached_property
+    @property
+    def model(self) -> nn.Module:
+        """The model itself."""
+        return self.network.model
+
+    @property
+    def trace(self) -> Trace:
+        """What one forward pass of it runs."""
+        return self.network.trace
+
+    @property
+    def sites(self) -> list[SiteInfo]:
+        """What is known of each of its sites, in network order."""
+        return self.network.infos
+
+    @property
     def by_site(self) -> dict[Site, SiteInfo]:
-        """The sites by name."""
-        return {info.site: info for info in self.sites}
+        """The same, by name."""
+        return self.network.by_site
 
     def step_images(self, step: str, split: str, at_most: int | None = None) -> ImageData:
         """Images of a step: as many as the command says, else as when it was run before, else `at_most` or all."""

@@ -27,7 +27,6 @@ from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.processes import Processes, work_together
 from analysis.session.setup import Setup
-from analysis.sites import select_sites
 from analysis.steps.proxies import PROXY_FILES, run_proxies
 from analysis.storage.files import RowLog
 from analysis.sweeps.summary import sensitivity_summary
@@ -36,6 +35,7 @@ from analysis.terminal.console import progress, resumable, say, warn
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
 from quant.site import SiteInfo
+from quant.sites import select_sites
 
 IMAGES = 256
 LOG = "sensitivity.partial"

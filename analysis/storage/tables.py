@@ -11,7 +11,6 @@ from dataclasses import fields, replace
 
 import pandas as pd
 
-from analysis.sites import KINDS
 from analysis.storage.columns import HISTORY_COLUMNS
 from analysis.storage.cost_rules import COST_RULES
 from analysis.storage.table_checks import COUNTABLE, Column, Rule, Table
@@ -19,6 +18,7 @@ from quant.bit_plan import PlanBudget
 from quant.choices import ALLOWED_BIT_WIDTHS, ESTIMATORS, GRANULARITIES, GROUPINGS, PROTOCOLS
 from quant.loss_terms import TERMS
 from quant.site import ATTENTION_TENSORS, WEIGHT_TENSORS
+from quant.sites import KINDS
 
 QUANTIZABLE = (*WEIGHT_TENSORS, "input", *ATTENTION_TENSORS)
 # Written out: importing them from analysis.proxies would load all that measures. A test keeps them in step.

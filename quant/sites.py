@@ -1,11 +1,13 @@
 """Which sites a network has, in network order, with their kind, size and cost."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 
+from quant import batches
 from quant.errors import InputError
 from quant.site import ATTENTION_TENSORS, WEIGHT_TENSORS, Site, SiteInfo
 from quant.trace import Trace, trace_forward
@@ -32,20 +34,21 @@ def is_layer(module: nn.Module) -> bool:
 
 def find_sites(
     model: nn.Module,
-    images: Tensor,
+    batch: Any,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     classifier: Collection[str] = (),
+    forward: Callable[[nn.Module, Any], Any] = batches.forward,
 ) -> tuple[Trace, list[SiteInfo]]:
-    """What one forward pass of `images` executes, and every site that it met, in order of execution.
+    """What one forward pass of `batch` executes, and every site that it met, in order of execution.
 
     `include` and `exclude` are shell patterns over module names, what they leave out is marked `excluded`; a pattern
     that meets no module is an error.
     `classifier` names the head's layers; without it the last layer executed is the head. Layers that never ran come
     last, their weights only, with a note.
     """
-    trace = trace_forward(model, images)
+    trace = trace_forward(model, batch, forward)
     modules = dict(model.named_modules())
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in modules):
@@ -277,3 +280,18 @@ def select_sites(sites: Sequence[SiteInfo], tensors: Sequence[str]) -> list[Site
         raise InputError(f"--tensors {unknown[0]!r} is unknown; choose from {', '.join(groups)}.")
     wanted = {tensor for name in tensors for tensor in groups[name]}
     return [info for info in sites if info.quantizable and info.site.tensor in wanted]
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """The dotted names of the classifier layers; empty where the model does not say."""
+    modules = dict(model.named_modules())
+    configuration = getattr(model, "pretrained_cfg", None)
+    told = configuration.get("classifier") if isinstance(configuration, dict) else None
+    told = (told,) if isinstance(told, str) else tuple(told or ())
+    names = tuple(name for name in told if name in modules and not isinstance(modules[name], nn.Identity))
+    if names or not callable(getattr(model, "get_classifier", None)):
+        return names
+    heads: Any = model.get_classifier()  # type: ignore[operator]  # nn.Module's attributes are Tensor | Module to mypy
+    heads = heads if isinstance(heads, (tuple, list, nn.ModuleList)) else (heads,)
+    layers = {id(head) for head in heads if not isinstance(head, nn.Identity)}
+    return tuple(name for name, module in modules.items() if id(module) in layers)
