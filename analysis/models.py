@@ -16,7 +16,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from analysis.inputs.option_names import MODEL_OPTIONS, OptionNames
 from analysis.inputs.weights import load_weights_
@@ -66,17 +66,6 @@ def load_model(source: ModelSource) -> nn.Module:
     if source.weights is not None:
         load_weights_(model, Path(source.weights), source.options)
     return model.eval()
-
-
-def described(output: object) -> str:
-    """What a model returned, in words: shapes of tensors, entries of dictionaries."""
-    if isinstance(output, Tensor):
-        return f"a tensor of shape {tuple(output.shape)}"
-    if isinstance(output, Mapping):
-        return f"a {type(output).__name__} with {', '.join(map(str, output)) or 'nothing'}"
-    if isinstance(output, (tuple, list)):
-        return f"a {type(output).__name__} of {len(output)}"
-    return f"a {type(output).__name__}"
 
 
 def model_names(pattern: str | None = None) -> list[str]:

@@ -1,19 +1,23 @@
-"""Proxies: scores that foretell the sensitivity of a site without a forward pass for each."""
+"""Proxies: scores that predict the sensitivity of a site without a forward pass for each."""
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor, nn
+import torch
 
 from analysis.sweeps.fisher import fisher_scores
 from analysis.sweeps.hessian import hessian_traces
 from analysis.sweeps.sweep import sample_activations, site_quantizer
+from analysis.task import Task
+from quant.batches import samples as samples_of
+from quant.batches import take
 from quant.choices import Estimator, Granularity
+from quant.network import Network
 from quant.quantizer import Quantizer
 from quant.site import Site, SiteInfo
-from quant.trace import Trace
 
 PROXY_COLUMNS = ("module", "tensor", "bit_width", "proxy", "score", "granularity", "estimator", "note")
 PROXY_IMAGE_COLUMNS = ("module", "tensor", "bit_width", "granularity", "estimator", "products")
@@ -36,35 +40,34 @@ IMAGES_AT_ONCE = 16  # with gradients a pass keeps every activation
 
 
 def proxy_table(
-    model: nn.Module,
-    trace: Trace,
+    net: Network,
     sites: Sequence[SiteInfo],
-    batches: Sequence[tuple[Tensor, Tensor]],
+    data: Sequence[Any],
     bit_widths: Sequence[int],
     *,
+    task: Task,
     estimator: Estimator,
     granularity: Granularity | None,
     stats: pd.DataFrame | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The frames of proxies.parquet and proxy_images.parquet, for each site and bit-width, over `batches`.
+    """The frames of proxies.parquet and proxy_images.parquet, for each site and bit-width, over batches.
 
-    `batches` are (images, labels); a greater score foretells greater harm; the second frame has the `products` of
-    ErrorScores. The quantizers are those of the sweep on the same batches. `hessian_trace` needs labels, the proxies of
-    STATS_PROXIES the frame of stats.parquet; where that is missing they are too.
+    A greater score predicts greater harm; the second frame has the `products` of ErrorScores. The quantizers are those
+    of the sweep on the same batches. `hessian_trace` needs labels, the proxies of STATS_PROXIES the frame of
+    stats.parquet; where that is missing they are too.
     """
     by_site = {info.site: info for info in sites}
-    samples = sample_activations(model, trace, by_site, [images for images, _ in batches])
+    samples = sample_activations(net, by_site, data, task.forward)
     quantizers: dict[Site, dict[int, Quantizer]] = {}
     for site, info in by_site.items():
         sample = samples.get(site)
         for bits in bit_widths:
-            made = site_quantizer(model, info, bits, sample, estimator, granularity)
+            made = site_quantizer(net.model, info, bits, sample, estimator, granularity)
             quantizers.setdefault(site, {})[bits] = made
-    small = [pair for x, y in batches for pair in zip(x.split(IMAGES_AT_ONCE), y.split(IMAGES_AT_ONCE), strict=True)]
-    scores = fisher_scores(model, trace, by_site, quantizers, [images for images, _ in small])
-    labelled = all(bool((labels >= 0).all()) for _, labels in small)
-    once = {site: info for site, info in by_site.items() if trace.calls.get(site.module, 0) == 1}
-    traces = hessian_traces(model, trace, once, small) if labelled else {}
+    small = small_batches(data, task)
+    scores = fisher_scores(net, quantizers, small, task)
+    once = {site: info for site, info in by_site.items() if net.trace.calls.get(site.module, 0) == 1}
+    traces = hessian_traces(net, once, small, task) if labelled(net, small, task) else {}
     rows: list[tuple[object, ...]] = []
     for site, bits in ((site, bits) for site in by_site for bits in bit_widths):
         score = scores.get((site, bits))
@@ -87,6 +90,25 @@ def proxy_table(
     )
     products = [(*site, bits, used[site], estimator, score.products) for (site, bits), score in scores.items()]
     return table, pd.DataFrame(products, columns=list(PROXY_IMAGE_COLUMNS))
+
+
+def small_batches(data: Sequence[Any], task: Task) -> list[Any]:
+    """The batches in parts of at most `IMAGES_AT_ONCE` samples; whole where the task counts samples in its own way."""
+    if task.samples is not samples_of and any(task.samples(batch) > IMAGES_AT_ONCE for batch in data):
+        return list(data)
+    return [
+        take(batch, start, start + IMAGES_AT_ONCE)
+        for batch in data
+        for start in range(0, task.samples(batch), IMAGES_AT_ONCE)
+    ]
+
+
+def labelled(net: Network, data: Sequence[Any], task: Task) -> bool:
+    """Whether the task has a loss, and every sample of `data` what it needs."""
+    if task.loss is None:
+        return False
+    with torch.no_grad():
+        return all(bool(task.loss(task.forward(net.model, batch), batch).isfinite().all()) for batch in data)
 
 
 def stats_scores(stats: pd.DataFrame, sites: Mapping[Site, SiteInfo], bit_widths: Sequence[int]) -> pd.DataFrame:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.sweeps.cuts import Cut, Execution, Held, entered, execution, held_at, input_of, mapped, watched
+from analysis.sweeps.cuts import Cut, Execution, Forward, Held, entered, execution, held_at, input_of, mapped, watched
+from quant import batches
 
 
 class Replay:
     """Runs a network on fixed batches, from the last cut before a changed module where its state is known.
 
-    `batches` are images; `cuts` those of `find_cuts`; `cache_bytes` limits what is kept. Batches beyond it run in full.
+    `data` are batches; `cuts` those of `find_cuts`; `cache_bytes` limits what is kept. Batches beyond it run in full.
     Every result has the same bits as that of the whole network on the same batch. Before the first use each cut is
     tried with the clean network, on the first batch of each shape and on the first two images of every other one, and
     those that fail (`refused` names them) are not used. `move_to` may not run under `inference_mode`, whose tensors do
@@ -29,13 +30,21 @@ class Replay:
     while the cuts are checked, and the next cut's while the last one's is still there.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor], cuts: Sequence[Cut], *, cache_bytes: int) -> None:
-        self.model, self.batches, self.cache_bytes = model, list(batches), cache_bytes
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Sequence[Any],
+        cuts: Sequence[Cut],
+        *,
+        cache_bytes: int,
+        forward: Forward = batches.forward,
+    ) -> None:
+        self.model, self.batches, self.cache_bytes, self.forward = model, list(data), cache_bytes, forward
         self.cuts = list(cuts)
         self.refused: list[str] = []
         self.cut: Cut | None = None
         self._kept: dict[int, tuple[Held, list[int]]] = {}  # id of a batch -> what the cut needs, and its versions
-        self._executions: dict[torch.Size, Execution] = {}  # by the shape of a batch
+        self._executions: dict[Any, Execution] = {}  # by the shape of a batch
         self._checked = False
         self._written: set[str] = set()  # cuts where the network writes into what it is given
         self._image_bytes: dict[str, float] = {}  # of what a cut needs
@@ -58,19 +67,19 @@ class Replay:
             elif wanted != self.cut:
                 self._keep(wanted)
 
-    def __call__(self, images: Tensor) -> Any:
+    def __call__(self, images: Any) -> Any:
         """What the network returns for one of the batches."""
         kept = self._kept.get(id(images))
         if self.cut is None or kept is None:
-            return self.model(images)
+            return self.forward(self.model, images)
         held, versions = kept
         copies = self.cut.module in self._written
         with entered(self.model, self.cut, self._execution(images), held.clone() if copies else held):
-            output = self.model(images)
+            output = self.forward(self.model, images)
         if not copies and _versions(held) != versions:  # the network took another branch: what was held is lost
             self._written.add(self.cut.module)
             del self._kept[id(images)]
-            return self.model(images)
+            return self.forward(self.model, images)
         return output
 
     def _keep(self, cut: Cut) -> None:
@@ -84,14 +93,16 @@ class Replay:
             kept[id(images)] = (held, _versions(held))
         self.cut, self._kept = cut, kept
 
-    def _next(self, cut: Cut, images: Tensor, present: Cut | None, held: Held | None) -> Held:
+    def _next(self, cut: Cut, images: Any, present: Cut | None, held: Held | None) -> Held:
         """What `cut` needs of `images`, from what is held at the cut `present` if that comes before it."""
         if present is None or held is None or cut.entry <= present.entry:
-            return held_at(self.model, cut, images)
+            return held_at(self.model, cut, images, forward=self.forward)
         base = {present.module: held.x, present.base: held.base}.get(cut.base) if cut.base is not None else None
-        return self._run_from(present, images, held, lambda: held_at(self.model, cut, images, base=base))
+        return self._run_from(
+            present, images, held, lambda: held_at(self.model, cut, images, base=base, forward=self.forward)
+        )
 
-    def _run_from(self, cut: Cut, images: Tensor, held: Held, forward: Callable[[], Any]) -> Any:
+    def _run_from(self, cut: Cut, images: Any, held: Held, forward: Callable[[], Any]) -> Any:
         """What `forward` returns, entered at `cut` with a copy of `held`; notes whether the network writes into it."""
         copy = held.clone()
         with entered(self.model, cut, self._execution(images), copy):
@@ -101,31 +112,33 @@ class Replay:
         return result
 
     def _fits(self, cut: Cut) -> bool:
-        return self._image_bytes[cut.module] * sum(map(len, self.batches)) <= self.cache_bytes
+        return self._image_bytes[cut.module] * sum(map(batches.samples, self.batches)) <= self.cache_bytes
 
-    def _execution(self, images: Tensor) -> Execution:
-        if images.shape not in self._executions:
-            self._executions[images.shape] = execution(self.model, images)
-        return self._executions[images.shape]
+    def _execution(self, images: Any) -> Execution:
+        shapes = batches.signature(images)
+        if shapes not in self._executions:
+            self._executions[shapes] = execution(self.model, images, self.forward)
+        return self._executions[shapes]
 
     def _check(self) -> None:
         """Refuse the cuts that do not give the bits of the whole network."""
         if not self.cuts:
             return
-        shapes: set[torch.Size] = set()
-        trials = []
+        seen: set[Any] = set()
+        trials: list[Any] = []
         for images in self.batches:
-            trials.append(images[:2] if images.shape in shapes else images)
-            shapes.add(images.shape)
+            shapes = batches.signature(images)
+            trials.append(batches.take(images, 0, 2) if shapes in seen else images)
+            seen.add(shapes)
         if len(trials) == 1:
-            trials.append(trials[0][:2] / 2)
+            trials.append(batches.mapped(batches.take(trials[0], 0, 2), _halved))
         clean = [self._clean(images) for images in trials]
         if not self._chain_holds(trials, clean):
             good = [cut for cut in self.cuts if self._ends_well(cut, trials, clean)]
             self.refused += [cut.module for cut in self.cuts if cut not in good]
             self.cuts = good
 
-    def _clean(self, images: Tensor) -> dict[str, str]:
+    def _clean(self, images: Any) -> dict[str, str]:
         """Digests of what the clean network gives to each cut and keeps for it; that of its answer under ""."""
         digests: dict[str, str] = {}
 
@@ -134,14 +147,15 @@ class Replay:
 
         inputs = {cut.module: note(cut.module) for cut in self.cuts}
         outputs = {name: note(f"{name}()") for cut in self.cuts for name in cut.kept}
-        with watched(self.model, inputs, {**outputs, "": note("")}):
-            if images.shape in self._executions:
-                self.model(images)
+        shapes = batches.signature(images)
+        with watched(self.model, inputs, outputs):
+            if shapes in self._executions:
+                note("")(self.forward(self.model, images))
             else:
-                self._execution(images)
+                self._executions[shapes] = execution(self.model, images, self.forward, note(""))
         return digests
 
-    def _chain_holds(self, trials: Sequence[Tensor], clean: Sequence[Mapping[str, str]]) -> bool:
+    def _chain_holds(self, trials: Sequence[Any], clean: Sequence[Mapping[str, str]]) -> bool:
         """Whether entering at each cut leads to the next one, and from the last to the end, with the same bits.
 
         One trial follows the other at each cut, so that what a module remembers is always of another trial.
@@ -153,7 +167,7 @@ class Replay:
             present = cut
             for images, h, digests in zip(trials, held, clean, strict=True):
                 assert h is not None
-                self._image_bytes.setdefault(cut.module, _bytes(h) / len(images))
+                self._image_bytes.setdefault(cut.module, _bytes(h) / batches.samples(images))
                 given = {cut.module: h.x} | {f"{name}()": value for name, value in h.outputs.items()}
                 if any(_digest(value) != digests[name] for name, value in given.items()):
                     return False
@@ -162,28 +176,28 @@ class Replay:
     def _ends_well(
         self,
         cut: Cut,
-        trials: Sequence[Tensor],
+        trials: Sequence[Any],
         clean: Sequence[Mapping[str, str]],
         held: Sequence[Held | None] | None = None,
     ) -> bool:
         """Whether the network entered at `cut` gives the clean answers; `held` is what the cut needs, where known."""
-        known = [held_at(self.model, cut, images) for images in trials] if held is None else held
+        known = [held_at(self.model, cut, images, forward=self.forward) for images in trials] if held is None else held
         for images, h, digests in zip(trials, known, clean, strict=True):
             assert h is not None
-            self._image_bytes.setdefault(cut.module, _bytes(h) / len(images))
-            if _digest(self._run_from(cut, images, h, partial(self.model, images))) != digests[""]:
+            self._image_bytes.setdefault(cut.module, _bytes(h) / batches.samples(images))
+            if _digest(self._run_from(cut, images, h, partial(self.forward, self.model, images))) != digests[""]:
                 return False
         return True
 
 
-def find_cuts(model: nn.Module, images: Tensor) -> list[Cut]:
-    """The cuts of a deterministic `model`, in order of execution, each tried on `images`: the same bits come out.
+def find_cuts(model: nn.Module, images: Any, forward: Forward = batches.forward) -> list[Cut]:
+    """The cuts of a deterministic `model`, in order of execution, each tried on a batch: the same bits come out.
 
     Modules that hold parameters, are called once and get a tensor first come into question: as plain cuts, and those
     that are none as inner cuts where a layer's work is saved by it. They are tried from the last to the first, and a
     trial ends at the next plain cut, so that all of them cost a few forward passes.
     """
-    run = execution(model, images)
+    run = execution(model, images, forward)
     names = [
         name for name in sorted(run.entry, key=run.entry.__getitem__) if run.calls[name] == 1 and run.skipped(name)
     ]
@@ -195,16 +209,16 @@ def find_cuts(model: nn.Module, images: Tensor) -> list[Cut]:
 
     with torch.no_grad():
         with watched(model, {name: note(name) for name in names}, {}):
-            goal = _Goal(None, model(images))
+            goal = _Goal(None, forward(model, images))
         cuts: list[Cut] = []
         missed: list[str] = []  # in order of execution; since the last plain cut, which is their goal
         for name in [name for name in reversed(names) if inputs[name] is not None]:
             cut = Cut(module=name, entry=run.entry[name], skipped=run.skipped(name), filled=False)
-            plain = _tried(model, cut, run, Held(x=inputs[name]), images, goal)
+            plain = _tried(model, cut, run, Held(x=inputs[name]), images, goal, forward)
             if plain is None:
                 missed.insert(0, name)
                 continue
-            cuts = [plain, *_inner_cuts(model, plain, missed, inputs[name], run, images, goal), *cuts]
+            cuts = [plain, *_inner_cuts(model, plain, missed, inputs[name], run, images, goal, forward), *cuts]
             goal, missed = _Goal(name, inputs[name]), []
     return cuts
 
@@ -218,7 +232,14 @@ class _Goal:
 
 
 def _inner_cuts(
-    model: nn.Module, base: Cut, names: Sequence[str], x: Tensor, run: Execution, images: Tensor, goal: _Goal
+    model: nn.Module,
+    base: Cut,
+    names: Sequence[str],
+    x: Tensor,
+    run: Execution,
+    images: Any,
+    goal: _Goal,
+    forward: Forward,
 ) -> list[Cut]:
     """The inner cuts among `names`, all between the plain cut `base`, whose input is `x`, and the next one."""
     cuts: list[Cut] = []
@@ -233,30 +254,31 @@ def _inner_cuts(
         cut = replace(base, module=name, entry=run.entry[name], skipped=skipped, base=base.module, kept=tuple(kept))
         try:
             with entered(model, base, run, x.clone()):
-                held = held_at(model, cut, images, base=x)
+                held = held_at(model, cut, images, base=x, forward=forward)
         except TypeError:  # what one of them returns cannot be kept
             continue
-        tried = _tried(model, cut, run, held, images, goal)
+        tried = _tried(model, cut, run, held, images, goal, forward)
         if tried is None:
             continue
         for other in kept:
             fewer = replace(tried, kept=tuple(n for n in tried.kept if n != other))
-            tried = _tried(model, fewer, run, held, images, goal) or tried
+            tried = _tried(model, fewer, run, held, images, goal, forward) or tried
         cuts.append(tried)
         last = tried
     return cuts
 
 
-def _tried(model: nn.Module, cut: Cut, run: Execution, held: Held, images: Tensor, goal: _Goal) -> Cut | None:
+def _tried(
+    model: nn.Module, cut: Cut, run: Execution, held: Held, images: Any, goal: _Goal, forward: Forward
+) -> Cut | None:
     """`cut` if entering there leads to the goal with the same bits, with placeholders of the form that it needs."""
     held = replace(held, outputs={name: held.outputs[name] for name in cut.kept})
     for filled in (cut.filled, True):
         tried = replace(cut, filled=filled)
         try:
             with entered(model, tried, run, held.clone()):
-                x = model(images) if goal.module is None else input_of(model, goal.module, images)
-            same = isinstance(x, Tensor) and isinstance(goal.x, Tensor) and torch.equal(x, goal.x)
-            return tried if same else None
+                x = forward(model, images) if goal.module is None else input_of(model, goal.module, images, forward)
+            return tried if _digest(x) == _digest(goal.x) else None
         except Exception:  # whatever code between the modules makes of a placeholder
             continue
     return None
@@ -265,6 +287,10 @@ def _tried(model: nn.Module, cut: Cut, run: Execution, held: Held, images: Tenso
 def _layers(model: nn.Module, names: Iterable[str]) -> set[int]:
     """The weights of layers, that is, parameters of two and more dimensions, in these modules."""
     return {id(p) for name in names for p in model.get_submodule(name).parameters() if p.ndim > 1}
+
+
+def _halved(x: Tensor) -> Tensor:
+    return x / 2 if x.is_floating_point() else x
 
 
 def _versions(held: Held) -> list[int]:

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from analysis.storage.files import json_scalar, remove_unfinished, write_atomic, writing
 from analysis.storage.input_changes import input_changes, plain
 from analysis.storage.locks import exclusive, taking_turns
+from analysis.storage.old_tables import upgraded
 from analysis.storage.run_record import ModelRecord, RunRecord, StepRecord, git_commit, versions
 from analysis.storage.table_checks import Table, checked
 from analysis.storage.tables import TABLES
@@ -171,6 +172,7 @@ class Run:
             table = pd.read_parquet(path, page_checksum_verification=True)
         except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:  # pyarrow's, of damaged files
             raise InputError(f"{path} cannot be read: {first_line(error)}. {_remedy(sort)}") from error
+        table = upgraded(sort, table)
         known = TABLES.get(sort, Table(columns={}))
         required = known.required if columns is None else columns
         return checked(table, known, required, source=str(path), remedy=_remedy(sort))

@@ -17,10 +17,11 @@ from quant.site import Site, SiteInfo
 
 SENSITIVITY_COLUMNS = (
     "model", "module", "kind", "order", "tensor", "group", "bit_width", "protocol", "granularity", "signed", "offset",
-    "estimator", "batchnorm", "images", "loss", "delta_loss", "delta_loss_se", "top1", "delta_top1", "top1_se", "kl",
-    "kl_se", "logit_nmse", "sqnr_db", "sqnr_output_db", "rank_low", "rank_high", "note",
+    "estimator", "batchnorm", "source", "task", "images", "divergence", "divergence_se", "loss", "delta_loss",
+    "delta_loss_se", "score", "delta_score", "score_se", "metric", "delta_metric", "metric_se", "top1", "delta_top1",
+    "top1_se", "kl", "kl_se", "logit_nmse", "sqnr_db", "sqnr_output_db", "rank_low", "rank_high", "note",
 )  # fmt: skip
-IMAGE_COLUMNS = ("image_kl", "image_delta_loss")  # of sensitivity_images.parquet
+IMAGE_COLUMNS = ("image_divergence", "image_delta_loss")  # of sensitivity_images.parquet
 PINNED_BITS = 8
 ROW_KEY = ("module", "tensor", "group", "bit_width", "protocol", "granularity", "estimator", "batchnorm")
 
@@ -29,7 +30,7 @@ ROW_KEY = ("module", "tensor", "group", "bit_width", "protocol", "granularity", 
 class SweepConfig:
     """Every choice that changes the figures of a sweep.
 
-    `granularity` concerns weights; None is each site's default. `batchnorm` is `stored`, `re-estimate` or `both`.
+    `granularity` concerns weights; None is each site's default. `batchnorm` is `stored`, `re_estimate` or `both`.
     `single` quantizes one site, or with `groups` the sites of one group, and nothing else; `leave_one_out` everything
     but these. Where everything is quantized, first layer and classifier keep at least `PINNED_BITS`.
     """
@@ -54,8 +55,8 @@ def sweep_keys(
     if not batchnorms(model):
         modes = ["none"]
     else:
-        modes = {"stored": ["stored"], "re-estimate": ["re_estimated"], "both": ["stored", "re_estimated"]}[
-            config.batchnorm
+        modes = {"stored": ["stored"], "re_estimate": ["re_estimated"], "both": ["stored", "re_estimated"]}[
+            config.batchnorm.replace("-", "_")
         ]
     together = {"module": "", "tensor": tensors_of(sites), "granularity": config.granularity or "default"}
     items: list[dict[str, Any]] = []
@@ -114,9 +115,10 @@ def sensitivity_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """The frame of sensitivity.parquet: sites in network order, bit-widths ascending, with their rank bands."""
     ordered = _in_order(rows)
     table = pd.DataFrame(ordered, columns=list(SENSITIVITY_COLUMNS))
-    values = [row.get("image_kl") for row in ordered]
-    for places in comparable(table).values():
-        if len(places) > 1 and all(values[i] is not None for i in places):
+    values = [row.get("image_divergence") for row in ordered]
+    for every in comparable(table).values():
+        places = [i for i in every if values[i] is not None]
+        if len(places) > 1:
             costs = np.array([values[i] for i in places], dtype=np.float64)
             left_out = table["protocol"].iloc[places[0]] == "leave_one_out"  # what helps most has the least cost
             low, high = rank_bands(-costs if left_out else costs)
@@ -125,8 +127,8 @@ def sensitivity_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def images_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """The frame of sensitivity_images.parquet: `ROW_KEY`, and of each image KL and growth of the loss, as lists."""
-    known = [row for row in _in_order(rows) if row.get("image_kl") is not None]
+    """The frame of sensitivity_images.parquet: `ROW_KEY`, divergence and growth of the loss of samples, as lists."""
+    known = [row for row in _in_order(rows) if row.get("image_divergence") is not None]
     return pd.DataFrame(known, columns=[*ROW_KEY, *IMAGE_COLUMNS])
 
 

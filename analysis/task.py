@@ -1,32 +1,18 @@
 """A task: what the output of a network is worth, sample by sample."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Generator, Tensor, nn
+
+from quant import batches
 from quant.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import Generator, Tensor, nn
 
 READY_MADE = (
     "classification", "multilabel", "segmentation", "regression", "embedding", "detection", "language_modeling"
 )  # fmt: skip
-
-
-def _forward(model: nn.Module, batch: Any) -> Any:
-    from quant import batches
-
-    return batches.forward(model, batch)
-
-
-def _samples(batch: Any) -> int:
-    from quant import batches
-
-    return batches.samples(batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,26 +38,29 @@ class Task:
     """
 
     name: str = "own"
-    forward: Callable[[nn.Module, Any], Any] = _forward
+    forward: Callable[[nn.Module, Any], Any] = batches.forward
     divergence: Callable[[Any, Any], Tensor]
     loss: Callable[[Any, Any], Tensor] | None = None
     score: Callable[[Any, Any], Tensor] | None = None
     metric: Callable[[list, list], float] | None = None
     probe: Callable[[Any, Generator], Tensor] | None = None
-    samples: Callable[[Any], int] = _samples
-    prepare: Callable[[Sequence[Any]], Task] | None = None
+    samples: Callable[[Any], int] = batches.samples
+    prepare: Callable[[Sequence[Any]], "Task"] | None = None
     check: Callable[[Any, Any], None] | None = None
 
-    def prepared(self, references: Sequence[Any]) -> Task:
+    def prepared(self, references: Sequence[Any]) -> "Task":
         """The task with what it takes from the outputs of the float network."""
         return self if self.prepare is None else replace(self.prepare(references), prepare=None)
 
 
-def fitting_task(task: Task | None, model: nn.Module, output: Any, batch: Any) -> Task:
+def fitting_task(
+    task: Task | None, model: nn.Module, output: Any, batch: Any, *, forward: Callable[[nn.Module, Any], Any]
+) -> Task:
     """`task`, or image classification where none is given and output and batch fit it.
 
     It fits where the output has two or more columns and the batch brings a class index a sample, or where the model
-    itself says that it has so many classes. InputError names the tasks to choose from.
+    itself says that it has so many classes. `forward` is how the output came about. InputError names the tasks to
+    choose from.
     """
     from analysis import tasks
 
@@ -92,7 +81,7 @@ def fitting_task(task: Task | None, model: nn.Module, output: Any, batch: Any) -
     chosen = tasks.classification()
     assert chosen.check is not None
     chosen.check(output, batch)
-    return chosen
+    return replace(chosen, forward=forward)
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

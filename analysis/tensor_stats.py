@@ -1,6 +1,7 @@
 """Statistics of weights and activations: one row a site, streamed over any number of images."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -11,12 +12,12 @@ from analysis.running_stats import RunningStats, stats_of
 from analysis.statistics.float_histogram import FloatHistogram
 from analysis.statistics.moments import NonFiniteError
 from analysis.statistics.shared_tensors import SharedTensors
-from quant.batches import tensors
+from quant.batches import inputs_and_targets, take, tensors
 from quant.errors import InputError
 from quant.intercept import intercept
+from quant.network import Forward, Network
 from quant.prepare import weight_of
 from quant.site import Site, SiteInfo
-from quant.trace import Trace
 
 STATS_COLUMNS = (
     "model", "module", "kind", "order", "tensor", "shape", "numel", "count", "mean", "std", "abs_mean", "min", "max",
@@ -34,24 +35,22 @@ class StatsTables(NamedTuple):
 
 
 def collect_stats(
-    model: nn.Module,
-    trace: Trace,
+    net: Network,
     sites: Sequence[SiteInfo],
-    batches: Iterable[Tensor] | None,
-    *,
-    name: str,
+    data: Iterable[Any] | None,
+    forward: Forward | None = None,
 ) -> StatsTables:
-    """Moments, extremes, outliers and quantiles of every weight, and of every activation over `batches` of images.
+    """Moments, extremes, outliers and quantiles of every weight, and of every activation over the batches `data`.
 
-    Without batches the activations are left out. Raises InputError at the first tensor with NaN or Inf. Weights,
+    Without data the activations are left out. Raises InputError at the first tensor with NaN or Inf. Weights,
     activations and tables can be had one by one from the three functions that this one calls.
     """
-    measured = measure_weights(model, sites)
-    if batches is not None:
+    measured = measure_weights(net.model, sites)
+    if data is not None:
         running = start_activations(sites)
-        measure_activations(model, trace, sites, _numbered(batches), running)
+        measure_activations(net, sites, numbered(data, net.samples), running, forward)
         measured |= running
-    return stats_tables(sites, measured, trace, name=name, with_activations=batches is not None)
+    return stats_tables(net, sites, measured, with_activations=data is not None)
 
 
 def measure_weights(model: nn.Module, sites: Sequence[SiteInfo]) -> dict[Site, RunningStats]:
@@ -77,27 +76,31 @@ def start_activations(sites: Sequence[SiteInfo]) -> dict[Site, RunningStats]:
 
 
 def measure_activations(
-    model: nn.Module,
-    trace: Trace,
+    net: Network,
     sites: Sequence[SiteInfo],
-    batches: Iterable[tuple[Tensor, Sequence[str]]],
+    data: Iterable[tuple[Any, Sequence[str]]],
     running: Mapping[Site, RunningStats],
+    forward: Forward | None = None,
 ) -> None:
-    """Add to `running` every activation over batches of (images, their names); `RunningStats` states the errors.
+    """Add to `running` every activation over pairs of a batch and its samples' names; `RunningStats` states the errors.
 
-    Raises InputError where the network makes NaN or Inf, with the first site that holds them and the image.
+    Raises InputError where the network makes NaN or Inf, with the first site that holds them and the sample.
     """
     shared = SharedTensors()
     handlers = {info.site: _updater(running[info.site], info, shared) for info in sites if info.site in running}
-    current: tuple[Tensor, Sequence[str]] = torch.empty(0), ()
+    run = partial(forward or net.forward, net.model)
+    current: tuple[Any, Sequence[str]] = None, ()
     try:
-        with torch.no_grad(), intercept(model, trace, handlers):  # `shared` needs what inference_mode leaves out
-            for current in batches:
+        with (
+            torch.no_grad(),
+            intercept(net.model, net.trace, handlers),
+        ):  # `shared` needs what inference_mode leaves out
+            for current in data:
                 shared.forget()
-                if not _is_finite(model(current[0])):
+                if not _is_finite(run(current[0])):
                     raise _NonFiniteActivation(None, "")
     except _NonFiniteActivation as error:
-        raise InputError(_where(model, trace, error.site, error.reason, *current)) from error
+        raise InputError(_where(net, run, error.site, error.reason, *current)) from error
 
 
 def centres_of(running: Mapping[Site, RunningStats]) -> dict[Site, float]:
@@ -111,12 +114,13 @@ def take_centres_(running: Mapping[Site, RunningStats], centres: Mapping[Site, f
         running[site].histogram = FloatHistogram(centre)
 
 
-def _numbered(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[str]]]:
-    """The batches with the numbers of their images, from 0."""
+def numbered(data: Iterable[Any], samples: Callable[[Any], int]) -> Iterator[tuple[Any, list[str]]]:
+    """The batches with the numbers of their samples, from 0."""
     first = 0
-    for images in batches:
-        yield images, [f"number {i}" for i in range(first, first + len(images))]
-        first += len(images)
+    for batch in data:
+        count = samples(batch)
+        yield batch, [f"number {i}" for i in range(first, first + count)]
+        first += count
 
 
 def _axis_and_groups(info: SiteInfo) -> tuple[int, int]:
@@ -146,8 +150,10 @@ def _updater(stats: RunningStats, info: SiteInfo, shared: SharedTensors) -> Call
         split, parts = axis, groups
         if stats.groups > 1 and not info.site.is_attention and x.shape[axis] != groups:
             if stats.count:
-                raise InputError(f"{info.site} has {x.shape[axis]} channels, {groups} before; leave it out, --exclude.")
-            stats.groups, stats.reason = 1, "channels not told apart: their number grows with that of the images"
+                raise InputError(
+                    f"{info.site} has {x.shape[axis]} channels, {groups} before; leave it out with `exclude`."
+                )
+            stats.groups, stats.reason = 1, "channels pooled: their number grows with that of the images"
         if stats.groups == 1:
             split, parts = 0, 1
         try:
@@ -158,17 +164,20 @@ def _updater(stats: RunningStats, info: SiteInfo, shared: SharedTensors) -> Call
     return update
 
 
-def _where(model: nn.Module, trace: Trace, site: Site | None, reason: str, images: Tensor, names: Sequence[str]) -> str:
+def _where(
+    net: Network, run: Callable[[Any], Any], site: Site | None, reason: str, batch: Any, names: Sequence[str]
+) -> str:
     """What is told of NaN or Inf at `site`, or where None in the model's output alone, and the image they come with.
 
-    The images of the batch run one by one. No site before `site` holds any: handlers are called in order of execution.
+    The samples of the batch run one by one. No site before `site` holds any: handlers are called in order of execution.
     """
-    wrong = [i for i in range(len(images)) if not _runs_finite(model, trace, site, images[i : i + 1])]
-    spoiled = next((names[i] for i in wrong if not bool(images[i].isfinite().all())), None)
+    single = [take(batch, i, i + 1) for i in range(len(names))]
+    wrong = [i for i, one in enumerate(single) if not _runs_finite(net, run, site, one)]
+    spoiled = next((names[i] for i in wrong if not _is_finite(inputs_and_targets(single[i])[0])), None)
     if spoiled is not None:
         return (
             f"the image {spoiled} itself holds NaN or Inf when it comes to the network. "
-            "Replace it, or check --mean and --std."
+            "Replace it, or check the preprocessing."
         )
     look = "Look at that image, and at"
     if not wrong:  # sums of a batch may be taken in another order than those of one image, and overflow
@@ -176,23 +185,23 @@ def _where(model: nn.Module, trace: Trace, site: Site | None, reason: str, image
         look = "Look at"
     elif len(wrong) == 1:
         on = f"the image {names[wrong[0]]}"
-    elif len(wrong) < len(images):
-        on = f"the image {names[wrong[0]]} and {len(wrong) - 1} more of its batch of {len(images)}"
+    elif len(wrong) < len(names):
+        on = f"the image {names[wrong[0]]} and {len(wrong) - 1} more of its batch of {len(names)}"
         look = "Look at those images, and at"
     else:
-        on = f"the image {names[0]} and all others of its batch of {len(images)}"
+        on = f"the image {names[0]} and all others of its batch of {len(names)}"
         look = "Look at the weights of"
     if site is None:
         return f"the network's output holds NaN or Inf on {on}, but no site does. {look} the end of its forward."
     return f"{site} holds NaN or Inf ({reason}) on {on}; no site before it does. {look} {site.module}."
 
 
-def _runs_finite(model: nn.Module, trace: Trace, site: Site | None, image: Tensor) -> bool:
-    """Whether a forward pass of one image leaves the site, or where None the model's output, without NaN and Inf."""
+def _runs_finite(net: Network, run: Callable[[Any], Any], site: Site | None, sample: Any) -> bool:
+    """Whether a forward pass of one sample leaves the site, or where None the model's output, without NaN and Inf."""
     seen: list[bool] = []
     look = {} if site is None else {site: lambda x: seen.append(_is_finite(x))}
-    with torch.inference_mode(), intercept(model, trace, look):
-        output = model(image)
+    with torch.inference_mode(), intercept(net.model, net.trace, look):
+        output = run(sample)
     return all(seen) if site is not None else _is_finite(output)
 
 
@@ -202,14 +211,13 @@ def _is_finite(output: object) -> bool:
 
 
 def stats_tables(
+    net: Network,
     sites: Sequence[SiteInfo],
     measured: Mapping[Site, RunningStats],
-    trace: Trace,
     *,
-    name: str,
     with_activations: bool,
 ) -> StatsTables:
-    """The tables of what was measured of the model `name`; with activations, a site that never ran has a row too."""
+    """The tables of what was measured; with activations, a site that never ran has a row too."""
     rows: list[dict[str, Any]] = []
     channels: list[dict[str, Any]] = []
     histograms: list[dict[str, Any]] = []
@@ -221,7 +229,7 @@ def stats_tables(
         notes = [info.note]
         if stats is None and not with_activations and not info.site.is_weight:
             continue
-        row = {**identity, "model": name, "kind": info.kind, "order": info.order, "shape": list(info.shape),
+        row = {**identity, "model": net.name, "kind": info.kind, "order": info.order, "shape": list(info.shape),
                "numel": info.numel}  # fmt: skip
         if stats is None:
             why = "" if info.site.is_weight else reason or "not executed on these images"  # a weight's note says why
@@ -234,7 +242,7 @@ def stats_tables(
         row["channel_range_ratio"] = stats.range_ratio() if grouped and not by_head else float("nan")
         row["channel_std_cv"] = stats.std_cv() if grouped and not by_head else float("nan")
         row["head_std_cv"] = _head_std_cv(info, stats)
-        calls = trace.calls.get(info.site.module, 1)
+        calls = net.trace.calls.get(info.site.module, 1)
         if calls > 1 and not info.site.is_weight and not info.note:
             notes.append(f"called {calls} times in one forward pass: over all calls")
         rows.append({**row, "note": _join(notes)})

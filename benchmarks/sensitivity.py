@@ -33,16 +33,18 @@ from typing import Any
 import click
 import timm
 import torch
+from analysis.evaluation import compare_logits, logits_of
 from torch import Tensor, nn
 
-from analysis.evaluation import compare_logits, logits_of
 from analysis.sensitivity import SweepConfig, sweep_keys
 from analysis.sweeps.sweep import sweep
+from analysis.tasks import classification
 from quant.calibrate import default_scheme, make_quantizer
 from quant.prepare import quantized
 from quant.site import Site, SiteInfo
 from quant.sites import find_sites
 from quant.trace import Trace
+from tests.networks import net_of
 
 MODELS = ("resnet18", "swin_tiny_patch4_window7_224", "deit_tiny_patch16_224")
 FIGURES = ("loss", "delta_loss", "kl", "kl_se", "logit_nmse")
@@ -112,7 +114,7 @@ def main(models: tuple[str, ...], images: int, batch_size: int, every: int, roun
         ratios, seconds = [], []
         for _ in range(rounds):
             start = time.perf_counter()
-            ours = list(sweep(model, trace, sites, batches, keys, name=name))
+            ours = list(sweep(net_of(model, trace, sites, name), sites, batches, keys, task=classification()))
             middle = time.perf_counter()
             plain = plain_loop(model, trace, sites, batches, keys)
             seconds.append((middle - start, time.perf_counter() - middle))

@@ -41,12 +41,14 @@ from torch import Tensor, nn
 
 from analysis.sensitivity import SweepConfig, sweep_keys
 from analysis.sweeps.sweep import sweep
+from analysis.tasks import classification
 from analysis.tensor_stats import collect_stats
 from benchmarks.executed import AttentionOperators, executed
 from quant.intercept import intercept
 from quant.site import ATTENTION_TENSORS, Site, SiteInfo
 from quant.sites import find_sites
 from quant.trace import Trace, first_tensor
+from tests.networks import net_of
 
 BESIDES = (
     "botnet26t_256", "lambda_resnet26t", "halonet26t", "gcresnext26ts", "resnet50_clip", "mobilenetv4_hybrid_medium",
@@ -129,7 +131,7 @@ def check(model: nn.Module, size: int, result: Result) -> Iterator[str]:
     if not torch.isfinite(plain).all():
         yield "the answers of random weights are not finite"
         return
-    stats = collect_stats(model, trace, sites, [images], name=result.variant).stats
+    stats = collect_stats(net_of(model, trace, sites, result.variant), sites, [images]).stats
     held = sum(i.numel for i in sites if i.site.is_weight)
     result.weights = held / sum(p.numel() for p in model.parameters() if p.ndim > 1)
     yield from _check_rows(stats, used, result)
@@ -226,7 +228,7 @@ def _check_sensitivity(model: nn.Module, trace: Trace, sites: Sequence[SiteInfo]
     if not weights:
         yield "no weight can be quantized"
     keys = sweep_keys(model, chosen, SweepConfig(bit_widths=(4,), estimator="minmax", batchnorm="stored"))
-    for row in sweep(model, trace, chosen, batches, keys, name="zoo"):
+    for row in sweep(net_of(model, trace, chosen, "zoo"), chosen, batches, keys, task=classification()):
         figures = {name: row[name] for name in ("loss", "delta_loss", "kl", "sqnr_db")}
         if not all(map(torch.isfinite, map(torch.tensor, figures.values()))):
             yield f"sensitivity of {row['module']}:{row['tensor']} is not finite: {figures}"

@@ -1,12 +1,14 @@
-"""BatchNorm statistics after quantizing: taken anew, for a while or for good."""
+"""BatchNorm statistics after quantizing: re-estimated, for a while or for good."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from quant import batches
 from quant.errors import InputError
 
 
@@ -15,39 +17,51 @@ def batchnorms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
 
 
-def reestimate_batchnorm_(
-    model: nn.Module, batches: Iterable[Tensor], forward: Callable[[Tensor], Any] | None = None
-) -> None:
-    """Let BatchNorm take its statistics from `batches` through the model as it now is, which stays in evaluation mode.
+def reestimate_batchnorm_(model: nn.Module, data: Iterable[Any], forward: Callable[[Any], Any] | None = None) -> None:
+    """Let BatchNorm take its statistics from batches through the model as it now is; it stays in evaluation mode.
 
-    Running mean and variance are averages over batches weighted by their images. Without it the sensitivity of a
-    convolution is mostly that of stale statistics. `forward` runs the model in another way than by calling it; what it
-    leaves out keeps mean 0 and variance 1. InputError for batches of a single image.
+    Running mean and variance are averages over all calls of a layer in all batches, weighted by their samples: a layer
+    that is called several times (a recurrent network, shared towers) sees the mean of its calls. Without it the
+    sensitivity of a convolution is mostly that of stale statistics. `forward(batch)` runs the model in another way than
+    by calling it with the batch's inputs; layers that it leaves out keep mean 0 and variance 1. Models without
+    BatchNorm stay as they are. Raises InputError where every batch holds a single sample.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    >>> reestimate_batchnorm_(model, [torch.randn(8, 3, 5, 5), torch.randn(4, 3, 5, 5)])
     """
-    run = model if forward is None else forward
+    run = partial(batches.forward, model) if forward is None else forward
     layers = batchnorms(model)
     if not layers:
         return
     momenta = [module.momentum for module in layers]
+    seen = dict.fromkeys(layers, 0)  # samples, once for each call
+    count = 0
+
+    def weigh(module: Any, _args: Any) -> None:
+        seen[module] += count
+        module.momentum = count / seen[module]
+
+    handles = []
     try:
         for module in layers:
             module.reset_running_stats()
             module.train()
-        seen = 0
+            handles.append(module.register_forward_pre_hook(weigh))
+        found = False
         with torch.no_grad():
-            for images in batches:
-                if len(images) < 2:  # one image alone has no variance at a 1 x 1 map
+            for batch in data:
+                count = batches.samples(batch)
+                if count < 2:  # one sample alone has no variance at a 1 x 1 map
                     continue
-                seen += len(images)
-                for module in layers:
-                    module.momentum = len(images) / seen
-                run(images)
-        if not seen:
+                found = True
+                run(batch)
+        if not found:
             raise InputError(
-                "BatchNorm cannot take its statistics from batches of one image. Give at least two images (--images, "
-                "--calibration-images, or in `qvw train` --set calibration_images) and a --batch-size of at least 2."
+                "BatchNorm cannot take its statistics from batches of one sample. Give at least two samples in a batch."
             )
     finally:
+        for handle in handles:
+            handle.remove()
         for module, momentum in zip(layers, momenta, strict=True):
             module.momentum = momentum
             module.eval()
@@ -68,8 +82,10 @@ def batchnorm_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def batchnorm_reestimated(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[None]:
+def batchnorm_reestimated(
+    model: nn.Module, data: Iterable[Any], forward: Callable[[Any], Any] | None = None
+) -> Iterator[None]:
     """`reestimate_batchnorm_` while the block runs; the stored statistics come back, also after an error."""
     with batchnorm_kept(model):
-        reestimate_batchnorm_(model, batches)
+        reestimate_batchnorm_(model, data, forward)
         yield

@@ -1,14 +1,18 @@
 """Calibration: what activations look like, and the quantizers made from them and from the weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quant import batches
+from quant.bit_plan import PlannedSite, check_known_sites
 from quant.choices import Estimator, Granularity
 from quant.errors import InputError
 from quant.functional import to_groups
 from quant.intercept import intercept
+from quant.network import Network
 from quant.prepare import weight_of
 from quant.quantizer import Quantizer
 from quant.range_estimators import estimate_range
@@ -68,12 +72,13 @@ def observe_activations(
     model: nn.Module,
     trace: Trace,
     sites: Mapping[Site, SiteInfo],
-    batches: Iterable[Tensor],
+    data: Iterable[Any],
     *,
     count: int,
     granularities: Mapping[Site, Granularity] | None = None,
+    forward: Callable[[nn.Module, Any], Any] = batches.forward,
 ) -> dict[Site, ActivationSample]:
-    """A sample of every activation site among `sites`, of the floating-point model over `count` batches of images.
+    """A sample of every activation site among `sites`, of the floating-point model over `count` batches.
 
     `granularities` says which values share a scale where that is not the default.
     """
@@ -85,15 +90,13 @@ def observe_activations(
     if not samples:
         return samples
     with torch.no_grad(), intercept(model, trace, {site: sample.update for site, sample in samples.items()}):
-        for images in batches:
-            model(images)
+        for batch in data:
+            forward(model, batch)
     for site, sample in samples.items():
         if not sample.parts:
-            raise InputError(f"{site} was not executed on the calibration images; leave it out with --exclude.")
+            raise InputError(f"{site} was not executed on the calibration data; leave its module out with `exclude`.")
         if not torch.isfinite(sample.values).all():
-            raise InputError(
-                f"{site} holds NaN or Inf on the calibration images; look for the cause before quantizing."
-            )
+            raise InputError(f"{site} holds NaN or Inf on the calibration data; look for the cause before quantizing.")
     return samples
 
 
@@ -143,3 +146,74 @@ def make_quantizer(
             raise ValueError(f"{info.site} was sampled in {len(values)} groups; {scheme.granularity} has {groups}.")
     scale, zero, degenerate = estimate_range(values, scheme, estimator, weights)
     return Quantizer(scheme=scheme, scale=scale, offset=zero, axis=axis, groups=groups, degenerate=degenerate)
+
+
+def calibrate(
+    net: Network,
+    sites: Sequence[PlannedSite],
+    data: Iterable[Any],
+    *,
+    estimator: Estimator = "mse",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> dict[Site, Quantizer]:
+    """The quantizers of planned sites, scales of weights from the weights and of activations from batches of `data`.
+
+    Raises InputError for a site that the network has not, or not with the planned axis.
+    """
+    check_planned(net, sites)
+    batched = list(data)
+    activations = {planned.site: planned.granularity for planned in sites if not planned.site.is_weight}
+    samples = observe_activations(
+        net.model, net.trace, {site: net.by_site[site] for site in activations}, batched, count=len(batched),
+        granularities=activations, forward=forward or net.forward,
+    )  # fmt: skip
+    return {
+        planned.site: make_quantizer(
+            net.model, net.by_site[planned.site], scheme_of(planned), sample=samples.get(planned.site),
+            estimator=estimator,
+        )
+        for planned in sites
+    }  # fmt: skip
+
+
+def check_planned(net: Network, sites: Sequence[PlannedSite], what: str = "the plan") -> None:
+    """Raise InputError for a plan without sites, a site that `net` cannot quantize, or one without the planned axis."""
+    if not sites:
+        raise InputError(f"{what} plans no site: nothing would be quantized.")
+    known = {info.site: info for info in net.infos if info.quantizable}
+    check_known_sites((planned.site for planned in sites), known, what=what)
+    for planned in sites:
+        info = known[planned.site]
+        axes = {"per_tensor": 1, "per_channel": info.channels, "per_head": info.heads}
+        if not axes[planned.granularity]:
+            raise InputError(
+                f"{what} has {planned.site} {planned.granularity}, but {net.name} has no such axis there. Plan it "
+                "per_tensor, or plan again for this model."
+            )
+
+
+def planned_sites(
+    net: Network,
+    bits: Mapping[Site, int],
+    data: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> list[PlannedSite]:
+    """Sites at the given bit-widths, each at its default scheme: sign and offset of inputs by what `data` shows."""
+    batched = list(data)
+    activations = {info.site: info for info in net.infos if info.site in bits and not info.site.is_weight}
+    samples = observe_activations(
+        net.model, net.trace, activations, batched, count=len(batched), forward=forward or net.forward
+    )
+    return [
+        PlannedSite.of(info.site, default_scheme(net.model, info, bits[info.site], sample=samples.get(info.site)))
+        for info in net.infos
+        if info.site in bits
+    ]
+
+
+def scheme_of(planned: PlannedSite) -> QuantScheme:
+    """How a planned site is quantized."""
+    return QuantScheme(
+        bit_width=planned.bit_width, signed=planned.signed, offset=planned.offset, granularity=planned.granularity
+    )

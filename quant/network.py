@@ -29,7 +29,8 @@ class Network:
     whether the answer is always the same. Building a network changes nothing in the model. `include` and `exclude` are
     shell patterns over module names: what they leave out stays in floating point, and still costs. `name` is what
     tables call it. `forward(model, batch)` returns the output, where the model is not simply called with the batch's
-    inputs; a `Task` brings its own.
+    inputs, and `samples(batch)` counts samples where that is not the leading dimension of the first tensor; a `Task`
+    brings its own of both.
 
     Raises InputError for a model that cannot be measured (compiled, scripted, exported, half precision, lazy layers,
     another answer each time), and where the batch does not fit.
@@ -48,15 +49,17 @@ class Network:
         exclude: Sequence[str] = (),
         name: str | None = None,
         forward: Forward | None = None,
+        samples: Callable[[Any], int] | None = None,
         classifier: Sequence[str] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"`model` is a {type(model).__name__}; expected a torch.nn.Module.")
         self.model, self.name = model, name or type(model).__name__
         self.forward: Forward = forward or batches.forward
+        self.samples: Callable[[Any], int] = samples or batches.samples
         check_form(model, self.name)
         batch = batches.to_device(batches.example_batch(example), self.device)
-        self.example = one_sample(batch)
+        self.example = one_sample(batch) if self.samples is batches.samples else batch
         self.include, self.exclude = _patterns(include, "include"), _patterns(exclude, "exclude")
         heads = classifier_names(model) if classifier is None else tuple(classifier)
         self.trace: Trace
@@ -73,7 +76,7 @@ class Network:
         """What is known of each site."""
         return {info.site: info for info in self.infos}
 
-    @property
+    @cached_property
     def blocks(self) -> set[str]:
         """The names of the modules that are blocks."""
         return {info.site.module for info in self.infos if info.kind == "block"}
@@ -122,19 +125,12 @@ class Network:
                 check_repeatable(lambda batch: self.forward(self.model, batch), self.example, self.name)
                 return find_sites(
                     self.model, self.example, include=self.include, exclude=self.exclude, classifier=heads,
-                    forward=self.forward,
+                    forward=self.forward, samples=self.samples,
                 )  # fmt: skip
         except InputError:
             raise
         except Exception as error:  # the model is the user's: whatever its forward raises is told
             raise ForwardError(_does_not_run(self.model, self.example, self.name, error)) from error
-
-
-def as_network(model: "nn.Module | Network", example: Any, forward: Forward | None = None) -> Network:
-    """The network itself, or that of a plain model, traced on `example`."""
-    if isinstance(model, Network):
-        return model
-    return Network(model, example, forward=forward)
 
 
 def one_sample(batch: Any) -> Any:

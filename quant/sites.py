@@ -16,6 +16,11 @@ KINDS = (
     "conv", "conv.depthwise", "conv.pointwise", "patch_embed", "downsample", "attn.qkv", "attn.query", "attn.key",
     "attn.value", "attn.softmax", "attn.proj", "mlp.fc1", "mlp.fc2", "norm", "block", "head", "other",
 )  # fmt: skip
+TENSOR_GROUPS = {
+    "weight": WEIGHT_TENSORS, "input": ("input",), "attention": ATTENTION_TENSORS, "query": ("query",),
+    "key": ("key",), "value": ("value",), "softmax": ("attention",),
+}  # fmt: skip
+"""What selects sites by their tensor."""
 _ATTENTION_KINDS = dict(zip(ATTENTION_TENSORS, ("attn.query", "attn.key", "attn.value", "attn.softmax"), strict=True))
 _TRANSFORMS_ITS_WEIGHT = re.compile(r"StdConv|CondConv|WSConv|DynamicConv")
 _NORM = re.compile(r"Norm|Affine$")
@@ -40,6 +45,7 @@ def find_sites(
     exclude: Sequence[str] = (),
     classifier: Collection[str] = (),
     forward: Callable[[nn.Module, Any], Any] = batches.forward,
+    samples: Callable[[Any], int] = batches.samples,
 ) -> tuple[Trace, list[SiteInfo]]:
     """What one forward pass of `batch` executes, and every site that it met, in order of execution.
 
@@ -48,7 +54,7 @@ def find_sites(
     `classifier` names the head's layers; without it the last layer executed is the head. Layers that never ran come
     last, their weights only, with a note.
     """
-    trace = trace_forward(model, batch, forward)
+    trace = trace_forward(model, batch, forward, samples)
     modules = dict(model.named_modules())
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in modules):
@@ -271,14 +277,10 @@ def select_sites(sites: Sequence[SiteInfo], tensors: Sequence[str]) -> list[Site
     `tensors` holds weight, input, query, key, value, softmax (the site `attention` alone), or attention for all four
     inside attention.
     """
-    groups = {
-        "weight": WEIGHT_TENSORS, "input": ("input",), "attention": ATTENTION_TENSORS, "query": ("query",),
-        "key": ("key",), "value": ("value",), "softmax": ("attention",),
-    }  # fmt: skip
-    unknown = [name for name in tensors if name not in groups]
+    unknown = [name for name in tensors if name not in TENSOR_GROUPS]
     if unknown:
-        raise InputError(f"--tensors {unknown[0]!r} is unknown; choose from {', '.join(groups)}.")
-    wanted = {tensor for name in tensors for tensor in groups[name]}
+        raise InputError(f"the tensor {unknown[0]!r} is unknown; choose from {', '.join(TENSOR_GROUPS)}.")
+    wanted = {tensor for name in tensors for tensor in TENSOR_GROUPS[name]}
     return [info for info in sites if info.quantizable and info.site.tensor in wanted]
 
 

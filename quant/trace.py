@@ -280,9 +280,14 @@ def first_tensor(x: Any) -> tuple[Any, Tensor] | None:
     return next(((key, value) for key, value in items if isinstance(value, Tensor)), None)
 
 
-def trace_forward(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] = batches.forward) -> Trace:
+def trace_forward(
+    model: nn.Module,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any] = batches.forward,
+    samples: Callable[[Any], int] = batches.samples,
+) -> Trace:
     """What one forward pass of `batch` executes; the model is left as it was."""
-    trace = Trace(images=batches.samples(batch))
+    trace = Trace(images=samples(batch))
     probe = _Probe(trace, model)
     handles = []
 

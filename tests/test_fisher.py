@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from analysis.sweeps.fisher import fisher_probe, fisher_scores
+from analysis.tasks import classification
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
 from quant.intercept import intercept
 from quant.prepare import quantized, weight_of
 from quant.site import Site
 from quant.sites import find_sites
+from tests.networks import net_of
 
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -122,7 +124,9 @@ def test_small_errors_of_all_sites_together_have_the_kl_of_the_products():
     for image in IMAGES[:2, :, :8, :8]:
         images = image.expand(repeats, -1, -1, -1).contiguous()
         trace, sites, _ = opened(model, images, ())
-        scores = fisher_scores(model, trace, sites, {site: {16: rippled} for site in sites}, [images])
+        scores = fisher_scores(
+            net_of(model, trace, sites), {site: {16: rippled} for site in sites}, [images], classification()
+        )
         u = probes_of(model, [images])[0]
         patterns, group = u.round(decimals=10).unique(dim=0, return_inverse=True)
         assert len(patterns) == 8
@@ -148,7 +152,9 @@ def test_on_a_transformer_the_kl_lies_within_the_sampling_error_of_the_products(
              ("blocks.0.attn", "attention"), ("blocks.1.mlp.fc2", "input")]  # fmt: skip
     trace, sites, _ = opened(model, images[:2], ())
     chosen = dict.fromkeys((Site(*name) for name in names), rippled)
-    scores = fisher_scores(model, trace, sites, {site: {16: rippled} for site in chosen}, images.split(50))
+    scores = fisher_scores(
+        net_of(model, trace, sites), {site: {16: rippled} for site in chosen}, images.split(50), classification()
+    )
     with torch.no_grad():
         p = model(IMAGES[:2]).log_softmax(dim=1)
         with quantized(model, trace, sites, chosen):
@@ -212,7 +218,7 @@ def test_every_score_is_what_one_image_at_a_time_gives(name):
     trace, sites, quantizers = opened(model, IMAGES, (3, 6))
     batches = IMAGES.split(4)
     probes = torch.cat(probes_of(model, batches))
-    scores = fisher_scores(model, trace, sites, quantizers, batches)
+    scores = fisher_scores(net_of(model, trace, sites), quantizers, batches, classification())
     tables = {site for site in sites if ".cpb_mlp." in site.module}
     assert {site for site, _ in scores} == set(sites) - tables
     sites = {site: info for site, info in sites.items() if site not in tables}
@@ -250,7 +256,9 @@ def test_of_one_linear_layer_every_score_has_a_closed_form(c):
     images = IMAGES[:, :, :2, :2]
     trace, sites = find_sites(model, images[:2])
     sites = {info.site: info for info in sites if info.quantizable}
-    scores = fisher_scores(model, trace, sites, {site: {1: lambda x: x + c * x} for site in sites}, [images])
+    scores = fisher_scores(
+        net_of(model, trace, sites), {site: {1: lambda x: x + c * x} for site in sites}, [images], classification()
+    )
     u, x, weight = probes_of(model, [images])[0], images.reshape(6, 12), model[1].weight.detach()
     products = c * (u * (x @ weight.T)).sum(dim=1)
     slopes = {"input": (u @ weight), "weight": u[:, :, None] * x[:, None, :]}
@@ -272,9 +280,9 @@ def test_the_split_into_batches_changes_nothing(sizes):
     """Batches of any sizes, of one image too, give the figures of all images in one batch."""
     model, images = model_of("cnn"), IMAGES[:, :, :8, :8]
     trace, sites, quantizers = opened(model, images, (3,))
-    whole = fisher_scores(model, trace, sites, quantizers, [images])
+    whole = fisher_scores(net_of(model, trace, sites), quantizers, [images], classification())
     cuts = [cut for cut in np.cumsum(sizes) if cut < 6]
-    split = fisher_scores(model, trace, sites, quantizers, images.tensor_split(cuts))
+    split = fisher_scores(net_of(model, trace, sites), quantizers, images.tensor_split(cuts), classification())
     assert split.keys() == whole.keys()
     for key, score in split.items():
         np.testing.assert_allclose(score.products, whole[key].products, rtol=1e-5, atol=1e-8)
@@ -285,8 +293,8 @@ def test_bfloat16_gives_the_figures_of_float64_within_its_rounding():
     """At 3 bits, where the error is much larger than that of bfloat16 itself: within 25 %, in the median within 5 %."""
     model = model_of("vit")
     trace, sites, quantizers = opened(model, IMAGES, (3,))
-    exact = fisher_scores(model, trace, sites, quantizers, [IMAGES])
-    rounded = fisher_scores(model.bfloat16(), trace, sites, quantizers, [IMAGES.bfloat16()])
+    exact = fisher_scores(net_of(model, trace, sites), quantizers, [IMAGES], classification())
+    rounded = fisher_scores(net_of(model.bfloat16(), trace, sites), quantizers, [IMAGES.bfloat16()], classification())
     assert rounded.keys() == exact.keys()
     for place in (1, 2, 3, 4):
         ratio = np.array([rounded[key][place] / exact[key][place] for key in exact])
@@ -315,7 +323,7 @@ def test_what_has_no_gradient_of_an_image_is_left_out(size):
     torch.manual_seed(0)
     model, images = Twice().double(), IMAGES[:, :, :4, :4]
     trace, sites, quantizers = opened(model, images, (4,))
-    scores = fisher_scores(model, trace, sites, quantizers, images.split(size))
+    scores = fisher_scores(net_of(model, trace, sites), quantizers, images.split(size), classification())
     assert {str(site) for site in sites} > {"twice:weight", "table:weight", "tokens:input", "tokens:weight"}
     assert {str(site) for site, _ in scores} == {"fc:weight", "fc:input"}
 
@@ -357,7 +365,7 @@ def test_an_input_that_is_written_into_later_is_refused_and_the_model_comes_back
     trace, sites, quantizers = opened(model, images, (4,))
     before = parameters_of(model)
     with pytest.raises(InputError, match=r"writes into the input of conv2 after that has used it.*--exclude"):
-        fisher_scores(model, trace, sites, quantizers, [images])
+        fisher_scores(net_of(model, trace, sites), quantizers, [images], classification())
     assert_came_back(model, before)
 
 
@@ -379,9 +387,9 @@ def test_the_model_comes_back_bit_for_bit(name, fails):
         site = [site for site in sites if site.is_weight][1]
         quantizers[site] = {4: broken}
         with pytest.raises(RuntimeError, match="pulled the plug"):
-            fisher_scores(model, trace, sites, quantizers, [images])
+            fisher_scores(net_of(model, trace, sites), quantizers, [images], classification())
     else:
-        fisher_scores(model, trace, sites, quantizers, [images])
+        fisher_scores(net_of(model, trace, sites), quantizers, [images], classification())
     assert_came_back(model, before)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert torch.equal(images, IMAGES)

@@ -4,18 +4,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+from analysis.evaluation import compare_logits, logits_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from analysis.evaluation import compare_logits, logits_of
 from analysis.sensitivity import SweepConfig, quantized_sites, sensitivity_table, sweep_keys
 from analysis.sweeps.groups import EVERYTHING, groups_of, stage_of
 from analysis.sweeps.rank_bands import images_to_separate, rank_bands
 from analysis.sweeps.sweep import sweep
+from analysis.tasks import classification
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.prepare import quantized
 from quant.sites import find_sites
+from tests.networks import net_of
 
 IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(24) % 10
@@ -105,7 +107,10 @@ def test_a_group_s_row_is_what_quantizing_by_hand_gives(swin, protocol):
     model, trace, sites, blocks = swin
     config = SweepConfig(bit_widths=(4,), protocol=protocol, groups="stage")
     keys = sweep_keys(model, sites, config, blocks=blocks)
-    rows = {row["group"]: row for row in sweep(model, trace, sites, BATCHES, keys, name="m", blocks=blocks)}
+    rows = {
+        row["group"]: row
+        for row in sweep(net_of(model, trace, sites, "m"), sites, BATCHES, keys, task=classification())
+    }
     key = next(key for key in keys if key["group"] == "stage:layers.1")
     chosen = dict(quantized_sites(key, sites, blocks=blocks))
     samples = observe_activations(model, trace, {i.site: i for i in chosen}, IMAGES.split(8), count=3)

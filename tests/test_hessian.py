@@ -13,9 +13,11 @@ from torch import nn
 from torch.func import functional_call
 
 from analysis.sweeps.hessian import hessian_traces
+from analysis.tasks import classification
 from quant.intercept import intercept
 from quant.site import Site
 from quant.sites import find_sites
+from tests.networks import net_of
 
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
@@ -108,7 +110,7 @@ def test_the_traces_are_those_of_the_whole_hessians(name, chosen):
     """
     model, trace, sites, images = opened(name)
     sites = {Site(*site): sites[Site(*site)] for site in chosen}
-    found = hessian_traces(model, trace, sites, [(images[:2], LABELS[:2])] * 400)
+    found = hessian_traces(net_of(model, trace, sites), sites, [(images[:2], LABELS[:2])] * 400, classification())
     assert list(found) == list(sites)
     precise = 0
     for site, info in sites.items():
@@ -126,7 +128,7 @@ def test_trace_and_error_are_those_of_a_ratio_of_sums():
     model, trace, sites, images = opened("cnn")
     images, labels = images.repeat(2, 1, 1, 1), LABELS.repeat(2)
     batches = [(images[a:b], labels[a:b]) for a, b in ((0, 3), (3, 5), (5, 9))]
-    up_to = [hessian_traces(model, trace, sites, batches[:n]) for n in (1, 2, 3)]
+    up_to = [hessian_traces(net_of(model, trace, sites), sites, batches[:n], classification()) for n in (1, 2, 3)]
     counts = np.array([3, 2, 4])
     for site in sites:
         assert math.isnan(up_to[0][site].error)
@@ -144,8 +146,8 @@ def test_the_parts_of_a_fused_weight_add_up_to_the_whole():
     fused = Site("blocks.0.attn.qkv", "weight")
     info = dataclasses.replace(next(iter(parts.values())), site=fused, rows=None)
     batches = [(images, LABELS)]
-    apart = hessian_traces(model, trace, parts, batches)
-    whole = hessian_traces(model, trace, {fused: info}, batches)
+    apart = hessian_traces(net_of(model, trace, parts), parts, batches, classification())
+    whole = hessian_traces(net_of(model, trace, {fused: info}), {fused: info}, batches, classification())
     total = sum(value.trace for value in apart.values())
     assert total == pytest.approx(whole[fused].trace, rel=1e-9)
 
@@ -155,8 +157,8 @@ def test_the_order_of_images_in_a_batch_does_not_matter_to_a_weight():
     model, trace, sites, images = opened("swin")
     sites = {site: info for site, info in sites.items() if site.is_weight}
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    first = hessian_traces(model, trace, sites, [(images, LABELS)])
-    second = hessian_traces(model, trace, sites, [(images[order], LABELS[order])])
+    first = hessian_traces(net_of(model, trace, sites), sites, [(images, LABELS)], classification())
+    second = hessian_traces(net_of(model, trace, sites), sites, [(images[order], LABELS[order])], classification())
     for site in sites:
         assert first[site].trace == pytest.approx(second[site].trace, rel=1e-9, abs=1e-12)
 
@@ -182,7 +184,9 @@ def test_a_site_without_influence_has_trace_zero(with_others):
     model, images = Idle().double(), IMAGES[:, :, :2, :2]
     trace, sites = find_sites(model, images[:2])
     sites = {info.site: info for info in sites if with_others or info.site.module == "idle"}
-    found = hessian_traces(model, trace, sites, [(images[:3], LABELS[:3]), (images[3:], LABELS[3:])])
+    found = hessian_traces(
+        net_of(model, trace, sites), sites, [(images[:3], LABELS[:3]), (images[3:], LABELS[3:])], classification()
+    )
     assert found[Site("idle", "weight")] == (0, 0)
     assert found[Site("idle", "input")] == (0, 0)
     if with_others:
@@ -195,7 +199,7 @@ def test_of_a_linear_classifier_the_trace_has_a_closed_form():
     model, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double(), IMAGES[:, :, :2, :2]
     trace, sites = find_sites(model, images[:2])
     sites = {info.site: info for info in sites}
-    found = hessian_traces(model, trace, sites, [(images, LABELS)] * 400)
+    found = hessian_traces(net_of(model, trace, sites), sites, [(images, LABELS)] * 400, classification())
     p, x = model(images).softmax(dim=1).detach(), images.reshape(6, 12)
     spread = 1 - p.square().sum(dim=1)
     weight = (spread * x.square().sum(dim=1)).mean().item()
@@ -219,9 +223,9 @@ def test_the_model_comes_back_bit_for_bit(name, fails):
     batches = [(images[:3], LABELS[:3]), (images[3:], LABELS[:2] if fails else LABELS[3:])]
     if fails:
         with pytest.raises(ValueError, match="batch_size"):
-            hessian_traces(model, trace, sites, batches)
+            hessian_traces(net_of(model, trace, sites), sites, batches, classification())
     else:
-        hessian_traces(model, trace, sites, batches)
+        hessian_traces(net_of(model, trace, sites), sites, batches, classification())
     for name, parameter in model.named_parameters():
         assert parameter is before[name][0]
         assert parameter.requires_grad == before[name][1]

@@ -32,8 +32,9 @@ FOLDERS = (
 )  # fmt: skip
 FRONT = {
     "models": "inputs", "data": "inputs", "runs": "storage", "running_stats": "statistics",
-    "evaluation": "inputs", 
-    "scoring": "inputs", "task": "inputs", "tasks": "inputs", "tensor_stats": "statistics", "variation": "statistics", "replay": "sweeps",
+    "scoring": "inputs", "task": "inputs", "tasks": "inputs", "memory": "terminal", "estimate": "sweeps",
+    "results": "page", "measure": "page", "evaluate": "page", "allocation": "page",
+    "tensor_stats": "statistics", "variation": "statistics", "replay": "sweeps",
     "sensitivity": "sweeps", "proxies": "sweeps", "cost": "planning", "planner": "planning", "plots": "figures",
     "report": "page", "notebook_runs": "steps", "cli": "commands", "__main__": "commands",
 }  # fmt: skip

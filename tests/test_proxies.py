@@ -26,9 +26,12 @@ from analysis.sweeps.fisher import fisher_scores
 from analysis.sweeps.hessian import hessian_traces
 from analysis.sweeps.proxy_correlation import CORRELATION_COLUMNS, LEAST_SITES, noise_ceiling, proxy_correlations
 from analysis.sweeps.sweep import sample_activations, sweep
+from analysis.tasks import classification
+from quant.batches import forward
 from quant.calibrate import default_scheme, make_quantizer
 from quant.site import Site, SiteInfo
 from quant.sites import find_sites
+from tests.networks import net_of
 
 IMAGES = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(40) % 10
@@ -57,7 +60,16 @@ def opened(name):
 
 def table_of(model, trace, sites, batches=BATCHES, stats=None):
     """The two frames at `BITS`."""
-    return proxy_table(model, trace, sites, batches, BITS, estimator="minmax", granularity=None, stats=stats)
+    return proxy_table(
+        net_of(model, trace, sites),
+        sites,
+        batches,
+        BITS,
+        task=classification(),
+        estimator="minmax",
+        granularity=None,
+        stats=stats,
+    )
 
 
 def stats_of(sites):
@@ -83,7 +95,7 @@ def test_the_frames_hold_what_the_two_passes_give_with_the_quantizers_of_the_swe
     assert len(rows) == len(set(rows))
     assert {(Site(m, t), bits, proxy) for m, t, bits, proxy in rows} == expected
     by_site = {info.site: info for info in sites}
-    samples = sample_activations(model, trace, by_site, [x for x, _ in BATCHES])
+    samples = sample_activations(net_of(model, trace, by_site), by_site, BATCHES, forward)
     quantizers = {}
     for site, info in by_site.items():
         schemes = {bits: default_scheme(model, info, bits, sample=samples.get(site)) for bits in BITS}
@@ -94,8 +106,8 @@ def test_the_frames_hold_what_the_two_passes_give_with_the_quantizers_of_the_swe
     sizes = [16, 4, 16, 4]
     assert max(sizes) == IMAGES_AT_ONCE
     small = list(zip(IMAGES.split(sizes), LABELS.split(sizes), strict=True))
-    scores = fisher_scores(model, trace, by_site, quantizers, [x for x, _ in small])
-    traces = hessian_traces(model, trace, by_site, small)
+    scores = fisher_scores(net_of(model, trace, by_site), quantizers, [x for x, _ in small], classification())
+    traces = hessian_traces(net_of(model, trace, by_site), by_site, small, classification())
     for row in table.itertuples():
         site, bits = Site(row.module, row.tensor), row.bit_width
         if row.proxy == "hessian_trace":
@@ -161,7 +173,7 @@ def frames(kl, scores, *, tensors=None, bits=4, proxy="fisher"):
     key = {"group": "", "protocol": "single", "granularity": "per_tensor", "estimator": "mse", "batchnorm": "none"}
     sites = [{"module": f"m{i}", "tensor": tensor, "bit_width": bits, **SCHEME} for i, tensor in enumerate(tensors)]
     measured = pd.DataFrame([{**s, **key, "kl": x.mean()} for s, x in zip(sites, kl, strict=True)])
-    images = pd.DataFrame([{**s, **key, "image_kl": list(x), "image_delta_loss": list(x)}
+    images = pd.DataFrame([{**s, **key, "image_divergence": list(x), "image_delta_loss": list(x)}
                            for s, x in zip(sites, kl, strict=True)])  # fmt: skip
     proxies = pd.DataFrame([{**s, "proxy": proxy, "score": x} for s, x in zip(sites, scores, strict=True)])
     return proxies, measured, images
@@ -266,7 +278,9 @@ def test_on_a_real_network_fisher_foretells_the_measured_sweep():
     """At 6 bits, all sites of a small ResNet, from the frames of the sweep: Spearman above 0.8 of the ceiling."""
     model, trace, sites = opened("resnet")
     config = SweepConfig(bit_widths=(6,), batchnorm="stored", estimator="minmax")
-    rows = list(sweep(model, trace, sites, BATCHES, sweep_keys(model, sites, config), name="m"))
+    rows = list(
+        sweep(net_of(model, trace, sites, "m"), sites, BATCHES, sweep_keys(model, sites, config), task=classification())
+    )
     proxies, _ = table_of(model, trace, sites, stats=stats_of(sites))
     table = proxy_correlations(proxies, preferred_rows(sensitivity_table(rows)), images_table(rows))
     found = table[table["tensors"] == "all"].set_index("proxy")

@@ -12,17 +12,19 @@ import scipy.special
 import timm
 import torch
 import torch.nn.functional as F
-
 from analysis.evaluation import compare_logits, logits_of
+
 from analysis.replay import Replay
 from analysis.sensitivity import SENSITIVITY_COLUMNS, SweepConfig, sensitivity_table, sweep_keys
 from analysis.sweeps.sweep import sweep
+from analysis.tasks import classification
 from quant.batchnorm import batchnorm_reestimated
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
 from quant.prepare import quantized
 from quant.site import Site
 from quant.sites import find_sites
+from tests.networks import net_of
 
 IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(24) % 10
@@ -66,7 +68,7 @@ def quantizer_of(model, info, bit_width, sample=None):
 def rows_of(model, trace, sites, config):
     """All rows of a sweep."""
     keys = sweep_keys(model, sites, config)
-    return list(sweep(model, trace, sites, BATCHES, keys, name="m"))
+    return list(sweep(net_of(model, trace, sites, "m"), sites, BATCHES, keys, task=classification()))
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "swin"])
@@ -214,8 +216,12 @@ def test_a_sweep_continued_gives_the_rows_of_one_that_was_not_interrupted():
     """Rows do not depend on which rows came before them in the same process."""
     model, trace, sites = opened("swin")
     keys = sweep_keys(model, sites[:6], SweepConfig(bit_widths=(2, 4)))
-    whole = list(sweep(model, trace, sites[:6], BATCHES, keys, name="m"))
-    parts = [row for part in (keys[:5], keys[5:]) for row in sweep(model, trace, sites[:6], BATCHES, part, name="m")]
+    whole = list(sweep(net_of(model, trace, sites[:6], "m"), sites[:6], BATCHES, keys, task=classification()))
+    parts = [
+        row
+        for part in (keys[:5], keys[5:])
+        for row in sweep(net_of(model, trace, sites[:6], "m"), sites[:6], BATCHES, part, task=classification())
+    ]
     assert sensitivity_table(whole).equals(sensitivity_table(parts))
 
 
@@ -295,6 +301,10 @@ def test_entering_midway_changes_no_bit(name, monkeypatch):
             lambda self, *given, room, cache_bytes: begin(self, *given, cache_bytes=room), room=room
         )
         monkeypatch.setattr(Replay, "__init__", limited)
-        tables.append(sensitivity_table(list(sweep(model, trace, sites, BATCHES, keys, name="m"))))
+        tables.append(
+            sensitivity_table(
+                list(sweep(net_of(model, trace, sites, "m"), sites, BATCHES, keys, task=classification()))
+            )
+        )
     for table in tables[1:]:
         pd.testing.assert_frame_equal(table, tables[0], check_exact=True)

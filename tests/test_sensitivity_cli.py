@@ -155,8 +155,8 @@ def test_damaged_rows_of_a_log_are_measured_again(run, tmp_path, capfd):
     whole, images = (pd.read_parquet(fresh / f"{name}.parquet") for name in ("sensitivity", "sensitivity_images"))
     rows = whole.merge(images).to_dict("records")
     for row in rows:
-        row["image_kl"], row["image_delta_loss"] = list(row["image_kl"]), list(row["image_delta_loss"])
-    rows[1]["image_kl"] = [1.0]
+        row["image_divergence"], row["image_delta_loss"] = list(row["image_divergence"]), list(row["image_delta_loss"])
+    rows[1]["image_divergence"] = [1.0]
     rows[2]["kl"] = "abc"
     lines = [json.dumps(row) for row in rows]
     lines[3] = lines[3][:40]

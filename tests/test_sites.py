@@ -18,6 +18,7 @@ from analysis.tensor_stats import collect_stats
 from quant.errors import InputError
 from quant.site import Site
 from quant.sites import KINDS, find_sites
+from tests.networks import net_of
 
 
 def swin():
@@ -281,7 +282,7 @@ def test_a_block_that_returns_several_tensors_is_described_by_its_first():
     blocks = [i for i in sites if i.kind == "block"]
     assert len(blocks) == 10
     assert {i.note for i in blocks} == {"the first tensor of a tuple of 2"}
-    stats = collect_stats(model, trace, blocks, [torch.rand(2, 3, 64, 64)], name="mvitv2").stats
+    stats = collect_stats(net_of(model, trace, blocks, "mvitv2"), blocks, [torch.rand(2, 3, 64, 64)]).stats
     assert list(stats["count"]) == [2 * i.numel for i in blocks]
 
 
@@ -304,7 +305,7 @@ def test_calls_of_different_shapes_share_no_channels():
         assert (norm.channels, norm.numel) == (0, (6 + 4) * 16)
         assert "its calls have different shapes: (1, 4, 4, 4), (1, 6, 4, 4)" in norm.note
         assert "called 2 times" in norm.note
-        stats = collect_stats(model, trace, [norm], [images], name="two").stats
+        stats = collect_stats(net_of(model, trace, [norm], "two"), [norm], [images]).stats
     assert stats["count"].item() == 2 * norm.numel
 
 

@@ -46,10 +46,12 @@ from analysis.storage.table_checks import Column, Table, checked
 from analysis.storage.tables import PROXY_NAMES, TABLES
 from analysis.sweeps.proxy_correlation import CORRELATION_COLUMNS, measured_beside, proxy_correlations
 from analysis.sweeps.sweep import sweep
+from analysis.tasks import classification
 from analysis.tensor_stats import STATS_COLUMNS, collect_stats
 from quant.errors import InputError
 from quant.sites import find_sites
 from tests.digits_vit import qvw
+from tests.networks import net_of
 
 IMAGES = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 BATCHES = [(IMAGES, torch.arange(6) % 10)]
@@ -89,15 +91,15 @@ def measured() -> Measured:
     sites = [info for info in every if info.quantizable]
     alone, groups = SweepConfig(bit_widths=(2, 4, 8)), SweepConfig(bit_widths=(2,), groups="kind")
     keys = [*sweep_keys(model, sites, alone), *sweep_keys(model, sites, groups)]
-    rows = list(sweep(model, trace, sites, BATCHES, keys, name="vit"))
+    rows = list(sweep(net_of(model, trace, sites, "vit"), sites, BATCHES, keys, task=classification()))
     frames = {
         "cost": cost_table(every),
         "sensitivity": sensitivity_table(rows),
         "sensitivity_images": images_table(rows),
     }
-    stats = collect_stats(model, trace, every, [IMAGES], name="vit")
+    stats = collect_stats(net_of(model, trace, every, "vit"), every, [IMAGES])
     frames |= {"stats": stats.stats, "channels": stats.channels, "histograms": stats.histograms}
-    proxies, products = proxy_table(model, trace, sites, BATCHES, (2, 4), estimator="mse", granularity=None,
+    proxies, products = proxy_table(net_of(model, trace, sites), sites, BATCHES, (2, 4), task=classification(), estimator="mse", granularity=None,
                                     stats=stats.stats)  # fmt: skip
     beside = measured_beside(proxies, frames["sensitivity"])
     frames |= {"proxies": proxies, "proxy_images": products,
@@ -258,11 +260,11 @@ def test_tables_without_a_row_are_told(measured, tmp_path):
 def test_figures_of_images_are_as_many_in_every_row(measured, tmp_path):
     """Lists of unequal length, or with a value that is no number, are told; losses may lack where labels do."""
     frame = measured.frames["sensitivity_images"]
-    short = with_value(frame, "image_kl", [0.1, 0.2])
-    with pytest.raises(InputError, match=r"image_kl is \[0\.1, 0\.2\], expected as many values as in row 0"):
+    short = with_value(frame, "image_divergence", [0.1, 0.2])
+    with pytest.raises(InputError, match=r"image_divergence is \[0\.1, 0\.2\], expected as many values as in row 0"):
         measured.folder(tmp_path, sensitivity_images=short).read_table("sensitivity_images")
-    holed = with_value(frame, "image_kl", [math.nan] * 6)
-    with pytest.raises(InputError, match=r"image_kl is \[nan, .*\], expected a list, each value a number from"):
+    holed = with_value(frame, "image_divergence", [math.nan] * 6)
+    with pytest.raises(InputError, match=r"image_divergence is \[nan, .*\], expected a list, each value a number from"):
         measured.folder(tmp_path, sensitivity_images=holed).read_table("sensitivity_images")
     unlabelled = frame.assign(image_delta_loss=[[math.nan] * 6] * len(frame))
     measured.folder(tmp_path, sensitivity_images=unlabelled).read_table("sensitivity_images")

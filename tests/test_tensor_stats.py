@@ -24,6 +24,7 @@ from analysis.tensor_stats import (
 from quant.errors import InputError
 from quant.site import Site
 from quant.sites import find_sites
+from tests.networks import net_of
 
 IMAGES = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -79,7 +80,7 @@ def check_moments(figures, x):
 def test_all_columns_are_there_in_network_order(swin):
     """One row a site, weights, inputs, outputs of layers, norms and blocks, and the four tensors inside attention."""
     model, trace, sites = swin
-    tables = collect_stats(model, trace, sites, IMAGES.split(5), name="m")
+    tables = collect_stats(net_of(model, trace, sites, "m"), sites, IMAGES.split(5))
     assert list(tables.stats.columns) == list(STATS_COLUMNS)
     assert tables.stats["order"].is_monotonic_increasing
     assert {"weight", "weight.key", "input", "output", "query", "key", "value", "attention"} <= set(
@@ -98,14 +99,14 @@ def test_all_columns_are_there_in_network_order(swin):
 def test_activations_agree_with_scipy(swin, module, tensor):
     """Streamed in batches of 5, 5 and 2, the figures are those of the whole tensor."""
     model, trace, sites = swin
-    tables = collect_stats(model, trace, sites, IMAGES.split(5), name="m")
+    tables = collect_stats(net_of(model, trace, sites, "m"), sites, IMAGES.split(5))
     check_moments(row(tables, module, tensor), taken(model, module, tensor))
 
 
 def test_attention_is_observed_per_head(swin):
     """Softmax results lie in [0, 1] with mean 1 / keys; a row a head in channels.parquet; head_std_cv only there."""
     model, trace, sites = swin
-    tables = collect_stats(model, trace, sites, IMAGES.split(5), name="m")
+    tables = collect_stats(net_of(model, trace, sites, "m"), sites, IMAGES.split(5))
     attention = row(tables, "layers.0.blocks.0.attn", "attention")
     assert attention["mean"] == pytest.approx(1 / 16, rel=1e-5)
     assert 0 <= attention["min"] <= attention["max"] <= 1
@@ -119,7 +120,7 @@ def test_attention_is_observed_per_head(swin):
 def test_weights_are_exact(swin):
     """Quantiles and outlier fractions of weights are numpy's in float64; channels are output channels."""
     model, trace, sites = swin
-    tables = collect_stats(model, trace, sites, None, name="m")
+    tables = collect_stats(net_of(model, trace, sites, "m"), sites, None)
     assert all(tensor.startswith("weight") for tensor in tables.stats["tensor"])
     weight = model.layers[0].blocks[0].mlp.fc1.weight.detach().double().numpy()
     figures = row(tables, "layers.0.blocks.0.mlp.fc1", "weight")
@@ -142,7 +143,7 @@ def test_beit_and_swinv2_are_observed(name):
     )  # fmt: skip
     model = timm.create_model(name, num_classes=10, **small).eval()
     trace, sites = find_sites(model, IMAGES[:2])
-    stats = collect_stats(model, trace, sites, IMAGES.split(6), name="m").stats
+    stats = collect_stats(net_of(model, trace, sites, "m"), sites, IMAGES.split(6)).stats
     seen = stats[stats["count"] > 0]
     blocks = len(trace.attention)
     for tensor in ("query", "key", "value", "attention"):
@@ -175,7 +176,7 @@ def test_the_first_site_with_nan_is_named(swin):
             r"others of its batch of 6; no site before it does\. Look at the weights of layers\.0\.blocks\.1\.",
         ),
     ):
-        collect_stats(model, trace, sites, IMAGES.split(6), name="m")
+        collect_stats(net_of(model, trace, sites, "m"), sites, IMAGES.split(6))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -191,7 +192,7 @@ def test_a_weight_with_nan_is_named_before_any_image_runs(swin):
         spoiled(model.layers[1].blocks[0].mlp.fc2.weight),
         pytest.raises(InputError, match=r"the weight of layers\.1\.blocks\.0\.mlp\.fc2 holds NaN or Inf \(1 NaN"),
     ):
-        collect_stats(model, trace, sites, never(), name="m")
+        collect_stats(net_of(model, trace, sites, "m"), sites, never())
 
 
 def test_a_table_inside_attention_with_nan_is_found(swin):
@@ -203,7 +204,7 @@ def test_a_table_inside_attention_with_nan_is_found(swin):
             InputError, match=r"^layers\.0\.blocks\.0\.attn:attention holds NaN .* on the image number 0 and"
         ),
     ):
-        collect_stats(model, trace, sites, IMAGES.split(6), name="m")
+        collect_stats(net_of(model, trace, sites, "m"), sites, IMAGES.split(6))
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 12])
@@ -213,7 +214,7 @@ def test_the_image_with_nan_is_named(swin, batch_size):
     images = IMAGES.clone()
     images[7, 1, 4, 4] = float("nan")
     with pytest.raises(InputError, match=r"^the image number 7 itself holds NaN or Inf .*check --mean and --std\.$"):
-        collect_stats(model, trace, sites, images.split(batch_size), name="m")
+        collect_stats(net_of(model, trace, sites, "m"), sites, images.split(batch_size))
 
 
 def test_statistics_of_parts_are_those_of_the_whole(swin):
@@ -224,14 +225,14 @@ def test_statistics_of_parts_are_those_of_the_whole(swin):
     model, trace, sites = swin
     batches = [(images, [""] * len(images)) for images in IMAGES.split(3)]
     whole, merged, other = (start_activations(sites) for _ in range(3))
-    measure_activations(model, trace, sites, batches, whole)
-    measure_activations(model, trace, sites, batches[::2], merged)
+    measure_activations(net_of(model, trace, sites), sites, batches, whole)
+    measure_activations(net_of(model, trace, sites), sites, batches[::2], merged)
     take_centres_(other, centres_of(merged))
-    measure_activations(model, trace, sites, batches[1::2], other)
+    measure_activations(net_of(model, trace, sites), sites, batches[1::2], other)
     merged, other = pickle.loads(pickle.dumps((merged, other)))
     for site, stats in merged.items():
         stats.merge(other[site])
-    one, two = (stats_tables(sites, m, trace, name="m", with_activations=True) for m in (whole, merged))
+    one, two = (stats_tables(net_of(model, trace, sites), sites, m, with_activations=True) for m in (whole, merged))
     for table, exact in (("stats", ["count", "min", "max"]), ("histograms", ["left", "right", "count"])):
         pd.testing.assert_frame_equal(getattr(one, table)[exact], getattr(two, table)[exact], check_exact=True)
     for mine, theirs in zip(one, two, strict=True):
@@ -242,7 +243,7 @@ def test_statistics_of_parts_are_those_of_the_whole(swin):
 def test_histograms_count_every_value(swin):
     """The bins of a site hold as many values as the site, in rising order."""
     model, trace, sites = swin
-    tables = collect_stats(model, trace, sites, IMAGES.split(5), name="m")
+    tables = collect_stats(net_of(model, trace, sites, "m"), sites, IMAGES.split(5))
     bins = tables.histograms.query("module == 'layers.0.blocks.0.mlp.fc2' and tensor == 'input'")
     assert bins["count"].sum() == row(tables, "layers.0.blocks.0.mlp.fc2", "input")["count"]
     assert (bins["left"] < bins["right"]).all()
@@ -254,7 +255,7 @@ def test_a_degenerate_site_says_so():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     torch.nn.init.constant_(model[0].weight, 0.5)
     trace, sites = find_sites(model, torch.rand(2, 4))
-    figures = row(collect_stats(model, trace, sites, None, name="m"), "0", "weight")
+    figures = row(collect_stats(net_of(model, trace, sites, "m"), sites, None), "0", "weight")
     assert figures["std"] == 0
     assert math.isnan(figures["excess_kurtosis"])
     assert "constant" in figures["note"]
@@ -310,7 +311,7 @@ def test_odd_tensors_are_noted_and_channels_never_mixed():
     model = Odd().eval()
     images = torch.rand(6, 3, 8, 8)
     trace, sites = find_sites(model, images[:1])
-    tables = collect_stats(model, trace, sites, images.split(3), name="odd")
+    tables = collect_stats(net_of(model, trace, sites, "odd"), sites, images.split(3))
     rows = tables.stats.set_index(["module", "tensor"])
     assert rows.loc[("index", "output"), "count"] == 0
     assert "holds int64" in rows.loc[("index", "output"), "note"]

@@ -38,17 +38,17 @@ def plot_proxy(frame: pd.DataFrame, *, proxy: str, ax: Axes | None = None) -> Ax
     linear about 0. For `fisher`, which foretells the KL itself, the line of equality.
     """
     ax = new_axes(ax, (PAGE / 4, PAGE / 4))
-    frame = frame[(frame["kl"] > 0) & frame["score"].notna()]
+    frame = frame[(frame["divergence"] > 0) & frame["score"].notna()]
     for name, tensors in TENSOR_CLASSES.items():
         rows = frame[frame["tensor"].isin(tensors)]
-        ax.scatter(rows["score"], rows["kl"], s=7, marker=MARKERS[name], color=COLOURS[name], linewidths=0, alpha=0.8,
-                   label=name)  # fmt: skip
+        ax.scatter(rows["score"], rows["divergence"], s=7, marker=MARKERS[name], color=COLOURS[name], linewidths=0,
+                   alpha=0.8, label=name)  # fmt: skip
     ax.set_yscale("log")
     _scale(ax, frame["score"].to_numpy(dtype=np.float64))
     if proxy == "fisher" and len(frame):
-        ends = [frame["kl"].min(), frame["kl"].max()]
+        ends = [frame["divergence"].min(), frame["divergence"].max()]
         ax.plot(ends, ends, color="0.4", lw=0.6, ls="--", zorder=0)
-    ax.set(xlabel=NAMES.get(proxy, proxy), ylabel=LABELS["kl"])
+    ax.set(xlabel=NAMES.get(proxy, proxy), ylabel=LABELS["divergence"])
     ax.grid(color="0.92", linewidth=0.4)
     sns.despine(ax=ax)
     return ax
@@ -74,7 +74,7 @@ def _scale(ax: Axes, scores: NDArray[np.float64]) -> None:
 def proxies_figure(proxies: pd.DataFrame, measured: pd.DataFrame, correlation: pd.DataFrame, name: str) -> Figure:
     """A panel for each proxy at the lowest measured bit-width, with its rank correlation."""
     bits = int(measured["bit_width"].min()) if len(measured) else int(proxies["bit_width"].min())
-    joined = proxies.merge(measured[[*SITE_KEY, "kl"]], on=SITE_KEY)
+    joined = proxies.merge(measured[[*SITE_KEY, "divergence"]], on=SITE_KEY)
     joined = joined[joined["bit_width"] == bits]
     shown = [proxy for proxy in PROXIES if (joined["proxy"] == proxy).any()]
     columns = 4

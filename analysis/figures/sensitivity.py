@@ -28,9 +28,13 @@ def plot_costs(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         for module, tensor in zip(ordered["module"], ordered["tensor"], strict=True)
     ]
     y = np.arange(len(ordered))
-    floor = float(ordered.loc[ordered["kl"] > 0, "kl"].min()) / 2 if (ordered["kl"] > 0).any() else 1e-6
-    kl = ordered["kl"].clip(lower=floor).to_numpy()
-    error = 2 * ordered["kl_se"].fillna(0).to_numpy()
+    floor = (
+        float(ordered.loc[ordered["divergence"] > 0, "divergence"].min()) / 2
+        if (ordered["divergence"] > 0).any()
+        else 1e-6
+    )
+    kl = ordered["divergence"].clip(lower=floor).to_numpy()
+    error = 2 * ordered["divergence_se"].fillna(0).to_numpy()
     ax.errorbar(kl, y, xerr=[np.minimum(error, kl - floor), error], fmt="o", ms=2, lw=0.6,
                 color=sns.color_palette("colorblind")[0])  # fmt: skip
     ax.set(xscale="log", xlabel=f"{LABELS['kl']},\n± 2 s.e.", ylim=(len(y) - 0.3, -0.7))
@@ -57,7 +61,7 @@ def plot_rank_bands(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 @mpl.rc_context(STYLE)
-def plot_blocks(frame: pd.DataFrame, *, value: str = "kl", ax: Axes | None = None) -> Axes:
+def plot_blocks(frame: pd.DataFrame, *, value: str = "divergence", ax: Axes | None = None) -> Axes:
     """Heatmap of depth against kind of tensor, white where there is none; the largest where a cell has several.
 
     `frame` has block (in network order), part and `value`.
@@ -99,7 +103,7 @@ def plot_groups(rows: pd.DataFrame, *, everything: float = math.nan, ax: Axes | 
     for i, (bits, shade) in enumerate(zip(widths, shades, strict=True)):
         each = rows[rows["bit_width"] == bits].set_index("group").reindex(names)
         y = np.arange(len(names)) + (i - (len(widths) - 1) / 2) * thickness
-        ax.barh(y, each["kl"], thickness, color=shade, label=f"{bits} bit", xerr=2 * each["kl_se"],
+        ax.barh(y, each["divergence"], thickness, color=shade, label=f"{bits} bit", xerr=2 * each["divergence_se"],
                 error_kw={"lw": 0.6})  # fmt: skip
     if math.isfinite(everything):
         ax.axvline(everything, color="0.3", ls="--", lw=0.8, label=f"everything, {widths[0]} bit")
@@ -114,7 +118,7 @@ def plot_groups(rows: pd.DataFrame, *, everything: float = math.nan, ax: Axes | 
 
 
 def _costliest_first(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.sort_values("kl", ascending=False, kind="stable")
+    return rows.sort_values("divergence", ascending=False, kind="stable")
 
 
 def _size(sites: int) -> tuple[float, float]:

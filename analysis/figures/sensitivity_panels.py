@@ -27,7 +27,7 @@ def sensitivity_figures(table: pd.DataFrame, name: str) -> Iterator[tuple[str, F
     """Name and figure of everything that the rows of sensitivity.parquet can show."""
     single = preferred_rows(table)
     if len(single):
-        yield "sensitivity", sensitivity_figure(single, name, value="kl")  # what plans and ranks go by
+        yield "sensitivity", sensitivity_figure(single, name, value="divergence")  # what plans and ranks go by
         if single["delta_loss"].notna().any():
             yield "sensitivity_loss", sensitivity_figure(single, name, value="delta_loss")
         if single["sqnr_db"].notna().any():
@@ -60,8 +60,8 @@ def block_frame(rows: pd.DataFrame) -> pd.DataFrame:
         if block is None or part is None:
             continue
         suffix = " in" if row.tensor == "input" else ""
-        found.append({"block": block[1], "part": f"{part}{suffix}", "kl": row.kl})
-    frame = pd.DataFrame(found, columns=["block", "part", "kl"])
+        found.append({"block": block[1], "part": f"{part}{suffix}", "divergence": row.divergence})
+    frame = pd.DataFrame(found, columns=["block", "part", "divergence"])
     order = {f"{part}{suffix}": i for i, (part, suffix) in
              enumerate((p, s) for p in BLOCK_COLUMNS for s in ("", " in"))}  # fmt: skip
     return frame.assign(place=frame["part"].map(order)).sort_values("place", kind="stable").drop(columns="place")
@@ -89,7 +89,7 @@ def _groups_figure(rows: pd.DataFrame, everything: pd.DataFrame, title: str) -> 
     figure, axes = plt.subplots(len(kinds), 1, figsize=(plots.PAGE * 0.7, 0.5 + sum(heights)), squeeze=False,
                                 layout="constrained", height_ratios=heights)  # fmt: skip
     low = rows["bit_width"].min()
-    at_low = everything.loc[everything["bit_width"] == low, "kl"]
+    at_low = everything.loc[everything["bit_width"] == low, "divergence"]
     whole = float(at_low.iloc[0]) if len(at_low) else float("nan")
     if not rows["protocol"].eq("leave_one_out").all():
         whole = float("nan")

@@ -14,7 +14,7 @@ def most_sensitive(content: RunContent) -> Table | None:
         return None
     lowest = content.sensitivity["bit_width"].min()
     rows = content.sensitivity[content.sensitivity["bit_width"] == lowest]
-    top = rows.nlargest(MOST_SENSITIVE, "kl" if rows["kl"].notna().any() else "delta_loss")
+    top = rows.nlargest(MOST_SENSITIVE, "divergence" if rows["divergence"].notna().any() else "delta_loss")
     columns = (
         "module", "tensor", "KL (nats)", "loss increase (nats)", "top-1 change (points)", "SQNR of the tensor (dB)",
         "SQNR of the output (dB)",
@@ -23,7 +23,7 @@ def most_sensitive(content: RunContent) -> Table | None:
         (
             text(row["module"]),
             text(row["tensor"]),
-            measured(row["kl"], row["kl_se"], digits=4),
+            measured(row["divergence"], row["divergence_se"], digits=4),
             measured(row["delta_loss"], row["delta_loss_se"], digits=4),
             number(100 * row["delta_top1"], "{:+.2f}"),
             number(row["sqnr_db"], "{:.1f}"),
@@ -50,7 +50,7 @@ def all_sites(content: RunContent) -> Table | None:
                 text(module),
                 text(tensor),
                 text(site["kind"].iloc[0]),
-                *(_with_error(kl, error) for kl, error in zip(at["kl"], at["kl_se"], strict=True)),
+                *(_with_error(kl, error) for kl, error in zip(at["divergence"], at["divergence_se"], strict=True)),
                 _with_error(lowest["delta_loss"], lowest["delta_loss_se"]),
                 number(lowest["sqnr_db"], "{:.1f}"),
             )

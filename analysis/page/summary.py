@@ -149,12 +149,12 @@ def _variation(content: RunContent) -> dict[str, str]:
 
 def _sensitivity(content: RunContent, bits: int | None) -> dict[str, str]:
     at = "the lowest bits" if bits is None else f"{bits} bit"
-    sites = pd.DataFrame({"module": [], "tensor": [], "kl": []})
+    sites = pd.DataFrame({"module": [], "tensor": [], "divergence": []})
     if content.sensitivity is not None:
         lowest = content.sensitivity["bit_width"].min() if bits is None else bits
         sites = content.sensitivity[content.sensitivity["bit_width"] == lowest]
-    ranked = sites.sort_values("kl", ascending=False, kind="stable")
-    total = sites["kl"].sum()
+    ranked = sites.sort_values("divergence", ascending=False, kind="stable")
+    total = sites["divergence"].sum()
     first = "" if ranked.empty else shorten_site(ranked["module"].iloc[0], ranked["tensor"].iloc[0])
     if first and ranked["tensor"].iloc[0] == "input":
         first += " (input)"
@@ -162,13 +162,13 @@ def _sensitivity(content: RunContent, bits: int | None) -> dict[str, str]:
         "sites measured": f"{len(sites)}" if len(sites) else DASH,
         **{
             f"KL of the typical {sort} tensor at {at} (nats)": _text(
-                sites.loc[sites["tensor"].isin(tensors), "kl"].median(), "{:.2g}"
+                sites.loc[sites["tensor"].isin(tensors), "divergence"].median(), "{:.2g}"
             )
             for sort, tensors in TENSOR_CLASSES.items()
         },
         f"most sensitive site at {at}": first or DASH,
         f"share of all KL in the {MOST_SENSITIVE} most sensitive (%)": _text(
-            100 * ranked["kl"].head(MOST_SENSITIVE).sum() / total if total > 0 else None, "{:.0f}"
+            100 * ranked["divergence"].head(MOST_SENSITIVE).sum() / total if total > 0 else None, "{:.0f}"
         ),
     }
 

@@ -16,7 +16,9 @@ from quant.errors import InputError, first_line
 from quant.site import Site
 
 MEASURED = {
-    "kl": ("kl", "kl_se", 1), "loss": ("delta_loss", "delta_loss_se", 1), "top1": ("delta_top1", "top1_se", -1),
+    "divergence": ("divergence", "divergence_se", 1), "kl": ("divergence", "divergence_se", 1),
+    "score": ("delta_score", "score_se", -1), "metric": ("delta_metric", "metric_se", -1),
+    "loss": ("delta_loss", "delta_loss_se", 1), "top1": ("delta_top1", "top1_se", -1),
     "logit_nmse": ("logit_nmse", "", 1),
 }  # fmt: skip
 """Column of sensitivity.parquet, that of its standard error, and the sign that makes it something to minimise."""

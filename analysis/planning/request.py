@@ -54,7 +54,9 @@ class PlanRequest:
         request = TypeAdapter(cls).validate_python(dict(options))
         if request.scores is not None and request.objective is not None:
             raise InputError("--scores takes the place of --objective; leave out one of them.")
-        if request.interactions and (request.scores is not None or request.minimised not in ("kl", "fisher")):
+        if request.interactions and (
+            request.scores is not None or request.minimised not in ("divergence", "kl", "fisher")
+        ):
             raise InputError("--interactions are in nats of KL: plan for --objective kl or fisher, or without them.")
         if request.interactions and request.pareto:
             raise InputError("--pareto is of the sum over sites, without interactions: ask for one of the two.")
@@ -68,7 +70,7 @@ class PlanRequest:
     @property
     def minimised(self) -> str:
         """The objective, where no scores take its place."""
-        return self.objective or "kl"
+        return self.objective or "divergence"
 
     def budget(self, options: pd.DataFrame, cost: pd.DataFrame, parameters: int) -> PlanBudget:
         """The budgets in the units of the plan file; at least one must be set."""

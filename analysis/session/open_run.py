@@ -1,16 +1,18 @@
 """From the options of a command and its run folder to the model, loaded, placed on its device and traced."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from analysis.data import input_channels, resolve_input
 from analysis.inputs.listing import InputConfig
 from analysis.inputs.weights import weights_sha256
-from analysis.models import ModelSource, described, load_model
+from analysis.models import ModelSource, load_model
 from analysis.runs import Run
 from analysis.session.opened import Opened, image_of_noise
 from analysis.session.setup import Setup, completed
 from analysis.storage.run_record import ModelRecord
+from analysis.task import Task
+from analysis.tasks import classification
 from analysis.terminal.console import warn
 from quant.errors import ForwardError, InputError, first_line
 from quant.network import Network
@@ -63,8 +65,9 @@ def open_run(setup: Setup, *, needs_data: bool) -> Opened:
         )
     input_config = _input_config(model, setup)
     _place(model, setup.device)
-    network = _traced(model, setup, record.name, input_config, needs_logits=needs_data)
-    return Opened(setup=setup, run=run, record=record, input_config=input_config, network=network)
+    task = classification()
+    network = _traced(model, setup, record.name, input_config, task if needs_data else None)
+    return Opened(setup=setup, run=run, record=record, input_config=input_config, network=network, task=task)
 
 
 def _input_config(model: nn.Module, setup: Setup) -> InputConfig:
@@ -89,22 +92,19 @@ def _place(model: nn.Module, device: str) -> None:
         raise InputError(f"device {device!r} cannot be used: {reason}. Try --device cpu.") from error
 
 
-def _traced(model: nn.Module, setup: Setup, name: str, config: InputConfig, *, needs_logits: bool) -> Network:
+def _traced(model: nn.Module, setup: Setup, name: str, config: InputConfig, task: Task | None) -> Network:
     """The network, of one image of noise, which also shows whether the model takes images of this size.
 
-    One image, so that tensors with no batch axis (tables of relative positions) are counted once.
+    One image, so that tensors with no batch axis (tables of relative positions) are counted once. `task` is checked on
+    the output where it is given.
     """
     image = image_of_noise(config, setup.device)
+    forward = None if task is None else task.forward
     try:
-        network = Network(model, image, include=setup.include, exclude=setup.exclude, name=name)
+        network = Network(model, image, include=setup.include, exclude=setup.exclude, name=name, forward=forward)
     except ForwardError as error:
         raise InputError(f"{error} Or give --input-size, or the constructor's arguments by --model-kwargs.") from error
-    if needs_logits:
+    if task is not None and task.check is not None:
         with torch.inference_mode():
-            output = network(image)
-        if not (isinstance(output, Tensor) and output.ndim == 2 and len(output) == 1):
-            raise InputError(
-                f"{name} returned {described(output)} for one image; expected logits of shape (images, classes). "
-                "Name a factory whose model returns them alone, path/to/file.py:factory; `qvw stats` needs none."
-            )
+            task.check(network(image), image)
     return network

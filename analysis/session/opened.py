@@ -16,7 +16,9 @@ from analysis.models import num_classes
 from analysis.runs import Run
 from analysis.session.setup import REMEMBERED, Setup
 from analysis.storage.run_record import ModelRecord, StepRecord, typed_command, versions
+from analysis.task import Task
 from analysis.terminal.console import progress, warn
+from quant.bit_plan import PlanModel
 from quant.errors import InputError
 from quant.network import Network
 from quant.site import Site, SiteInfo
@@ -35,11 +37,18 @@ class Opened:
     record: ModelRecord
     input_config: InputConfig
     network: Network
+    task: Task
 
     @property
     def name(self) -> str:
         """The model's short name: timm's, or the factory's function."""
         return self.record.name
+
+    @property
+    def plan_model(self) -> PlanModel:
+        """What a plan says of the model."""
+        record = self.record
+        return PlanModel(name=record.typed, kwargs=dict(record.kwargs), weights_sha256=record.weights_sha256)
 
     @property
     def model(self) -> nn.Module:

@@ -13,7 +13,7 @@ from analysis.steps.sensitivity import run_sensitivity
 from analysis.storage.files import write_bytes
 from analysis.storage.own_rows import json_sha256
 from analysis.training.ablation_config import Arm, Job, Subject
-from analysis.training.calibration import calibrated
+from analysis.training.calibration import calibrated, calibration_batches
 from analysis.training.request import TrainRequest
 from quant.bit_plan import BitPlan
 
@@ -74,9 +74,10 @@ def _one_scale_a_tensor(setup: Setup, arm: Arm, uniform: str, key: str, processe
     def make() -> None:
         if file.exists():
             return
+        opened = open_run(setup, needs_data=True)
         made = calibrated(
-            open_run(setup, needs_data=True), uniform, layout=arm.layout, calibration_images=CALIBRATION_IMAGES,
-            estimator="mse",
+            opened.network, uniform, calibration_batches(opened, CALIBRATION_IMAGES), layout=arm.layout,
+            estimator="mse", model=opened.plan_model, parameters=opened.record.parameters,
         )  # fmt: skip
         write_bytes(file, _without_heads(made.plan).to_json().encode())
 

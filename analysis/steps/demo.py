@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analysis.data import ImageData, batches, load_data, resolve_input
-from analysis.evaluation import logits_of, scores
 from analysis.models import ModelSource, load_model
 from analysis.planning.request import PlanRequest
 from analysis.runs import Run
+from analysis.scoring import outputs_of, scores
 from analysis.sensitivity import SweepConfig
 from analysis.session.open_run import open_run
 from analysis.session.setup import Setup
@@ -32,6 +33,7 @@ from analysis.steps.sensitivity import run_sensitivity
 from analysis.steps.stats import run_stats
 from analysis.steps.train import run_train
 from analysis.storage.files import write_atomic
+from analysis.tasks import classification
 from analysis.terminal.console import resumable
 from analysis.training.request import TrainRequest
 from quant.config import QATConfig
@@ -224,5 +226,6 @@ def _rate(progress: float) -> float:
 
 
 def _top1(model: nn.Module, data: ImageData) -> float:
-    logits, labels = logits_of(model, batches(data, batch_size=256))
-    return scores(logits, labels).hit.mean().item()
+    task, kept = classification(), list(batches(data, batch_size=256))
+    outputs = outputs_of(partial(task.forward, model), kept, task)
+    return scores(task, outputs, kept).score.mean().item()

@@ -20,7 +20,7 @@ from analysis.steps.export import load_checkpoint_
 from analysis.steps.verify_rows import keep_row, show_rows, verify_row, verify_rows
 from analysis.storage.input_changes import input_changes
 from analysis.terminal.console import warn
-from analysis.training.calibration import calibrated, read_plan, running_quantized, warn_of_fewer
+from analysis.training.calibration import calibrated, calibration_batches, read_plan, running_quantized, warn_of_fewer
 from quant.bit_plan import PlannedSite
 
 
@@ -49,12 +49,12 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
         calibration: Sequence[Tensor] = ()
         if plan is not None:
             made = calibrated(
-                opened, plan, layout=request.layout, calibration_images=request.calibration_images,
-                estimator=request.estimator,
+                opened.network, plan, calibration_batches(opened, request.calibration_images), layout=request.layout,
+                estimator=request.estimator, model=opened.plan_model, parameters=opened.record.parameters,
             )  # fmt: skip
             warn_of_fewer(made, request.calibration_images, "--calibration-images")
-            sites, calibration = made.plan.sites, made.images
-            running = running_quantized(opened, made, request.batchnorm)
+            sites, calibration = made.plan.sites, [images for images, _ in made.data]
+            running = running_quantized(opened.network, made, request.batchnorm)
         with running:
             per_image = evaluated(opened, data, asked, calibration)
         kind = _kind(request, opened.run.path)

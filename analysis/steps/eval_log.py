@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from analysis.data import ImageData, none_readable, shared_batches
-from analysis.evaluation import Scores, batch_logits, scores
 from analysis.runs import Run
+from analysis.scoring import Scores, checked_output, scores
 from analysis.session.opened import Opened, warn_of_skipped
 from analysis.storage.own_rows import OwnRows, json_sha256
 from analysis.terminal.console import progress, resumable, warn
@@ -54,10 +54,12 @@ def evaluated(opened: Opened, data: ImageData, asked: Mapping[str, Any], calibra
     ):
         seen, skipped = sum(len(row["loss"]) for row in rows), len(data.skipped)
         for batch in shared_batches(data, batch_size=size, num_workers=setup.num_workers, first=len(rows)):
-            row: dict[str, Any] = {"batch": len(rows), "loss": [], "hit": [], "skipped": data.skipped[skipped:]}
+            row: dict[str, Any] = {"batch": len(rows), "loss": [], "score": [], "skipped": data.skipped[skipped:]}
             if len(batch.labels):
-                logits = batch_logits(opened.model, batch.images.to(setup.device), batch.labels, seen=seen)
-                row |= {name: values.tolist() for name, values in scores(logits, batch.labels)._asdict().items()}
+                pair = (batch.images.to(setup.device), batch.labels)
+                output = checked_output(opened.task.forward(opened.model, pair), len(batch.labels), seen=seen)
+                figures = scores(opened.task, [output], [pair])
+                row |= {name: values.tolist() for name, values in figures._asdict().items()}
             log.append(row)
             rows.append(row)
             seen, skipped = seen + len(batch.labels), len(data.skipped)
@@ -65,8 +67,8 @@ def evaluated(opened: Opened, data: ImageData, asked: Mapping[str, Any], calibra
     warn_of_skipped(data)
     if not seen:
         raise none_readable(data)
-    loss, hit = ([x for row in rows for x in row[name]] for name in Scores._fields)
-    return Scores(torch.tensor(loss, dtype=torch.float64), torch.tensor(hit, dtype=torch.float64))
+    loss, score = ([x for row in rows for x in row[name]] for name in Scores._fields)
+    return Scores(torch.tensor(loss, dtype=torch.float64), torch.tensor(score, dtype=torch.float64))
 
 
 def _from_the_first_on(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def run_proxies(
     stats = run.read_table("stats") if (run.path / "stats.parquet").exists() else None
     try:
         table, products = proxy_table(
-            opened.model, opened.trace, sites, batches, sorted(config.bit_widths), estimator=config.estimator,
+            opened.network, sites, batches, sorted(config.bit_widths), task=opened.task, estimator=config.estimator,
             granularity=config.granularity, stats=stats,
         )  # fmt: skip
     except (MemoryError, RuntimeError) as error:  # the model is the user's: not every one can be differentiated
@@ -52,7 +52,7 @@ def run_proxies(
     measured = measured_beside(table, swept)
     correlation = proxy_correlations(table, measured, images)
     run.write_table("proxy_correlation", correlation)
-    if (measured["kl"] > 0).any():
+    if (measured["divergence"] > 0).any():
         save_figure(proxies_figure(table, measured, correlation, opened.name), run.path / "proxies")
     told = _summary(table, correlation, measured, min(config.bit_widths), seconds)
     anew = measured_beside(table, swept[swept["batchnorm"] == "re_estimated"])
@@ -107,7 +107,9 @@ def _summary(table: pd.DataFrame, correlation: pd.DataFrame, measured: pd.DataFr
         lines.append(f"No proxy reaches {GOOD} here: use the sweep.")
     lines += [f"  {proxy}: {DEFINITIONS[proxy]}" for proxy in PROXIES if (shown["proxy"] == proxy).any()]
     foretold = table[table["proxy"] == "fisher"].merge(measured, on=SITE_KEY)
-    ratios = (foretold["score"] / foretold["kl"])[foretold["kl"] > 0].groupby(foretold["bit_width"]).median()
+    ratios = (
+        (foretold["score"] / foretold["divergence"])[foretold["divergence"] > 0].groupby(foretold["bit_width"]).median()
+    )
     shares = ", ".join(f"{ratio:.2f} at {width} bit" for width, ratio in ratios.items())
     lines.append(f"Fisher foretells the KL itself; median of foretold / measured: {shares}.")
     if "stats_range" in missing:

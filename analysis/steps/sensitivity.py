@@ -1,12 +1,11 @@
 """`qvw sensitivity`: the sweep, into a run folder, resumable at every row, by one process or several that share it."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from analysis.cost import cost_table
@@ -29,8 +28,9 @@ from analysis.session.processes import Processes, work_together
 from analysis.session.setup import Setup
 from analysis.steps.proxies import PROXY_FILES, run_proxies
 from analysis.storage.files import RowLog
+from analysis.sweeps.rows import is_out_of_memory, measured_rows
 from analysis.sweeps.summary import sensitivity_summary
-from analysis.sweeps.sweep import CACHE_MIB, sweep
+from analysis.sweeps.sweep import CACHE_MIB
 from analysis.terminal.console import progress, resumable, say, warn
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
@@ -70,7 +70,6 @@ class _Work:
     opened: Opened
     data: ImageData
     sites: list[SiteInfo]
-    blocks: Collection[str]
     keys: list[dict]
 
 
@@ -126,13 +125,12 @@ def _open(setup: Setup, config: SweepConfig, tensors: Sequence[str]) -> _Work:
     sites = select_sites(opened.sites, tensors)
     if not sites:
         raise InputError(f"no site of {opened.name} holds {', '.join(tensors)}; see --tensors, --include, --exclude.")
-    blocks = {info.site.module for info in opened.sites if info.kind == "block"}
-    keys = sweep_keys(opened.model, sites, config, blocks=blocks)
+    keys = sweep_keys(opened.model, sites, config, blocks=opened.network.blocks)
     if not keys:
         raise InputError(
             "every group holds all the sites: nothing would be quantized. Choose other --groups or --tensors."
         )
-    return _Work(opened=opened, data=data, sites=sites, blocks=blocks, keys=keys)
+    return _Work(opened=opened, data=data, sites=sites, keys=keys)
 
 
 def _images(work: _Work) -> list[tuple[Tensor, Tensor]]:
@@ -140,7 +138,7 @@ def _images(work: _Work) -> list[tuple[Tensor, Tensor]]:
     try:
         return list(work.opened.stream(work.data, "images"))
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise InputError(f"{work.data.images} images do not fit into the memory of {work.opened.setup.device}; "
                          "give fewer by --images.") from error  # fmt: skip
@@ -167,42 +165,16 @@ def _measured(
         if not todo:
             return
         with progress(len(todo), "sensitivity", "row", quiet=opened.setup.quiet) as bar:
-            for row in _rows(work, batches, todo, cache_mib):
+            for row in measured_rows(
+                opened.network, work.sites, batches, todo, task=opened.task, cache_mib=cache_mib,
+                tell=lambda text: say(text, quiet=opened.setup.quiet),
+            ):  # fmt: skip
                 log.append([row])
                 rows.append(row)
                 bar.update()
 
     processes.together(measure)
     return rows
-
-
-def _rows(
-    work: _Work, batches: Sequence[tuple[Tensor, Tensor]], todo: Sequence[dict], cache_mib: int
-) -> Iterator[dict]:
-    """The rows of a sweep; where memory runs out it goes on with half as many images at a time, and notes it."""
-    opened, left, note = work.opened, list(todo), ""
-    while left:
-        try:
-            for row in sweep(
-                opened.model, opened.trace, work.sites, batches, tuple(left), name=opened.name, blocks=work.blocks,
-                cache_mib=cache_mib, tell=lambda text: say(text, quiet=opened.setup.quiet),
-            ):  # fmt: skip
-                yield row | {"note": "; ".join(filter(None, (row["note"], note)))}
-                left.pop(0)
-        except (MemoryError, RuntimeError) as error:
-            size = max(len(images) for images, _ in batches) // 2
-            if not _is_out_of_memory(error) or size < 1:
-                raise
-            batches = [part for x, y in batches for part in zip(x.split(size), y.split(size), strict=True)]
-            cache_mib //= 2
-            note = f"{size} images at a time: memory ran out with more"
-            warn(f"memory ran out; going on with {size} images at a time.")
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or, where torch raises a plain RuntimeError, on the CPU."""
-    plain = any(words in str(error) for words in ("not enough memory", "DefaultCPUAllocator"))
-    return plain or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _log(opened: Opened, rank: int) -> RowLog:
@@ -237,7 +209,7 @@ def _is_row(row: Any, images: int) -> bool:
     """Whether a row of a log is what a sweep of so many images writes."""
     if not isinstance(row, dict) or not set(SENSITIVITY_COLUMNS) <= set(row):
         return False
-    numbers = [row[name] for name in ("bit_width", "order", "images", "kl", "kl_se", "loss", "delta_loss")]
+    numbers = [row[name] for name in ("bit_width", "order", "images", "divergence", "divergence_se", "loss")]
     values = [row.get(name) for name in IMAGE_COLUMNS]
     lists = all(isinstance(value, list) and len(value) == row["images"] for value in values)
     return (

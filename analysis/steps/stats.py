@@ -118,11 +118,11 @@ def _measured(opened: Opened, data: ImageData | None, work: StatsInWork | None, 
     if data is not None and work is not None:
         batches = _share(opened, data, work, processes)
         try:
-            measure_activations(opened.model, opened.trace, sites, batches, work.running)
+            measure_activations(opened.network, sites, batches, work.running)
         except InputError as error:
             processes.fail(error)
         activations = _merged(work.running, processes)
-    return stats_tables(sites, weights | activations, opened.trace, name=opened.name, with_activations=data is not None)
+    return stats_tables(opened.network, sites, weights | activations, with_activations=data is not None)
 
 
 def _share(

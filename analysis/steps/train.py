@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,15 +11,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from analysis.evaluation import logits_of, scores
+from analysis.data import ImageData
 from analysis.inputs.training_data import TrainingImages, training_batches
+from analysis.scoring import Scores, outputs_of, scores
 from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.processes import work_together
 from analysis.session.setup import Setup
 from analysis.steps.verify_rows import drop_rows, keep_row, show_rows, verify_row
 from analysis.terminal.console import progress, resumable, say, warn
-from analysis.training.calibration import calibrated, warn_of_fewer
+from analysis.training.calibration import calibrated, calibration_batches, warn_of_fewer
 from analysis.training.request import TrainRequest
 from analysis.training.rows import LOGS, TABLES, TrainingRows
 from analysis.training.task import TrainingTask, training_task
@@ -63,9 +65,9 @@ def _run_train(setup: Setup, request: TrainRequest) -> None:
             if hint := low_rate(plan, config):
                 say(hint, quiet=setup.quiet)
         with resumable(lambda: _kept(folder, task.steps)):
-            logits, labels = _train(opened, request, task, accelerator, calibration)
+            per_image = _train(opened, request, task, accelerator, calibration)
         if main:
-            _finish(opened, plan, request, logits, labels)
+            _finish(opened, plan, request, per_image)
     if main:
         show_rows(opened, f"{request.folder} is new")
         say(f"the model and its history are in {folder}", quiet=setup.quiet)
@@ -113,21 +115,23 @@ def _prepare_(
         data = opened.images("train", None, at_most=config.calibration_images)
         return None, [x for x, _ in opened.stream(data, "calibration")] if batchnorms(opened.model) else []
     made = calibrated(
-        opened, plan, layout=request.layout, calibration_images=config.calibration_images, estimator=config.estimator
-    )
+        opened.network, plan, calibration_batches(opened, config.calibration_images), layout=request.layout,
+        estimator=config.estimator, model=opened.plan_model, parameters=opened.record.parameters,
+    )  # fmt: skip
     warn_of_fewer(made, config.calibration_images, "--set calibration_images")
     prepare_qat_(
         opened.model, made.quantizers, trace=opened.trace, sites=opened.by_site, image=opened.probe_image(),
         gradient_scale=config.gradient_scale, compiled=config.compile,
     )  # fmt: skip
-    reestimate_batchnorm_(opened.model, made.images)
-    return made.plan, made.images
+    images = [x for x, _ in made.data]
+    reestimate_batchnorm_(opened.model, images)
+    return made.plan, images
 
 
 def _train(
     opened: Opened, request: TrainRequest, task: TrainingTask, accelerator: Accelerator, calibration: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Run the loop, its rows on the disk as they come; logits and labels of the trained model's validation."""
+) -> Scores:
+    """Run the loop, its rows on the disk as they come; the scores of the trained model's validation."""
     folder, config, setup = opened.run.path / request.folder, request.config, opened.setup
     images = TrainingImages(task.train, config, opened.input_config, task.soft_labels)
     first = last_step(folder / "checkpoints")
@@ -135,12 +139,12 @@ def _train(
     if accelerator.is_main_process:
         rows.keep(first, config, task.steps)
 
-    latest: list[tuple[Tensor, Tensor]] = []
+    latest: list[Scores] = []
 
     def validate(model: nn.Module) -> dict[str, float]:
-        latest[:] = [logits_of(model.eval(), opened.stream(task.val, "validation"))]
-        figures = scores(*latest[0])
-        return {"loss": figures.loss.mean().item(), "top1": figures.hit.mean().item()}
+        figures = _validated(opened, model.eval(), task.val)
+        latest[:] = [figures]
+        return {"loss": figures.loss.mean().item(), "top1": figures.score.mean().item()}
 
     reports = train_qat(
         opened.model, task.teacher, config=config, images=task.train.images, validate=validate, accelerator=accelerator,
@@ -156,13 +160,23 @@ def _train(
     return latest[0]  # the loop ends with a validation
 
 
-def _finish(opened: Opened, plan: BitPlan | None, request: TrainRequest, logits: Tensor, labels: Tensor) -> None:
+def _validated(opened: Opened, model: nn.Module, data: ImageData) -> Scores:
+    """Loss and score of every validation image, batch by batch."""
+    task = opened.task
+    parts = [
+        scores(task, outputs_of(partial(task.forward, model), [batch], task), [batch])
+        for batch in opened.stream(data, "validation")
+    ]
+    return Scores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _finish(opened: Opened, plan: BitPlan | None, request: TrainRequest, per_image: Scores) -> None:
     """Write the tables, the model and its row of verify.parquet."""
     run, name = opened.run, request.folder
     TrainingRows(run.path / name).write(run, opened.by_site)
     save_trained(run.path / name, opened, plan)
     sites, how = ((), "none") if plan is None else (plan.sites, "learned")
-    row = verify_row(name, opened, sites, scores(logits, labels), estimator=how)
+    row = verify_row(name, opened, sites, per_image, estimator=how)
     keep_row(opened, row)
     history = run.read_table(f"{name}/history")
     words, worse = outcome(history, loss_se=row["loss_se"], top1_se=row["top1_se"])

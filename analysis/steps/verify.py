@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -12,7 +13,6 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from analysis.data import ImageData
-from analysis.evaluation import compare_logits, logits_of, mean_and_error, scores
 from analysis.figures.panels import figure_files, save_figure
 from analysis.figures.verification import verification_figure
 from analysis.planner import plan_bits
@@ -21,6 +21,7 @@ from analysis.planning.baselines import greedy, largest_uniform, lowered, random
 from analysis.planning.interactions import Products
 from analysis.planning.interactions import predicted as with_interactions
 from analysis.planning.objectives import summed
+from analysis.scoring import Reference, compare, outputs_of, reference_of, scores
 from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.setup import Setup
@@ -29,6 +30,7 @@ from analysis.steps.verification_words import verification_words
 from analysis.steps.verify_rows import keep_row, verify_row
 from analysis.storage.columns import VERIFICATION_COLUMNS, VERIFY_COLUMNS
 from analysis.storage.own_rows import OwnRows
+from analysis.task import mean_and_error
 from analysis.terminal.console import progress, resumable
 from analysis.training.calibration import Calibrated, calibrated, running_quantized
 from quant.batchnorm import batchnorm_reestimated, batchnorms
@@ -98,6 +100,7 @@ def run_verify(
     data = opened.images("val" if setup.split is None else setup.split, setup.images)
     sweep_images = _sweep_images(opened)
     batches, sweep_batches = _Batches(opened, data, "validation"), _Batches(opened, sweep_images, "images of the sweep")
+    calibration = _Batches(opened, opened.images("train", None, at_most=CALIBRATION_IMAGES), "calibration")
     plans = {"planned": [plan]} | {name: [o for o in others if o.solver.name == name] for name in _names(others)}
     estimator, treatment = _treatment(measured)
     inputs = {"plan": plan.sha256, "sweep_images": sweep_images.images, "calibration_images": CALIBRATION_IMAGES,
@@ -112,19 +115,20 @@ def run_verify(
         resumable(lambda: _kept(log)),
     ):
         known = {row["bits"]: row for row in log.read()[0]}
-        clean: Tensor | None = None
+        clean: Reference | None = None
         rows = []
         for kind, each in ((kind, each) for kind, some in plans.items() for each in some):
             if _bits(each) not in known:
                 made = calibrated(
-                    opened, each, layout=each.layout, calibration_images=CALIBRATION_IMAGES, estimator=estimator
-                )
+                    opened.network, each, calibration.get(), layout=each.layout, estimator=estimator,
+                    model=opened.plan_model, parameters=opened.record.parameters,
+                )  # fmt: skip
                 if clean is None:
-                    logits, labels = logits_of(opened.model, batches.get())
-                    row = verify_row("float", opened, (), scores(logits, labels), estimator="none")
-                    keep_row(opened, row)
-                    clean = _reference(opened, made.images, sweep_batches.get(), treatment)
-                with running_quantized(opened, made, treatment):
+                    outputs = _outputs(opened, batches.get())
+                    figures_of_float = scores(opened.task, outputs, batches.get())
+                    keep_row(opened, verify_row("float", opened, (), figures_of_float, estimator="none"))
+                    clean = _reference(opened, made.data, sweep_batches.get(), treatment)
+                with running_quantized(opened.network, made, treatment):
                     figures = _measured(
                         opened, made, kind, batches.get(), sweep_batches.get(), clean, estimator, treatment
                     )
@@ -201,33 +205,34 @@ def _treatment(measured: pd.DataFrame) -> tuple[Estimator, str]:
     return estimator, "stored" if (measured["batchnorm"] == "stored").all() else "re-estimate"
 
 
-def _reference(
-    opened: Opened, calibration: Sequence[Tensor], batches: Sequence[tuple[Tensor, Tensor]], treatment: str
-) -> Tensor:
-    """Logits of the network in floating point; BatchNorm re-estimated on the same images as that of the plans."""
+def _outputs(opened: Opened, batches: Sequence[Any]) -> list[Any]:
+    return outputs_of(partial(opened.task.forward, opened.model), batches, opened.task)
+
+
+def _reference(opened: Opened, calibration: Sequence[Any], batches: Sequence[Any], treatment: str) -> Reference:
+    """The network in floating point; BatchNorm re-estimated on the same images as that of the plans."""
     anew = treatment == "re-estimate" and bool(batchnorms(opened.model))
     with batchnorm_reestimated(opened.model, calibration) if anew else nullcontext():
-        return logits_of(opened.model, batches)[0]
+        return reference_of(opened.task, _outputs(opened, batches), batches)
 
 
 def _measured(
     opened: Opened,
     made: Calibrated,
     kind: str,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    sweep_batches: Sequence[tuple[Tensor, Tensor]],
-    clean: Tensor,
+    batches: Sequence[Any],
+    sweep_batches: Sequence[Any],
+    clean: Reference,
     estimator: Estimator,
     treatment: str,
 ) -> dict[str, Any]:
     """Figures of one plan, in which the model runs: its row of verify.parquet, the changes, and those of images."""
-    per_image = scores(*logits_of(opened.model, batches))
-    noisy, sweep_labels = logits_of(opened.model, sweep_batches)
-    figures, images = compare_logits(noisy, clean, sweep_labels)
+    per_image = scores(opened.task, _outputs(opened, batches), batches)
+    figures, images = compare(opened.task, _outputs(opened, sweep_batches), clean, sweep_batches)
     return {
         "verify": verify_row(kind, opened, made.plan.sites, per_image, estimator=estimator, batchnorm=treatment),
         "figures": figures,
-        "hit": per_image.hit.tolist(), "kl": images.kl.tolist(),
+        "hit": per_image.score.tolist(), "kl": images.divergence.tolist(),
     }  # fmt: skip
 
 
@@ -241,7 +246,7 @@ def _row(
     """A row of verification.parquet; differences from what was measured of the `planned` one are paired over images."""
     pairs = float("nan")
     if products is not None:
-        swept = measured[["module", "tensor", "bit_width", "kl"]].itertuples(index=False)
+        swept = measured[["module", "tensor", "bit_width", "divergence"]].itertuples(index=False)
         scores = {(Site(module, tensor), bits): kl for module, tensor, bits, kl in swept}
         pairs = with_interactions(plan.bits, scores, products)
     figures = own["figures"]
@@ -249,8 +254,8 @@ def _row(
     excess, excess_se = mean_and_error(torch.tensor(own["kl"]).double() - torch.tensor(planned["kl"]).double())
     row = {name: own["verify"][name] for name in VERIFICATION_COLUMNS if name in own["verify"] and name != "plan"}
     return row | {
-        "predicted_kl": summed(plan.sites, measured, "kl"), "predicted_kl_pairs": pairs,
-        "measured_kl": figures["kl"], "measured_kl_se": figures["kl_se"],
+        "predicted_kl": summed(plan.sites, measured, "divergence"), "predicted_kl_pairs": pairs,
+        "measured_kl": figures["divergence"], "measured_kl_se": figures["divergence_se"],
         "kl_excess": excess, "kl_excess_se": excess_se,
         "predicted_delta_loss": summed(plan.sites, measured, "delta_loss"),
         "measured_delta_loss": figures["delta_loss"], "measured_delta_loss_se": figures["delta_loss_se"],

@@ -6,11 +6,12 @@ from typing import Any
 import pandas as pd
 
 from analysis.cost import cost_table
-from analysis.evaluation import Scores, mean_and_error
 from analysis.planning import accounting
 from analysis.planning.verdicts import ONLY_COMPARED
+from analysis.scoring import Scores
 from analysis.session.opened import Opened
 from analysis.storage.columns import VERIFY_COLUMNS
+from analysis.task import mean_and_error
 from analysis.terminal.console import as_text, say
 from quant.batchnorm import batchnorms
 from quant.bit_plan import PlannedSite
@@ -32,7 +33,7 @@ def verify_row(
     """
     treated = {"stored": "stored", "re-estimate": "re_estimated"}[batchnorm] if batchnorms(opened.model) else "none"
     loss, loss_se = mean_and_error(per_image.loss)
-    top1, top1_se = mean_and_error(per_image.hit)
+    top1, top1_se = mean_and_error(per_image.score)
     totals = accounting.totals(sites, cost_table(opened.sites), opened.record.parameters)
     floating = float(accounting.FLOAT_BITS)
     return {

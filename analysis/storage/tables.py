@@ -33,6 +33,7 @@ _COUNT = Column(sort="whole", least=0, most=COUNTABLE)
 _NUMBER = Column(sort="number", missing="anywhere")
 _SIZE = Column(sort="number", least=0, missing="anywhere")  # what cannot be negative
 _SHARE = Column(sort="number", least=0, most=1, missing="anywhere")
+_DIFFERENCE = Column(sort="number", least=-1, most=1, missing="anywhere")  # of two shares
 _CORRELATION = Column(sort="number", least=-1, most=1, missing="anywhere")
 _BITS = Column(sort="whole", allowed=ALLOWED_BIT_WIDTHS)
 _MEAN_BITS = Column(sort="number", least=0, most=32)  # 32: floating point
@@ -44,7 +45,7 @@ _GROUP_GRANULARITY = Column(sort="text", allowed=(*GRANULARITIES, "default"))
 # Without labels, and the errors with a single image, figures are missing in all rows: all are of the same images.
 _TOGETHER = Column(sort="number", missing="together")
 _ERROR = Column(sort="number", least=0, missing="together")
-_KL = Column(sort="number", least=-1e-6)  # 0, but for rounding of large logits
+_DIVERGENCE = Column(sort="number", least=-1e-6, missing="anywhere")  # 0, but for rounding of large logits
 
 _SWEEP_ROW = {
     "module": _MODULE, "tensor": _TEXT, "group": _TEXT, "bit_width": _BITS,
@@ -106,10 +107,12 @@ _SENSITIVITY = Table(
     columns={
         **_SWEEP_ROW, "model": _TEXT, "kind": Column(sort="text", allowed=(*KINDS, "")), "order": _COUNT,
         "signed": Column(sort="flag", missing="anywhere"), "offset": Column(sort="flag", missing="anywhere"),
-        "images": Column(sort="whole", least=1, most=COUNTABLE), "loss": _ERROR, "delta_loss": _TOGETHER,
-        "delta_loss_se": _ERROR, "top1": Column(sort="number", least=0, most=1, missing="together"),
-        "delta_top1": Column(sort="number", least=-1, most=1, missing="together"), "top1_se": _ERROR, "kl": _KL,
-        "kl_se": _ERROR, "logit_nmse": Column(sort="number", least=0, most=math.inf, missing="anywhere"),
+        "source": _TEXT, "task": _TEXT, "images": _COUNT, "divergence": _DIVERGENCE, "divergence_se": _SIZE,
+        "loss": _NUMBER, "delta_loss": _NUMBER, "delta_loss_se": _SIZE,
+        **dict.fromkeys(("score", "delta_score", "metric", "delta_metric"), _NUMBER),
+        **dict.fromkeys(("score_se", "metric_se", "top1_se", "kl_se"), _SIZE), "top1": _SHARE,
+        "delta_top1": _DIFFERENCE, "kl": _DIVERGENCE,
+        "logit_nmse": Column(sort="number", least=0, most=math.inf, missing="anywhere"),
         # Infinite where nothing is lost: a tensor that lies on the grid.
         "sqnr_db": Column(sort="number", most=math.inf, missing="anywhere"),
         "sqnr_output_db": Column(sort="number", most=math.inf, missing="anywhere"),
@@ -154,11 +157,11 @@ TABLES: Mapping[str, Table] = {
     "sensitivity": _SENSITIVITY,
     "sensitivity_images": Table(
         columns={
-            **_SWEEP_ROW, "image_kl": Column(sort="numbers", least=-1e-6),
+            **_SWEEP_ROW, "image_divergence": Column(sort="numbers", least=-1e-6),
             "image_delta_loss": Column(sort="numbers", missing="anywhere"),
         },
         key=tuple(_SWEEP_ROW),
-        rules=(*_SWEEP_RULES, _unequal_lengths("image_kl"), _unequal_lengths("image_delta_loss")),
+        rules=(*_SWEEP_RULES, _unequal_lengths("image_divergence"), _unequal_lengths("image_delta_loss")),
     ),
     "proxies": Table(
         columns={**_PROXY_ROW, "proxy": Column(sort="text", allowed=PROXY_NAMES), "score": _NUMBER, "note": _TEXT},

@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant import batches
+
+Forward = Callable[[nn.Module, Any], Any]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
@@ -71,8 +75,10 @@ class _Reached(BaseException):  # a model may catch every Exception
         self.x = x
 
 
-def execution(model: nn.Module, images: Tensor) -> Execution:
-    """What one forward pass of `images` runs, in which order."""
+def execution(
+    model: nn.Module, batch: Any, forward: Forward = batches.forward, done: Callable[[Any], None] | None = None
+) -> Execution:
+    """What one forward pass of `batch` runs, in which order; `done` gets what the pass returns."""
     entry: dict[str, int] = {}
     left: dict[str, int] = {}
     calls: dict[str, int] = {}
@@ -102,7 +108,9 @@ def execution(model: nn.Module, images: Tensor) -> Execution:
             if name:
                 handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave(name))]
         with torch.no_grad():
-            model(images)
+            output = forward(model, batch)
+        if done is not None:
+            done(output)
     finally:
         for handle in handles:
             handle.remove()
@@ -137,7 +145,7 @@ def watched(
             handle.remove()
 
 
-def input_of(model: nn.Module, name: str, images: Tensor) -> Tensor:
+def input_of(model: nn.Module, name: str, batch: Any, forward: Forward = batches.forward) -> Tensor:
     """The first tensor that module `name` gets; the forward pass ends there. TypeError where it is no tensor."""
 
     def stop(x: Any) -> None:
@@ -145,7 +153,7 @@ def input_of(model: nn.Module, name: str, images: Tensor) -> Tensor:
 
     with watched(model, {name: stop}, {}):
         try:
-            model(images)
+            forward(model, batch)
         except _Reached as reached:
             if not isinstance(reached.x, Tensor):
                 raise TypeError(f"{name} gets no tensor first.") from None
@@ -153,8 +161,10 @@ def input_of(model: nn.Module, name: str, images: Tensor) -> Tensor:
     raise ValueError(f"{name} is not executed.")
 
 
-def held_at(model: nn.Module, cut: Cut, images: Tensor, *, base: Tensor | None = None) -> Held:
-    """What `cut` needs of a forward pass of `images`, which ends there; `base` where its base's input is known."""
+def held_at(
+    model: nn.Module, cut: Cut, batch: Any, *, base: Tensor | None = None, forward: Forward = batches.forward
+) -> Held:
+    """What `cut` needs of a forward pass of `batch`, which ends there; `base` where its base's input is known."""
     found: dict[str, Any] = {}
 
     def keep(name: str) -> Callable[[Any], None]:
@@ -162,7 +172,7 @@ def held_at(model: nn.Module, cut: Cut, images: Tensor, *, base: Tensor | None =
 
     inputs = {cut.base: keep("")} if cut.base is not None and base is None else {}
     with watched(model, inputs, {name: keep(name) for name in cut.kept}):
-        x = input_of(model, cut.module, images)
+        x = input_of(model, cut.module, batch, forward)
     return Held(x=x, base=found.pop("", base), outputs=found)
 
 
@@ -235,11 +245,9 @@ def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: mapped(part, change) for key, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(part, change) for part in value))
-    if type(value) in (list, tuple):
-        return type(value)(mapped(part, change) for part in value)
+        return batches.rebuilt(value, {key: mapped(part, change) for key, part in value.items()})
+    if type(value) in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+        return batches.rebuilt(value, [mapped(part, change) for part in value])
     if value is None or isinstance(value, (str, torch.Size)):
         return value
     raise TypeError(f"No placeholder for {type(value).__name__}.")

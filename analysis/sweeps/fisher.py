@@ -1,4 +1,4 @@
-"""Fisher's information at every site from one backward pass, and what it foretells of a quantization error."""
+"""Fisher's information at every site from one backward pass, and what it predicts of a quantization error."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,21 +10,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from analysis.sweeps.noise import power
+from analysis.task import Task
 from quant.attention import closed_forward
+from quant.batches import mapped
 from quant.errors import InputError
 from quant.intercept import intercept
+from quant.network import Network
 from quant.prepare import weight_of
 from quant.quantizer import Quantizer
 from quant.site import Site, SiteInfo
-from quant.trace import Trace
 
 
 class ErrorScores(NamedTuple):
-    """What the quantization error delta of one site at one bit-width foretells; means over images, KL in nats.
+    """What the quantization error delta of one site at one bit-width predicts; means over samples.
 
-    With g the gradient of `fisher_probe`, of each image:
+    With g the gradient of the task's probe, of each sample:
 
-        fisher           1/2 (sum g delta)^2           the KL to second order, where the mean is over probes too
+        fisher           1/2 (sum g delta)^2           the divergence to second order, where the mean is over probes too
         fit              1/2 tr(F) mean(delta^2)       FIT (Zandonati et al. 2022, arXiv:2210.08502), F = E[g g^T]
         output_gradient  sum g^2 delta^2 of the output  ModelOpt AutoQuantize (there with the loss's gradient)
         noise            sum delta^2 / sum x^2         of the tensor alone: the inverse of its SQNR
@@ -56,13 +58,12 @@ class _Sums:
 
 
 def fisher_scores(
-    model: nn.Module,
-    trace: Trace,
-    sites: Mapping[Site, SiteInfo],
+    net: Network,
     quantizers: Mapping[Site, Mapping[int, Quantizer]],
-    batches: Iterable[Tensor],
+    data: Iterable[Any],
+    task: Task,
 ) -> dict[tuple[Site, int], ErrorScores]:
-    """The scores of each site and bit-width of `quantizers`, over `batches` of (images, channels, height, width).
+    """The scores of each site and bit-width of `quantizers`, over the batches `data`.
 
     One forward and one backward pass, and of each layer one pass for each of its sites and bit-widths, and one forward
     and backward for the gradient of its weight image by image: the square of a batch's gradient is not the sum of the
@@ -70,24 +71,29 @@ def fisher_scores(
     (modules called more than once in a pass, tables that do not depend on the image, tensors whose leading axis is not
     that of the images) are left out.
     """
-    once = {site: by_bits for site, by_bits in quantizers.items() if trace.calls.get(site.module, 0) == 1}
-    pass_ = _GradientPass(model, trace, sites, once)
+    if task.probe is None:
+        raise InputError(
+            f"task {task.name!r} has no `probe`, from which sensitivities are estimated. Give one, as those of "
+            "analysis.tasks have, or measure them: measure_sensitivity."
+        )
+    once = {site: by_bits for site, by_bits in quantizers.items() if net.trace.calls.get(site.module, 0) == 1}
+    pass_ = _GradientPass(net, once)
     generator = torch.Generator().manual_seed(0)
     count = 0
     handlers = pass_.handlers()
-    with frozen(model):  # which spares half of the backward pass
-        for images in batches:
-            count += len(images)
-            pass_.images = len(images)
-            images = images.detach().clone().requires_grad_()  # so that every activation has a gradient
-            with torch.enable_grad(), intercept(model, trace, handlers):
-                logits = model(images)
-            if not logits.requires_grad:
+    with frozen(net.model), _differentiable_embeddings(net.model):  # which spares half of the backward pass
+        for batch in data:
+            pass_.images = task.samples(batch)
+            count += pass_.images
+            with torch.enable_grad(), intercept(net.model, net.trace, handlers):
+                probed = task.probe(task.forward(net.model, mapped(batch, _leaf)), generator)
+            if not probed.requires_grad:
                 raise InputError(
-                    "the logits do not depend on the images in a way that can be differentiated (a `no_grad`, `detach` "
-                    "or whole numbers on the way?): no proxy can be computed. Do without --proxies."
+                    "the output does not depend on the inputs in a way that can be differentiated (a `no_grad`, "
+                    "`detach` or whole numbers on the way?): no sensitivity can be estimated. Measure it instead: "
+                    "measure_sensitivity."
                 )
-            logits.backward(fisher_probe(logits.detach(), generator))
+            probed.backward()
             pass_.forget()
     return {
         (site, bits): _scores(sums, bits)
@@ -109,17 +115,24 @@ def _scores(sums: _Sums, bits: int) -> ErrorScores:
     )
 
 
-def fisher_probe(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient u at the `logits` (images, classes) with E[u u^T] = diag(p) - p p^T, the Hessian of KL(p || q) at q = p.
+def _leaf(x: Tensor) -> Tensor:
+    """A copy that gradients are taken by, so that every activation that depends on it has one."""
+    return x.detach().clone().requires_grad_() if x.is_floating_point() else x
 
-    u = sqrt(p) v - p (sqrt(p) v), v of random signs. Its gradient g at any tensor has E[g g^T] = F, Fisher's matrix
-    without labels (Martens, JMLR 2020, arXiv:1412.1193), and far less spread than drawing a label from p: where p is
-    nearly 1 a drawn label nearly always tells nothing.
-    """
-    p = logits.double().softmax(dim=1)
-    signs = torch.randint(2, p.shape, generator=generator).to(p) * 2 - 1
-    root = p.sqrt() * signs
-    return (root - p * root.sum(dim=1, keepdim=True)).to(logits)
+
+@contextmanager
+def _differentiable_embeddings(model: nn.Module) -> Iterator[None]:
+    """While the block runs, what embeddings look up can be differentiated: tokens themselves cannot."""
+    handles = [
+        module.register_forward_hook(lambda _module, _args, output: output.requires_grad_())
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _GradientPass:
@@ -127,12 +140,10 @@ class _GradientPass:
 
     def __init__(
         self,
-        model: nn.Module,
-        trace: Trace,
-        sites: Mapping[Site, SiteInfo],
+        net: Network,
         quantizers: Mapping[Site, Mapping[int, Quantizer]],
     ) -> None:
-        self.model, self.trace, self.quantizers = model, trace, quantizers
+        self.model, self.trace, self.quantizers = net.model, net.trace, quantizers
         self.sums = {site: _Sums(by_bits) for site, by_bits in quantizers.items()}
         self.images = 0
         self._inputs: dict[str, tuple[Tensor, int]] = {}  # by module: its input on this batch, and that one's version
@@ -141,8 +152,8 @@ class _GradientPass:
         for site, by_bits in quantizers.items():
             if not site.is_weight:
                 continue
-            self._weights.setdefault(site.module, []).append(sites[site])
-            weight, sums = weight_of(model, sites[site]), self.sums[site]
+            self._weights.setdefault(site.module, []).append(net.by_site[site])
+            weight, sums = weight_of(net.model, net.by_site[site]), self.sums[site]
             sums.elements, sums.signal = weight.numel(), power(weight)
             for bits, quantizer in by_bits.items():
                 self._errors[site, bits] = quantizer(weight) - weight
@@ -280,6 +291,6 @@ def _unchanged(kept: tuple[Tensor, int], module: str) -> Tensor:
     if x._version != version:
         raise InputError(
             f"the network writes into the input of {module} after that has used it, so that gradients at it are lost. "
-            "Leave the module out with --exclude, or do without --proxies."
+            "Leave the module out with `exclude`."
         )
     return x

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from analysis.sweeps.fisher import frozen
+from analysis.task import Task
 from quant.intercept import intercept
+from quant.network import Network
 from quant.site import Site, SiteInfo
-from quant.trace import Trace
 
 
 class HessianTrace(NamedTuple):
@@ -22,9 +22,9 @@ class HessianTrace(NamedTuple):
 
 
 def hessian_traces(
-    model: nn.Module, trace: Trace, sites: Mapping[Site, SiteInfo], batches: Iterable[tuple[Tensor, Tensor]]
+    net: Network, sites: Mapping[Site, SiteInfo], data: Iterable[Any], task: Task
 ) -> dict[Site, HessianTrace]:
-    """Trace of the Hessian of the cross-entropy by each site, over `batches` of (images, labels), labels known.
+    """Trace of the Hessian of the task's loss by each site, over the batches `data`, whose labels are known.
 
     v^T H v with random signs v has the mean tr(H). One probe serves all weights of a batch and one all activations, for
     the parts of v^T H v that couple two sites have mean 0; a weight and its own input are coupled so much that one
@@ -32,6 +32,8 @@ def hessian_traces(
     Attention is computed by its formula: the fused kernels have no second derivative. The trace of an activation is
     that of ONE image. Sites that the loss does not depend on get 0.
     """
+    assert task.loss is not None
+    model = net.model
     activations = [site for site in sites if not site.is_weight]
     modules = list(dict.fromkeys(site.module for site in sites if site.is_weight))
     weights = {name: model.get_submodule(name).get_parameter("weight") for name in modules}
@@ -51,10 +53,10 @@ def hessian_traces(
         for weight in weights.values():
             weight.requires_grad_(True)
         handlers = {site: shifted(site) for site in activations}
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), intercept(model, trace, handlers):
-            for images, labels in batches:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), intercept(model, net.trace, handlers):
+            for batch in data:
                 shifts.clear()
-                loss = F.cross_entropy(model(images), labels.to(images.device), reduction="sum")
+                loss = task.loss(task.forward(model, batch), batch).sum()
                 leaves = [*weights.values(), *(shifts[site] for site in activations)]
                 probes = [_signs(leaf, generator) for leaf in leaves]
                 curvatures = _hessian_products(loss, leaves, probes, len(modules))
@@ -65,7 +67,7 @@ def hessian_traces(
                     product = by_activation.get(site)
                     if product is None:
                         product = by_module[site.module][slice(*(info.rows or (None,)))]
-                    found[site].append((product.sum(dtype=torch.float64).item(), len(images)))
+                    found[site].append((product.sum(dtype=torch.float64).item(), task.samples(batch)))
     return {site: _mean(values) for site, values in found.items()}
 
 

@@ -37,12 +37,12 @@ def proxy_correlations(proxies: pd.DataFrame, measured: pd.DataFrame, images: pd
                 scored = chosen.merge(proxies[proxies["proxy"] == proxy], on=SITE_KEY).dropna(subset="score")
                 if len(scored) < LEAST_SITES:
                     continue
-                score, kl = scored["score"].to_numpy(dtype=np.float64), scored["kl"].to_numpy(dtype=np.float64)
+                score, kl = scored["score"].to_numpy(dtype=np.float64), scored["divergence"].to_numpy(dtype=np.float64)
                 spearman, (low, high) = float(_spearman(score, kl)), _interval(score, kl)
                 kendall = kendalltau(score, kl).statistic
                 sites = tuple(scored["module"] + ":" + scored["tensor"])
                 if sites not in ceilings:
-                    ceilings[sites] = noise_ceiling(np.stack(scored["image_kl"].to_list()).astype(np.float64))
+                    ceilings[sites] = noise_ceiling(np.stack(scored["image_divergence"].to_list()).astype(np.float64))
                 rows.append((name, bits, proxy, len(scored), spearman, low, high, kendall, ceilings[sites]))
     return pd.DataFrame(rows, columns=list(CORRELATION_COLUMNS))
 

@@ -14,7 +14,7 @@ from analysis.terminal.console import as_text
 def sensitivity_summary(table: pd.DataFrame, rows: Sequence[dict]) -> str:
     """The most sensitive sites, or groups, at the lowest bit-width of `rows`, of the table that holds them.
 
-    `rows` have their `image_kl` besides the columns of the table.
+    `rows` have their `image_divergence` besides the columns of the table.
     """
     chosen = {row_key(row) for row in rows}
     table = table[[row_key(row) in chosen for row in table[list(ROW_KEY)].to_dict("records")]]
@@ -23,9 +23,18 @@ def sensitivity_summary(table: pd.DataFrame, rows: Sequence[dict]) -> str:
     out = table["protocol"] == "leave_one_out"
     everything = table[(table["group"] == EVERYTHING) & ~out]
     table = table[out] if out.any() else table
-    worst = table.nsmallest(8, "kl") if out.any() else table.nlargest(8, "kl")
+    worst = table.nsmallest(8, "divergence") if out.any() else table.nlargest(8, "divergence")
     names = ["group"] if (table["group"] != "").all() else ["module", "tensor"]
-    columns = [*names, "delta_loss", "delta_loss_se", "delta_top1", "kl", "kl_se", "rank_low", "rank_high"]
+    columns = [
+        *names,
+        "delta_loss",
+        "delta_loss_se",
+        "delta_top1",
+        "divergence",
+        "divergence_se",
+        "rank_low",
+        "rank_high",
+    ]
     bits = int(table["bit_width"].iloc[0])
     text = f"Most sensitive at {bits} bit"
     if out.any():
@@ -41,13 +50,15 @@ def _doubts(rows: Sequence[dict], table: pd.DataFrame) -> list[str]:
     doubts = []
     if (table["images"] < 2).any():
         doubts.append("One image has no standard error, and its ranks have no band: measure more.")
-    if (table["kl"] == 0).all():
+    if (table["divergence"] == 0).all():
         doubts.append("Every change is 0: are residual branches zero-initialised (timm: zero_init_last)?")
     elif (table["delta_loss"].abs() < 2 * table["delta_loss_se"]).all():
         doubts.append("No change of the loss is larger than twice its standard error: use the KL, or more images.")
     shown = {tuple(key) for key in table[list(ROW_KEY)].itertuples(index=False)}
-    values = [row["image_kl"] for row in rows if row_key(row) in shown and row.get("image_kl") is not None]
-    if len(values) > 2 and (table["kl"] != 0).any():
+    values = [
+        row["image_divergence"] for row in rows if row_key(row) in shown and row.get("image_divergence") is not None
+    ]
+    if len(values) > 2 and (table["divergence"] != 0).any():
         costs = np.array(values, dtype=np.float64)
         left_out = (table["protocol"] == "leave_one_out").all()  # there the least are the first
         needed, have = images_to_separate(-costs if left_out else costs), len(values[0])

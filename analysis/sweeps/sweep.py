@@ -1,25 +1,28 @@
 """The sweep: one site quantized at a time, all else in floating point, and what the network's answers lose by it."""
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from analysis.evaluation import compare_logits, logits_of
 from analysis.replay import Replay, find_cuts
+from analysis.scoring import Reference, check_divergence, compare, outputs_of, reference_of
 from analysis.sensitivity import quantized_sites
-from analysis.sweeps.cuts import Cut
+from analysis.sweeps.cuts import Cut, Forward
 from analysis.sweeps.noise import CleanOutputs, MeasuredQuantizer, Noise, output_noise
+from analysis.task import Task
+from quant.batches import samples, take
 from quant.batchnorm import batchnorm_kept, batchnorms, reestimate_batchnorm_
 from quant.calibrate import ActivationSample, default_scheme, make_quantizer, observe_activations
 from quant.choices import Estimator, Granularity
 from quant.intercept import intercept
+from quant.network import Network
 from quant.prepare import quantized
 from quant.quantizer import Quantizer
 from quant.site import Site, SiteInfo
-from quant.trace import Trace
 
 CACHE_MIB = 1024
 
@@ -29,30 +32,28 @@ def _silent(_text: str) -> None:
 
 
 def sweep(
-    model: nn.Module,
-    trace: Trace,
+    net: Network,
     sites: Sequence[SiteInfo],
-    batches: Sequence[tuple[Tensor, Tensor]],
+    data: Sequence[Any],
     keys: Sequence[Mapping[str, Any]],
     *,
-    name: str,
-    blocks: Collection[str] = (),
+    task: Task,
     cache_mib: int = CACHE_MIB,
     tell: Callable[[str], None] = _silent,
 ) -> Iterator[dict[str, Any]]:
-    """One row of sensitivity.parquet for each of `keys`, over `batches` of (images, labels).
+    """One row of sensitivity.parquet for each of `keys`, over the batches `data`.
 
-    Each row quantizes the sites of `quantized_sites`, their scales estimated on these same images; all else is
+    Each row quantizes the sites of `quantized_sites`, their scales estimated on these same batches; all else is
     floating point. Differences are taken against the floating-point model in the same form: sites inside attention
     against attention computed by its formula. Where the network can be entered midway it is (`Replay`, in at most
     `cache_mib` MiB), with the same bits as in full. The model comes back bit for bit, also when the sweep ends early.
-    What keeps it from being entered goes to `tell`. Besides the columns of the table a row has `image_kl` and
-    `image_delta_loss`, lists over the images.
+    What keeps it from being entered goes to `tell`. Besides the columns of the table a row has `image_divergence` and
+    `image_delta_loss`, lists over the samples.
     """
-    chosen = [quantized_sites(key, sites, blocks=blocks) for key in keys]
+    chosen = [quantized_sites(key, sites, blocks=net.blocks) for key in keys]
     wanted = {info.site: info for items in chosen for info, _ in items}
-    samples = sample_activations(model, trace, wanted, [images for images, _ in batches])
-    forms = _Forms(model, trace, batches, _forms_of(keys, chosen), cache_bytes=cache_mib << 20, tell=tell)
+    samples = sample_activations(net, wanted, data, task.forward)
+    forms = _Forms(net, data, task, _forms_of(keys, chosen), cache_bytes=cache_mib << 20, tell=tell)
     made: dict[tuple[Site, int, str, str], Quantizer] = {}
     for key, items in zip(keys, chosen, strict=True):
         quantizers = {}
@@ -61,13 +62,14 @@ def sweep(
             if which not in made:
                 granularity = None if key["granularity"] == "default" else key["granularity"]
                 sample = samples.get(info.site)
-                made[which] = site_quantizer(model, info, bits, sample, key["estimator"], granularity)
+                made[which] = site_quantizer(net.model, info, bits, sample, key["estimator"], granularity)
             quantizers[info] = made[which]
         info, alone = items[0][0], len(items) == 1 and not key["group"]
         quantizer = next(iter(quantizers.values()))
         yield {
             **key,
-            "model": name,
+            "model": net.name,
+            "source": "measured",
             "kind": info.kind if alone or len({i.kind for i, _ in items}) == 1 else "",
             "order": _order(key, sites, items),
             "signed": quantizer.scheme.signed if alone else None,
@@ -92,19 +94,19 @@ def site_quantizer(
 
 
 def sample_activations(
-    model: nn.Module, trace: Trace, sites: Mapping[Site, SiteInfo], batches: Sequence[Tensor]
+    net: Network, sites: Mapping[Site, SiteInfo], data: Sequence[Any], forward: Forward
 ) -> dict[Site, ActivationSample]:
-    """A sample of each activation site over `batches` of images, the same whatever other sites are asked for.
+    """A sample of each activation site over `data`, the same whatever other sites are asked for.
 
     Attention by its formula gives other last bits than the fused kernel, and so all that comes after it: the sites
     inside attention are sampled in a pass of their own.
     """
     inside = {site: info for site, info in sites.items() if site.is_attention}
     outside = {site: info for site, info in sites.items() if not site.is_attention}
-    samples = observe_activations(model, trace, outside, batches, count=len(batches))
-    untouched = {Site(module, "attention"): _leave for module in trace.attention} if inside else {}
-    with intercept(model, trace, untouched):
-        return samples | observe_activations(model, trace, inside, batches, count=len(batches))
+    samples = observe_activations(net.model, net.trace, outside, data, count=len(data), forward=forward)
+    untouched = {Site(module, "attention"): _leave for module in net.trace.attention} if inside else {}
+    with intercept(net.model, net.trace, untouched):
+        return samples | observe_activations(net.model, net.trace, inside, data, count=len(data), forward=forward)
 
 
 def _order(key: Mapping[str, Any], sites: Sequence[SiteInfo], items: Sequence[tuple[SiteInfo, int]]) -> int:
@@ -136,20 +138,20 @@ class _Forms:
 
     def __init__(
         self,
-        model: nn.Module,
-        trace: Trace,
-        batches: Sequence[tuple[Tensor, Tensor]],
+        net: Network,
+        data: Sequence[Any],
+        task: Task,
         forms: int,
         *,
         cache_bytes: int,
         tell: Callable[[str], None],
     ) -> None:
-        self.model, self.trace, self.batches, self.tell = model, trace, batches, tell
-        self.images = [images for images, _ in batches]
+        self.model, self.trace, self.data, self.tell = net.model, net.trace, data, tell
+        self.task, self.run = task, partial(task.forward, net.model)
         self.room = cache_bytes // (2 * max(1, forms))  # half for the inputs of cuts, half for outputs of the module
         self._cuts: list[Cut] | None = None
         self._replays: dict[tuple[bool, str], Replay] = {}
-        self._references: dict[tuple[bool, bool], Tensor] = {}
+        self._references: dict[tuple[bool, bool], Reference] = {}
         self._statistics: dict[bool, list[dict[str, Tensor]]] = {}
         self._outputs: dict[tuple[bool, bool], CleanOutputs] = {}
 
@@ -165,12 +167,13 @@ class _Forms:
         key = explicit, batchnorm
         if key not in self._replays:
             if self._cuts is None:
-                self._cuts = find_cuts(self.model, self.images[0][:1]) if self.room else []
+                one = take(self.data[0], 0, 1) if self.room else None
+                self._cuts = find_cuts(self.model, one, self.task.forward) if self.room else []
                 if not self._cuts and self.room:
                     self.tell("This network cannot be entered midway: every row is a full forward pass.")
-            # Statistics are taken from batches of two images at least (`reestimate_batchnorm_`).
-            images = [x for x in self.images if len(x) > 1] if batchnorm == "batch" else self.images
-            self._replays[key] = Replay(self.model, images, self._cuts, cache_bytes=self.room)
+            # Statistics are taken from batches of two samples at least (`reestimate_batchnorm_`).
+            data = [x for x in self.data if samples(x) > 1] if batchnorm == "batch" else self.data
+            self._replays[key] = Replay(self.model, data, self._cuts, cache_bytes=self.room, forward=self.task.forward)
         with batchnorm_kept(self.model):
             if batchnorm == "batch":
                 for layer in batchnorms(self.model):
@@ -183,14 +186,18 @@ class _Forms:
             self.tell(f"Entered at {name} the network gives other bits: rows start at an earlier module.")
         return self._replays[key]
 
-    def logits(self, explicit: bool, re_estimated: bool) -> Tensor:
+    def reference(self, explicit: bool, re_estimated: bool) -> Reference:
         """The reference of one form, computed at its first use."""
         key = explicit, re_estimated
         if key not in self._references:
             with self.attention(explicit), batchnorm_kept(self.model):
                 if re_estimated:
                     self.load_statistics(explicit)
-                self._references[key], _ = logits_of(self.model, self.batches)
+                outputs = outputs_of(self.run, self.data, self.task)
+            if not self._references:
+                self.task = self.task.prepared(outputs)
+                check_divergence(self.task, outputs, self.data)
+            self._references[key] = reference_of(self.task, outputs, self.data)
         return self._references[key]
 
     def load_statistics(self, explicit: bool, among: Sequence[str] | None = None) -> None:
@@ -198,7 +205,7 @@ class _Forms:
         layers = batchnorms(self.model)
         if explicit not in self._statistics:
             with batchnorm_kept(self.model):
-                reestimate_batchnorm_(self.model, self.images)
+                reestimate_batchnorm_(self.model, self.data, self.run)
                 self._statistics[explicit] = [{k: v.clone() for k, v in m.named_buffers(recurse=False)} for m in layers]
         inside = None
         if among is not None:
@@ -227,7 +234,7 @@ def _measure(
     model, trace = forms.model, forms.trace
     infos = {info.site: info for info in quantizers}
     explicit = any(site.is_attention for site in infos)
-    reference = forms.logits(explicit, re_estimated)
+    reference = forms.reference(explicit, re_estimated)
     first = next(iter(quantizers))
     measured: dict[Site, Any] = {info.site: quantizer for info, quantizer in quantizers.items()}
     tensor = MeasuredQuantizer(quantizers[first])
@@ -244,20 +251,20 @@ def _measure(
         if estimating is not None:
             stack.enter_context(batchnorm_kept(model))
             skipped = () if estimating.cut is None else estimating.cut.skipped
-            reestimate_batchnorm_(model, forms.images, estimating)
+            reestimate_batchnorm_(model, forms.data, estimating)
             forms.load_statistics(explicit, skipped)  # these did not run: theirs are those of the clean network
-            if not first.site.is_weight:  # what the passes for BatchNorm added is not of these logits
+            if not first.site.is_weight:  # what the passes for BatchNorm added is not of these outputs
                 tensor.tensor_noise = Noise()
         if alone:
-            outputs = forms.outputs(first.site.module, explicit, re_estimated)
-            module_noise = stack.enter_context(output_noise(model, first.site.module, original, outputs))
-        logits, labels = logits_of(run, forms.batches)
-    figures, images = compare_logits(logits, reference, labels)
+            clean = forms.outputs(first.site.module, explicit, re_estimated)
+            module_noise = stack.enter_context(output_noise(model, first.site.module, original, clean))
+        outputs = outputs_of(run, forms.data, forms.task)
+    figures, images = compare(forms.task, outputs, reference, forms.data)
     called_once = trace.calls.get(first.site.module, 0) == 1
     inside = re_estimated and bool(batchnorms(model.get_submodule(first.site.module)))
     notes = [first.note] if alone and first.note else []
-    if (labels < 0).any():
-        notes.append("no labels: loss and top-1 not measured")
+    if forms.task.loss is not None and math.isnan(figures["loss"]):
+        notes.append("no labels: loss and score not measured")
     degenerate = sum(quantizer.degenerate for quantizer in quantizers.values())
     if degenerate:
         notes.append(f"degenerate: {degenerate} of {sum(q.groups for q in quantizers.values())} scales borrowed")
@@ -274,6 +281,6 @@ def _measure(
         "sqnr_db": tensor.tensor_noise.sqnr_db if alone else math.nan,
         "sqnr_output_db": module_noise.sqnr_db if alone and called_once and not inside else math.nan,
         "note": "; ".join(notes),
-        "image_kl": images.kl.float().tolist(),
+        "image_divergence": images.divergence.float().tolist(),
         "image_delta_loss": images.delta_loss.float().tolist(),
     }

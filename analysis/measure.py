@@ -1,0 +1,264 @@
+"""Measurements of a live network: statistics, sensitivity, and sensitivity estimated from gradients."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from analysis.estimate import estimated_tables
+from analysis.memory import reuse_freed_memory
+from analysis.results import Sensitivity, Stats
+from analysis.sensitivity import SweepConfig, images_table, row_key, sensitivity_table, sweep_keys
+from analysis.sweeps.rows import informative_first, is_out_of_memory, measured_rows, unmeasured_row, within
+from analysis.sweeps.sweep import CACHE_MIB
+from analysis.task import Task, fitting_task
+from analysis.tensor_stats import collect_stats
+from quant.batches import checked_data, first_batch, to_device
+from quant.choices import ALLOWED_BIT_WIDTHS, Estimator, Granularity, Grouping, Protocol
+from quant.errors import InputError, first_line
+from quant.network import Network, unchanged
+from quant.site import SiteInfo
+from quant.sites import KINDS, TENSOR_GROUPS, select_sites
+
+BITS = (2, 3, 4, 8)
+SITES = ("weight", "input", "attention")
+
+
+def measure_stats(
+    model: nn.Module | Network,
+    data: Iterable[Any] | None = None,
+    *,
+    task: Task | None = None,
+    progress: bool = False,
+    device: torch.device | str | None = None,
+) -> Stats:
+    """Moments, quantiles, outliers and channel ranges of every weight, input, output and attention tensor.
+
+    `data` is an iterable of batches, read once; with a `Network` it may be left out for the weights alone. Activations
+    are streamed, so memory does not grow with the data; the model is left bit for bit as it was. Figures are in the
+    unit of the tensors; `excess_kurtosis` is 0 for a Gaussian, outlier fractions count values beyond 3 and 6 standard
+    deviations (`RunningStats` states the errors). `task` matters only for how the model is called.
+
+    Raises InputError for data that can be read only once, and for NaN or Inf, with the first site and sample.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    >>> stats = measure_stats(net, [torch.randn(8, 3, 8, 8)])
+    >>> stats.table.query("tensor == 'input'")["module"].tolist()
+    ['0', '3']
+    """
+    reuse_freed_memory()
+    if data is None and not isinstance(model, Network):
+        raise InputError("`data` is needed to trace a plain module. Give batches, or a Network for its weights alone.")
+    net = network(model, data, task)
+    sites = [info for info in net.infos if not info.excluded]
+    with placed(net, device):
+        batches = None if data is None else read(net, data, task, "statistics", progress)
+        tables = collect_stats(net, sites, batches, None if task is None else task.forward)
+    return Stats(name=net.name, table=tables.stats, channels=tables.channels, histograms=tables.histograms)
+
+
+def measure_sensitivity(
+    model: nn.Module | Network,
+    data: Iterable[Any],
+    *,
+    bits: Sequence[int] = BITS,
+    sites: Sequence[str] = SITES,
+    task: Task | None = None,
+    protocol: Protocol = "single",
+    groups: Grouping | None = None,
+    granularity: Granularity | None = None,
+    estimator: Estimator = "mse",
+    batchnorm: str = "both",
+    cache_mib: int = CACHE_MIB,
+    time_limit: float | None = None,
+    progress: bool = False,
+    device: torch.device | str | None = None,
+) -> Sensitivity:
+    """What the output loses when one site is quantized at a time and all else stays in floating point.
+
+    `sites` selects by tensor (weight, input, attention, or query, key, value, softmax), by kind, or by shell patterns
+    over module names; selectors of one sort add up, those of different sorts restrict each other. `bits` are of 1 to 8
+    and 16. `protocol="leave_one_out"` quantizes everything but the site; `groups` (kind, block, stage, module) takes
+    sites together. With BatchNorm every site is measured with the stored statistics and with those of the quantized
+    network (`batchnorm`: both, stored or re_estimate). Scales are those of `estimator` (mse, minmax, percentile) on the
+    same batches. All batches are kept in memory, with about `cache_mib` MiB of activations, so that each row starts at
+    the quantized layer. `time_limit` (seconds) stops at the end of a row, the fewest bits first: what is missing is NaN
+    with a note.
+
+    The divergence is the task's (in classification the KL of the softmax, in nats); `_se` columns are standard errors
+    over samples, paired with the float network. The model is left bit for bit as it was, also after an interrupt.
+
+    Raises InputError for unknown bits or sites, where no task is given and none fits, and for outputs with NaN or Inf.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    >>> data = [(torch.randn(8, 3, 8, 8), torch.randint(3, (8,)))]
+    >>> sens = measure_sensitivity(net, data, bits=(2, 4), sites=("weight",))
+    >>> len(sens.table), bool((sens.table["divergence"] > 0).all())
+    (4, True)
+    """
+    reuse_freed_memory()
+    config = SweepConfig(
+        bit_widths=checked_bits(bits), estimator=estimator, granularity=granularity, batchnorm=batchnorm,
+        protocol=protocol, groups=groups,
+    )  # fmt: skip
+    net = network(model, data, task)
+    chosen = chosen_sites(net, sites)
+    with placed(net, device):
+        batches = kept(net, data, task, progress)
+        task = suitable_task(net, batches, task)
+        keys: list[Any] = list(sweep_keys(net.model, chosen, config, blocks=net.blocks))
+        if not keys:
+            raise InputError("every group holds all the sites: nothing would be quantized. Choose other `groups`.")
+        if time_limit is not None:
+            keys = informative_first(keys)
+        rows = []
+        with tqdm(total=len(keys), desc="sensitivity", unit="row", disable=not progress) as bar:
+            for row in within(
+                measured_rows(net, chosen, batches, keys, task=task, cache_mib=cache_mib), time_limit
+            ):  # fmt: skip
+                rows.append(row)
+                bar.update()
+    done = {row_key(row) for row in rows}
+    reason = f"not measured: the time limit of {time_limit} s was reached"
+    rows += [unmeasured_row(net, chosen, key, task, reason) for key in keys if row_key(key) not in done]
+    return Sensitivity(name=net.name, table=sensitivity_table(rows), per_sample=images_table(rows))
+
+
+def estimate_sensitivity(
+    model: nn.Module | Network,
+    data: Iterable[Any],
+    *,
+    bits: Sequence[int] = BITS,
+    sites: Sequence[str] = SITES,
+    task: Task | None = None,
+    granularity: Granularity | None = None,
+    estimator: Estimator = "mse",
+    progress: bool = False,
+    device: torch.device | str | None = None,
+) -> Sensitivity:
+    """Sensitivities predicted from gradients: the columns of `measure_sensitivity`, for the cost of one backward pass.
+
+    The divergence is 1/2 (gradient . error)^2 of the task's probe, mean over samples, which is the divergence to second
+    order (Martens, JMLR 2020, arXiv:1412.1193; FIT: Zandonati et al. 2022, arXiv:2210.08502). BatchNorm keeps its
+    stored statistics, so that the ranking is less sure where it would be re-estimated. Sites without a gradient of each
+    sample, and columns that only a measurement has, are NaN; `source` names the estimator. `products` of the result
+    let `plan_bits(interactions=True)` count how the errors of two sites act together. Arguments are those of
+    `measure_sensitivity`.
+
+    Raises InputError for a task without `probe`, and for a network that cannot be differentiated.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    >>> data = [(torch.randn(8, 3, 8, 8), torch.randint(3, (8,)))]
+    >>> estimate_sensitivity(net, data, bits=(4,)).table["source"].unique().tolist()
+    ['fisher']
+    """
+    reuse_freed_memory()
+    widths = checked_bits(bits)
+    net = network(model, data, task)
+    chosen = chosen_sites(net, sites)
+    with placed(net, device):
+        batches = kept(net, data, task, progress)
+        task = suitable_task(net, batches, task)
+        try:
+            table, per_sample, products = estimated_tables(
+                net, chosen, batches, widths, task=task, estimator=estimator, granularity=granularity
+            )
+        except (MemoryError, RuntimeError) as error:  # the model is the user's: not every one can be differentiated
+            raise InputError(
+                f"no sensitivity can be estimated: {first_line(error)}. Measure it instead: measure_sensitivity."
+            ) from error
+    return Sensitivity(name=net.name, table=table, per_sample=per_sample, products=products)
+
+
+def network(model: nn.Module | Network, data: Iterable[Any] | None, task: Task | None) -> Network:
+    """The network itself, or that of a plain module, traced on the first batch by the task's forward pass."""
+    if isinstance(model, Network):
+        return model
+    forward, samples = (None, None) if task is None else (task.forward, task.samples)
+    return Network(model, first_batch(data), forward=forward, samples=samples)
+
+
+@contextmanager
+def placed(net: Network, device: torch.device | str | None) -> Iterator[None]:
+    """The model on `device` (None: where it is), in evaluation mode; afterwards where and as it was."""
+    home = net.device
+    try:
+        if device is not None and torch.device(device) != home:
+            try:
+                net.model.to(device)
+            except Exception as error:  # torch raises by device: RuntimeError, AssertionError, NotImplementedError
+                raise InputError(f"device {str(device)!r} cannot be used: {first_line(error)}.") from error
+        with unchanged(net.model):
+            yield
+    finally:
+        if net.device != home:
+            net.model.to(home)
+
+
+def read(net: Network, data: Iterable[Any], task: Task | None, what: str, progress: bool) -> Iterator[Any]:
+    """The batches of `data` one by one on the model's device, with a progress bar that counts samples."""
+    samples = net.samples if task is None else task.samples
+    found = False
+    with tqdm(desc=what, unit="sample", disable=not progress) as bar:
+        for batch in checked_data(data):
+            found = True
+            yield to_device(batch, net.device)
+            bar.update(samples(batch))
+    if not found:
+        raise InputError("`data` holds no batch. Give at least one.")
+
+
+def kept(net: Network, data: Iterable[Any], task: Task | None, progress: bool) -> list[Any]:
+    """All batches on the model's device, where they stay for the whole measurement."""
+    try:
+        return list(read(net, data, task, "data", progress))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"the data does not fit into the memory of {net.device}; give fewer batches.") from error
+
+
+def suitable_task(net: Network, batches: Sequence[Any], task: Task | None) -> Task:
+    """The task given, or the default where it fits the first batch and its output."""
+    forward = net.forward if task is None else task.forward
+    with torch.no_grad():
+        output = forward(net.model, batches[0])
+    return fitting_task(task, net.model, output, batches[0], forward=forward)
+
+
+def checked_bits(bits: Sequence[int] | int) -> tuple[int, ...]:
+    """The bit-widths, rising, each once; InputError for one that is not allowed."""
+    widths = (bits,) if isinstance(bits, int) else tuple(bits)
+    wrong = [width for width in widths if width not in ALLOWED_BIT_WIDTHS or isinstance(width, bool)]
+    if wrong or not widths:
+        allowed = ", ".join(map(str, ALLOWED_BIT_WIDTHS))
+        raise InputError(f"`bits` has {wrong[0] if wrong else 'no value'}; choose from {allowed}.")
+    return tuple(sorted(set(widths)))
+
+
+def chosen_sites(net: Network, selectors: Sequence[str] | str) -> list[SiteInfo]:
+    """The sites that can be quantized and that `selectors` choose: tensors, kinds, and patterns over module names."""
+    names = (selectors,) if isinstance(selectors, str) else tuple(selectors)
+    tensors = [name for name in names if name in TENSOR_GROUPS]
+    kinds = [name for name in names if name in KINDS and name not in tensors]
+    patterns = [name for name in names if name not in tensors and name not in kinds]
+    modules = [name for name, _ in net.model.named_modules()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in modules):
+            raise InputError(
+                f"`sites` has {pattern!r}, which is no tensor ({', '.join(TENSOR_GROUPS)}), no kind, and matches no "
+                f"module; modules are named such as {', '.join(name for name in modules[1:4])}."
+            )
+    found = [
+        info
+        for info in select_sites(net.infos, tensors or SITES)
+        if (not kinds or info.kind in kinds)
+        and (not patterns or any(fnmatchcase(info.site.module, pattern) for pattern in patterns))
+    ]
+    if not found:
+        raise InputError(f"no site of {net.name} is chosen by `sites`={list(names)}; net.sites lists all.")
+    return found
