@@ -207,7 +207,7 @@ def _sum_of_scores(_module, q, k, v):
 
 
 def _einsum(_module, q, k, v):
-    return torch.einsum("bij,bjc->bic", (q @ k.mT).softmax(-1), v)
+    return torch.einsum("bij,bjc->bc", (q @ k.mT).softmax(-1), v)
 
 
 def _over_queries(_module, q, k, v):

@@ -222,7 +222,7 @@ def _is_row(row: Any, images: int) -> bool:
 def _write(work: _Work, rows: Sequence[dict]) -> None:
     """The tables and figures of all rows; the logs have done their work."""
     opened, run = work.opened, work.opened.run
-    run.write_table("cost", cost_table(opened.sites))
+    run.write_table("cost", cost_table(opened.sites, opened.trace.unplanned))
     run.write_table("sensitivity_images", images_table(rows))
     table = sensitivity_table(rows)
     run.write_table("sensitivity", table)
