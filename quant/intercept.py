@@ -21,8 +21,9 @@ def intercept(model: nn.Module, trace: Trace, handlers: Mapping[Site, Handler]) 
 
     A handler returns the tensor that takes the activation's place, or None to leave it. Sites: `input` and `output` of
     any module (the first tensor of a tuple, list or dictionary), `query`, `key`, `value`, `attention` of attention
-    modules. Attention is computed by its formula only where one of its own sites has a handler; torch's fast path of
-    transformer encoders is off, whatever the handlers. Hooks and modes are removed on exit, also after an error.
+    modules, and `projection`, what the weights of torch's own attention give. Attention is computed by its formula only
+    where one of its own sites has a handler; torch's fast path is off, whatever the handlers. Hooks and modes are
+    removed on exit, also after an error.
     """
     attention: dict[str, dict[str, Handler]] = {}
     functional: dict[str, dict[str, Handler]] = {}
@@ -35,7 +36,9 @@ def intercept(model: nn.Module, trace: Trace, handlers: Mapping[Site, Handler]) 
                 module = model.get_submodule(site.module)
                 if site.is_attention:
                     attention.setdefault(site.module, {})[site.tensor] = handler
-                elif site.module in trace.functional or (site.tensor == "input" and site.module in trace.in_proj):
+                elif site.module in trace.functional or (
+                    site.tensor in ("input", "projection") and site.module in trace.in_proj
+                ):
                     functional.setdefault(site.module, {})[site.tensor] = handler
                 elif site.tensor == "input":
                     handles.append(module.register_forward_pre_hook(_before(handler), with_kwargs=True))
@@ -122,5 +125,6 @@ class _FunctionalLayers(TorchFunctionMode):
             if replaced is not None:
                 args, kwargs = ((replaced, *args[1:]), kwargs) if args else (args, {**kwargs, "input": replaced})
         result = func(*args, **kwargs)
-        replaced = handlers["output"](result) if "output" in handlers else None
+        output = handlers.get("output") or handlers.get("projection")
+        replaced = None if output is None else output(result)
         return result if replaced is None else replaced

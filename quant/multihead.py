@@ -103,15 +103,15 @@ def multi_head_attention(
     """`F.multi_head_attention_forward`, with its arguments and results, through functions that can be observed.
 
     Shapes: query (queries, batch, embedding) or without batch, key and value (keys, batch, width). The projections are
-    `F.linear`, one for each different tensor among query, key and value; the rest is `scaled_dot_product_attention`, or
-    `attention_and_weights` where the weights are asked for.
+    `F.linear` of (batch, tokens, width), one for each different tensor among query, key and value; the rest is
+    `scaled_dot_product_attention`, or `attention_and_weights` where the weights are asked for.
     """
     batched = query.ndim == 3
-    if not batched:
-        first = {id(x): x.unsqueeze(1) for x in (query, key, value)}  # the same tensor stays the same
-        query, key, value = (first[id(x)] for x in (query, key, value))
-        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-    queries, batch, width = query.shape
+    # The batch comes first from here on, as in other attention; the same tensor stays the same.
+    turned = {id(x): x.transpose(0, 1) if batched else x.unsqueeze(0) for x in (query, key, value)}
+    query, key, value = (turned[id(x)] for x in (query, key, value))
+    key_padding_mask = key_padding_mask if batched or key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    batch, queries, width = query.shape
     if is_causal and attn_mask is None:
         raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
     if is_causal and key_padding_mask is None and not need_weights:
@@ -120,8 +120,10 @@ def multi_head_attention(
         is_causal = is_causal and key_padding_mask is None
     mask, padding = _added(attn_mask, query), _added(key_padding_mask, query)
     if use_separate_proj_weight:
+        assert q_proj_weight is not None
+        assert k_proj_weight is not None
+        assert v_proj_weight is not None
         biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-        assert q_proj_weight is not None and k_proj_weight is not None and v_proj_weight is not None
         weights = (q_proj_weight, k_proj_weight, v_proj_weight)
         q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
     else:
@@ -129,16 +131,17 @@ def multi_head_attention(
         q, k, v = _projected(query, key, value, in_proj_weight, in_proj_bias)
     added = 0
     if bias_k is not None and bias_v is not None:
-        k, v, added = torch.cat([k, bias_k.repeat(1, batch, 1)]), torch.cat([v, bias_v.repeat(1, batch, 1)]), 1
-    heads = width // num_heads
+        k, v = (torch.cat([x, b.expand(batch, 1, -1)], dim=1) for x, b in ((k, bias_k), (v, bias_v)))
+        added = 1
+    size = width // num_heads
     q, k, v = (
-        x.contiguous().view(len(x), batch * num_heads, heads).transpose(0, 1).view(batch, num_heads, len(x), heads)
+        x.unflatten(-1, (num_heads, size)).transpose(1, 2)
         if static is None
-        else static.view(batch, num_heads, static.shape[1], heads)
+        else static.view(batch, num_heads, static.shape[1], size)
         for x, static in ((q, None), (k, static_k), (v, static_v))
     )
     if add_zero_attn:
-        k, v = (torch.cat([x, x.new_zeros(batch, num_heads, 1, heads)], dim=2) for x in (k, v))
+        k, v = (torch.cat([x, x.new_zeros(batch, num_heads, 1, size)], dim=2) for x in (k, v))
         added += 1
     merged = _merged(mask, padding, batch, num_heads, added)
     p = dropout_p if training else 0.0
@@ -147,13 +150,12 @@ def multi_head_attention(
         out, attention = attention_and_weights(q, k, v, attn_mask=merged, dropout_p=p)
     else:
         out = F.scaled_dot_product_attention(q, k, v, merged, p, is_causal)
-    out = F.linear(out.permute(2, 0, 1, 3).reshape(queries * batch, width), out_proj_weight, out_proj_bias)
-    out = out.view(queries, batch, out.shape[1])
+    out = F.linear(out.transpose(1, 2).reshape(batch, queries, width), out_proj_weight, out_proj_bias)
     if attention is not None and average_attn_weights:
         attention = attention.mean(dim=1)
-    if not batched:
-        out, attention = out.squeeze(1), None if attention is None else attention.squeeze(0)
-    return out, attention
+    if batched:
+        return out.transpose(0, 1), attention
+    return out.squeeze(0), None if attention is None else attention.squeeze(0)
 
 
 def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
@@ -181,7 +183,7 @@ def _projected(
     """Query, key and value through their rows of the fused weight, one linear for each different tensor."""
     width = query.shape[-1]
     if query is key and key is value:
-        q, k, v = _parts(F.linear(query, weight, bias), 3)
+        q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
         return q, k, v
 
     def rows(first: int, count: int) -> tuple[Tensor, Tensor | None]:
@@ -190,11 +192,6 @@ def _projected(
 
     q = F.linear(query, *rows(0, 1))
     if key is value:
-        k, v = _parts(F.linear(key, *rows(1, 2)), 2)
+        k, v = F.linear(key, *rows(1, 2)).chunk(2, dim=-1)
         return q, k, v
     return q, F.linear(key, *rows(1, 1)), F.linear(value, *rows(2, 1))
-
-
-def _parts(x: Tensor, count: int) -> list[Tensor]:
-    """Equal parts of the last axis, each contiguous."""
-    return list(x.unflatten(-1, (count, x.shape[-1] // count)).movedim(-2, 0).contiguous())

@@ -35,7 +35,7 @@ from analysis.terminal.console import progress, resumable, say, warn
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
 from quant.site import SiteInfo
-from quant.sites import select_sites
+from quant.sites import check_plain_weights, select_sites
 
 IMAGES = 256
 LOG = "sensitivity.partial"
@@ -124,6 +124,7 @@ def _open(setup: Setup, config: SweepConfig, tensors: Sequence[str]) -> _Work:
     data = opened.step_images("sensitivity", "train", at_most=IMAGES)
     sites = select_sites(opened.sites, tensors)
     if not sites:
+        check_plain_weights(opened.model, opened.sites)
         raise InputError(f"no site of {opened.name} holds {', '.join(tensors)}; see --tensors, --include, --exclude.")
     keys = sweep_keys(opened.model, sites, config, blocks=opened.network.blocks)
     if not keys:
