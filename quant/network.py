@@ -140,11 +140,12 @@ def warn_of_unobserved(trace: Trace, name: str) -> None:
     if not trace.unobserved:
         return
     outside, inside = sum(trace.unplanned.values()), sum(trace.macs.values())
+    share = outside / max(1, outside + inside)
     first = "; ".join(f"{module or name}: {reason}" for module, reason in list(trace.unobserved.items())[:2])
     more = f" (and {len(trace.unobserved) - 2} more)" if len(trace.unobserved) > 2 else ""
     warnings.warn(
-        f"{name} computes in {len(trace.unobserved)} modules what is not observed, {outside / max(1, outside + inside):.0%} "
-        f"of its multiply-accumulates, which stay in floating point. {first}{more}. `unobserved` lists all.",
+        f"{share:.1%} of the multiply-accumulates of {name} are not observed and stay in floating point "
+        f"({len(trace.unobserved)} of its modules). {first}{more}. `unobserved` lists all.",
         stacklevel=3,
     )
 

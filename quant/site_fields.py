@@ -49,7 +49,7 @@ def weight_rows(name: str, module: nn.Module, trace: Trace, kind: str, modules: 
         note = f"{type(module).__name__} transforms its weight itself: observed, not quantized{way_out}"
         quantizable = False
     elif trace.calls.get(name, 0) > 1:
-        note = _called(name, trace)
+        note = called(name, trace)
     ran = Site(name, "input") in trace.shapes
     macs = trace.macs.get(Site(name, "weight"), 0)
     common = {"kind": kind, "quantizable": quantizable, "note": note, "edges": (Site(name, "input"),) if ran else ()}
@@ -103,12 +103,13 @@ def _in_proj_rows(name: str, module: nn.Module, trace: Trace, kind: str) -> list
              "channel_axis": 0, "channels": count, "quantizable": True,
              "head_axis": 0 if heads else -1, "heads": heads, "rows": rows,
              "parameter": parameter, "macs": trace.macs.get(site, 0), "edges": (Site(name, "input"),),
-             "note": _called(name, trace)}
+             "note": called(name, trace)}
         )  # fmt: skip
     return found
 
 
-def _called(name: str, trace: Trace) -> str:
+def called(name: str, trace: Trace) -> str:
+    """A note on a module that runs more than once; else empty."""
     return f"called {trace.calls[name]} times in one forward pass" if trace.calls.get(name, 0) > 1 else ""
 
 

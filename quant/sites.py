@@ -10,7 +10,7 @@ from torch import nn
 from quant import batches
 from quant.errors import InputError
 from quant.site import ATTENTION_TENSORS, WEIGHT_TENSORS, Site, SiteInfo
-from quant.site_fields import ATTENTION_KINDS, activation_row, remade_by, weight_rows
+from quant.site_fields import ATTENTION_KINDS, activation_row, called, remade_by, weight_rows
 from quant.site_fields import is_layer as is_layer
 from quant.trace import Trace, trace_forward
 
@@ -123,11 +123,13 @@ def _weights_and_activations(
         module = modules[site.module]
         kind = kinds[site.module]
         if site.tensor == "input" and (is_layer(module) or site.module in trace.in_proj):
-            weights = _shared(weight_rows(site.module, module, trace, kind, modules), modules, owners)
+            own = weight_rows(site.module, module, trace, kind, modules)
+            note = called(site.module, trace) if own[0]["quantizable"] else own[0]["note"]
+            weights = _shared(own, modules, owners)
             quantizable = all(row["quantizable"] or row.get("same") for row in weights)
             rows.extend({**row, "pinned": site.module in pinned} for row in weights)
             rows.append(
-                {**activation_row(site, shape, trace, module, kind, weights[0]["note"]),
+                {**activation_row(site, shape, trace, module, kind, note),
                  "edges": tuple(row["site"] for row in weights), "pinned": site.module in pinned,
                  "same": trace.same.get(site),
                  "quantizable": quantizable}
