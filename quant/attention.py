@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from quant.mixed_classes import Mixed, mix_in_, original_class, take_out_
 
 MATMULS = (
     torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm
@@ -93,8 +94,10 @@ class AttentionMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _OpenedAttention(nn.Module):
+class _OpenedAttention(Mixed):
     """What `open_attention_` adds to an attention module's class: its forward runs under an AttentionMode."""
+
+    prefix = "Opened"
 
     attention_form: Any  # AttentionForm; Any, as nn.Module's attributes are tensors and modules to a type checker
     attention_handlers: Any  # list of mappings from tensor to handler; the one opened last sees a tensor first
@@ -117,8 +120,7 @@ def open_attention_(module: nn.Module, form: AttentionForm, handlers: Mapping[st
     """
     opened: Any = module  # to a type checker, nn.Module's attributes are tensors and modules
     if not isinstance(module, _OpenedAttention):
-        original: Any = type(module)
-        opened.__class__ = _opened_class(original)
+        mix_in_(module, _OpenedAttention)
         opened.attention_form, opened.attention_handlers = form, []
         opened.attention_switched = _switched_off(module.modules()) if form.fused else []
         for switched in opened.attention_switched:
@@ -135,18 +137,13 @@ def close_attention_(module: nn.Module) -> None:
     for switched in module.attention_switched:
         switched.fused_attn = False
     del module.attention_form, module.attention_handlers, module.attention_switched
-    module.__class__ = type(module).__bases__[1]
+    take_out_(module)
 
 
 def closed_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What the module returns when nothing inside its attention is replaced; without hooks."""
-    original = type(module).__bases__[1] if isinstance(module, _OpenedAttention) else type(module)
-    return original.forward(module, *args, **kwargs)  # type: ignore[attr-defined]  # a class of modules
-
-
-@cache
-def _opened_class(original: Any) -> Any:
-    return type(f"Opened{original.__name__}", (_OpenedAttention, original), {"__module__": original.__module__})
+    forward = original_class(module).forward if isinstance(module, _OpenedAttention) else type(module).forward
+    return forward(module, *args, **kwargs)
 
 
 def _in_turn(first: Handler, second: Handler) -> Handler:

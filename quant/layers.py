@@ -7,12 +7,12 @@ that is never called (BEiT, EVA and SwinV2 write F.linear(x, self.qkv.weight)), 
 """
 
 from collections.abc import Iterator, Mapping
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quant.mixed_classes import Mixed, mix_in_, take_out_
 from quant.quantizer import LSQQuantizer
 from quant.trace import LAYER_FUNCTIONS
 
@@ -42,8 +42,10 @@ class _QuantizingWeight(Tensor):
             return func(*args, **kwargs)
 
 
-class _QuantizedLayer(nn.Module):
+class _QuantizedLayer(Mixed):
     """What `quantize_layer_` adds to a layer's class."""
+
+    prefix = "Quantized"
 
     weight_quantizers: nn.ModuleDict  # by tensor: `weight`, or `query`, `key`, `value` of a fused weight
     weight_rows: Any  # tensor -> Rows
@@ -72,11 +74,15 @@ class _QuantizedLayer(nn.Module):
             end = rows[1]
         return torch.cat([*pieces, latent[end:]]) if pieces else latent
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own forward, on the quantized input."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, on the quantized input: its first argument, by whatever name."""
         if self.called and self.input_quantizer is not None:
-            x = self.input_quantizer(x)
-        return super().forward(x, *args, **kwargs)
+            if args:
+                args = (self.input_quantizer(args[0]), *args[1:])
+            else:
+                name, x = next(iter(kwargs.items()))
+                kwargs = {**kwargs, name: self.input_quantizer(x)}
+        return super().forward(*args, **kwargs)
 
 
 def quantize_layer_(
@@ -92,19 +98,18 @@ def quantize_layer_(
     point. `called` is False for a layer whose weight is used by one of `LAYER_FUNCTIONS` outside its own forward.
     """
     layer: Any = module
-    original: Any = type(module)
     ordered = sorted(weights.items(), key=lambda item: item[1][0] or (0, 0))
     layer.weight_quantizers = nn.ModuleDict({tensor: quantizer for tensor, (_, quantizer) in ordered})
     layer.weight_rows = {tensor: rows for tensor, (rows, _) in ordered}
     layer.input_quantizer, layer.called = input_quantizer, called
-    layer.__class__ = _quantized_class(original)
+    mix_in_(module, _QuantizedLayer)
 
 
 def restore_layer_(module: nn.Module) -> None:
     """Undo `quantize_layer_`; the latent weight is the layer's weight again."""
     assert isinstance(module, _QuantizedLayer)
     del module.weight_quantizers, module.weight_rows, module.input_quantizer, module.called
-    module.__class__ = type(module).__bases__[1]
+    take_out_(module)
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -121,8 +126,3 @@ def weight_parts(module: nn.Module) -> Iterator[tuple[str, Tensor, LSQQuantizer]
         rows = module.weight_rows[tensor]
         assert isinstance(quantizer, LSQQuantizer)
         yield tensor, latent if rows is None else latent[slice(*rows)], quantizer
-
-
-@cache
-def _quantized_class(original: Any) -> Any:
-    return type(f"Quantized{original.__name__}", (_QuantizedLayer, original), {"__module__": original.__module__})
