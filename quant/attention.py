@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from quant.mixed_classes import Mixed, mix_in_, original_class, take_out_
+from quant.mixed_classes import Mixed, class_without, mix_in_, take_out_
 
 MATMULS = (
     torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm
@@ -86,11 +86,12 @@ class AttentionMode(TorchFunctionMode):
             self.products += 1
             place, (left, right) = self.products - 1, args
             if place in form.scores:
-                return func(_handled(handlers, "query", left), _handled(handlers, "key", right.mT).mT)
+                key = _handled(handlers, "key", right.transpose(-2, -1))  # not mT, which exporters do not know
+                return func(_handled(handlers, "query", left), key.transpose(-2, -1))
             if place in form.values:
                 return func(left, _handled(handlers, "value", right))
             if place in form.values_first:
-                return func(_handled(handlers, "value", left.mT).mT, right)
+                return func(_handled(handlers, "value", left.transpose(-2, -1)).transpose(-2, -1), right)
         return func(*args, **kwargs)
 
 
@@ -137,13 +138,12 @@ def close_attention_(module: nn.Module) -> None:
     for switched in module.attention_switched:
         switched.fused_attn = False
     del module.attention_form, module.attention_handlers, module.attention_switched
-    take_out_(module)
+    take_out_(module, _OpenedAttention)
 
 
 def closed_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What the module returns when nothing inside its attention is replaced; without hooks."""
-    forward = original_class(module).forward if isinstance(module, _OpenedAttention) else type(module).forward
-    return forward(module, *args, **kwargs)
+    return class_without(module, _OpenedAttention).forward(module, *args, **kwargs)
 
 
 def _in_turn(first: Handler, second: Handler) -> Handler:
@@ -199,7 +199,7 @@ def explicit_attention(
     if attn_mask is None:
         attention = scores.softmax(dim=-1)
     else:  # a row that is masked altogether attends to nothing, as in torch's own function, and has no gradient
-        empty = scores.isneginf().all(dim=-1, keepdim=True)
+        empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
         attention = scores.masked_fill_(empty, 0.0).softmax(dim=-1)
         del scores
         attention = attention.masked_fill(empty, 0.0)

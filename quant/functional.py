@@ -43,7 +43,7 @@ def to_groups(x: Tensor, axis: int, groups: int) -> Tensor:
     if groups == 1:
         return x.reshape(1, 1, -1)
     axis = axis % x.ndim
-    if x.shape[axis] % groups:
+    if not is_traced() and x.shape[axis] % groups:  # a tracer would take the answer for a constant
         raise ValueError(f"Axis {axis} of shape {tuple(x.shape)} cannot be split into {groups} equal groups.")
     outer = 1
     for size in x.shape[:axis]:
@@ -127,7 +127,7 @@ def check_compiler(device: torch.device) -> None:
 def scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
     """`x` itself, bit for bit, whose gradient is multiplied by `factor`, a constant."""
     if is_traced():
-        return _with_gradient_of(x, x * factor)
+        return x if _is_exported() else _with_gradient_of(x, x * factor)
     return _ScaleGradient.apply(x, factor)
 
 
@@ -135,6 +135,11 @@ def is_traced() -> bool:
     """Whether operations are being recorded: by torch.compile, torch.export, torch.jit.trace or an ONNX export."""
     tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # public, and missing in the list of exports
     return torch.compiler.is_compiling() or tracing or torch.onnx.is_in_onnx_export()
+
+
+def _is_exported() -> bool:
+    """Whether a network is written down to be run elsewhere: it learns no more."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def _in_plain_operations(x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool) -> Tensor:
@@ -145,8 +150,8 @@ def _in_plain_operations(x: Tensor, scale: Tensor, offset: Tensor | None, bit_wi
     binary = signed and bit_width == 1
     codes = torch.where(shifted.detach() >= 0, 1.0, -1.0).to(x.dtype) if binary else v.clamp(low, high).round()
     values = dequantize(codes, scale.detach(), None if offset is None else offset.detach())
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
-        return values  # what is exported does not learn
+    if not torch.is_grad_enabled() or _is_exported():
+        return values
     inside = v.abs() <= high if binary else (v > low) & (v < high)
     nothing = torch.zeros_like(v)
     by_scale = codes if binary else codes - torch.where(inside, v, nothing)

@@ -144,14 +144,14 @@ def _attach_(
             for tensor, quantizer in outside.items()
             if tensor != "input"
         }
-        quantize_layer_(module, weights, outside.get("input"), called=name not in trace.functional)
+        user = model.get_submodule(name.rpartition(".")[0]) if name in trace.functional else None
+        quantize_layer_(module, weights, outside.get("input"), user=user)
 
 
 def detach_quantizers_(model: nn.Module) -> None:
     """Undo `attach_quantizers_`: the layers are of their own classes again, with the latent weights, bit for bit."""
     for module in model.modules():
-        if is_quantized(module):
-            restore_layer_(module)
+        restore_layer_(module)
         if hasattr(module, "attention_quantizers"):
             close_attention_(module)
             del module.attention_quantizers

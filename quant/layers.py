@@ -3,7 +3,8 @@
 The property `weight` returns the fake-quantized `_parameters["weight"]`, the latent weight that the optimizer trains.
 Convolutions that pad in their own way, and code that uses a layer's weight without calling it, work unchanged;
 the keys of the state dict stay, those of the quantizers are added. Where such code multiplies by the weight of a layer
-that is never called (BEiT, EVA and SwinV2 write F.linear(x, self.qkv.weight)), the weight itself quantizes its input.
+that is never called (BEiT, EVA and SwinV2 write F.linear(x, self.qkv.weight)), the module that does so runs under a
+function mode, which quantizes the input.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from quant.mixed_classes import Mixed, mix_in_, take_out_
 from quant.quantizer import LSQQuantizer
@@ -20,26 +22,32 @@ Rows = tuple[int, int] | None
 """The rows of a fused weight that one quantizer owns; None where it owns the whole weight."""
 
 
-class _QuantizingWeight(Tensor):
-    """A weight that quantizes what it is multiplied with: of a layer that nobody calls, so that no hook sees its input.
+class _LayerFunctions(TorchFunctionMode):
+    """Quantizes what is multiplied with the weight of a layer that nobody calls, so that no hook sees its input."""
 
-    It lives from the layer's `weight` to the function that takes it; what any function makes of it is a plain tensor.
-    """
-
-    input_quantizer: LSQQuantizer
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in LAYER_FUNCTIONS:
-            named = dict(zip(("input", "weight"), args, strict=False)) | kwargs
-            x, weight = named.pop("input"), named.pop("weight")
-            if isinstance(weight, cls):  # not where it is the input of another weight
-                with torch._C.DisableTorchFunctionSubclass():
-                    plain = weight.as_subclass(Tensor)
-                return func(weight.input_quantizer(x), plain, *args[2:], **named)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
+            quantizer = getattr(args[1] if len(args) > 1 else kwargs["weight"], _OF_INPUT, None)
+            if quantizer is not None and args:
+                args = (quantizer(args[0]), *args[1:])
+            elif quantizer is not None:
+                kwargs = {**kwargs, "input": quantizer(kwargs["input"])}
+        return func(*args, **kwargs)
+
+
+_OF_INPUT = "input_quantizer"  # an attribute of the tensor that such a layer hands out as its weight
+
+
+class _WeightUser(Mixed):
+    """A module that multiplies by the weights of layers without calling them."""
+
+    prefix = "Using"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward; inputs that meet weights of quantized layers are quantized."""
+        with _LayerFunctions():
+            return super().forward(*args, **kwargs)
 
 
 class _QuantizedLayer(Mixed):
@@ -56,11 +64,10 @@ class _QuantizedLayer(Mixed):
     def weight(self) -> Tensor:
         """The fake-quantized weight; the latent one is in `_parameters`."""
         weight = self._fake_quantized()
-        if self.called or self.input_quantizer is None:
-            return weight
-        quantizing = weight.as_subclass(_QuantizingWeight)
-        quantizing.input_quantizer = self.input_quantizer
-        return quantizing
+        if not self.called and self.input_quantizer is not None:
+            weight = weight.view_as(weight)  # a tensor of its own, where the weight itself is not quantized
+            setattr(weight, _OF_INPUT, self.input_quantizer)
+        return weight
 
     def _fake_quantized(self) -> Tensor:
         latent = self._parameters["weight"]
@@ -90,26 +97,30 @@ def quantize_layer_(
     weights: Mapping[str, tuple[Rows, LSQQuantizer]],
     input_quantizer: LSQQuantizer | None,
     *,
-    called: bool = True,
+    user: nn.Module | None = None,
 ) -> None:
     """Quantize a layer's weight and input from now on, until `restore_layer_`.
 
     `weights` has the quantizer of each part of the weight, by name, with its rows; empty where it stays in floating
-    point. `called` is False for a layer whose weight is used by one of `LAYER_FUNCTIONS` outside its own forward.
+    point. `user` is given for a layer that is never called: the module whose forward multiplies by its weight, with one
+    of `LAYER_FUNCTIONS`.
     """
     layer: Any = module
     ordered = sorted(weights.items(), key=lambda item: item[1][0] or (0, 0))
     layer.weight_quantizers = nn.ModuleDict({tensor: quantizer for tensor, (_, quantizer) in ordered})
     layer.weight_rows = {tensor: rows for tensor, (rows, _) in ordered}
-    layer.input_quantizer, layer.called = input_quantizer, called
+    layer.input_quantizer, layer.called = input_quantizer, user is None
     mix_in_(module, _QuantizedLayer)
+    if user is not None and not isinstance(user, _WeightUser):
+        mix_in_(user, _WeightUser)
 
 
 def restore_layer_(module: nn.Module) -> None:
-    """Undo `quantize_layer_`; the latent weight is the layer's weight again."""
-    assert isinstance(module, _QuantizedLayer)
-    del module.weight_quantizers, module.weight_rows, module.input_quantizer, module.called
-    take_out_(module)
+    """Undo `quantize_layer_`, for a layer or the user of one; the latent weight is the layer's weight again."""
+    if isinstance(module, _QuantizedLayer):
+        del module.weight_quantizers, module.weight_rows, module.input_quantizer, module.called
+        take_out_(module, _QuantizedLayer)
+    take_out_(module, _WeightUser)
 
 
 def is_quantized(module: nn.Module) -> bool:
