@@ -22,8 +22,8 @@ Say what an output is worth:
 Train with the plan (also in `quant`): prepare_qat_, parameter_groups, attach_, distillation_loss, regularization,
 oscillation_table, reestimate_batchnorm_, restore_float_, train_qat, save_packed, load_packed.
 
-Show and keep: the plot_* functions draw any of the tables on matplotlib axes, write_report makes a page, Run is a folder
-that keeps results and resumes work. Wrong input raises InputError.
+Show and keep: the plot_* functions draw any of the tables on matplotlib axes, write_report makes a page, Run is a
+folder that keeps results and resumes work. Wrong input raises InputError.
 """
 
 import importlib

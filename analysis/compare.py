@@ -31,7 +31,8 @@ def compare(stats: Mapping[str, Stats]) -> Comparison:
         raise InputError("`stats` must hold two or more results of measure_stats, by name.")
     wrong = [name for name, result in stats.items() if not isinstance(result, Stats)]
     if wrong:
-        raise InputError(f"`stats` has {type(stats[wrong[0]]).__name__} under {wrong[0]!r}; expected measure_stats(...).")
+        kind = type(stats[wrong[0]]).__name__
+        raise InputError(f"`stats` has a {kind} under {wrong[0]!r}; expected what measure_stats returns.")
     reserved = [name for name in stats if name in comparison.COLUMNS]
     if reserved:
         raise InputError(f"{reserved[0]!r} is a column of the table; choose another name.")

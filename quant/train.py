@@ -18,10 +18,10 @@ from quant.batchnorm import batchnorms, reestimate_batchnorm_
 from quant.checkpoints import last_step, load_checkpoint_, save_checkpoint
 from quant.config import QATConfig
 from quant.errors import InputError
+from quant.insertion import latent_weights
 from quant.loss_terms import TERMS, Weights, gradient_norms, image_terms, low_bit, weight_terms
 from quant.optimizer import make_optimizer
 from quant.oscillation import OscillationTracker, edge_rows
-from quant.prepare import latent_weights
 from quant.quantizer import LSQQuantizer
 from quant.site import Site
 from quant.step_batches import StepBatches

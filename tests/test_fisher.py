@@ -16,8 +16,8 @@ from analysis.sweeps.fisher import fisher_probe, fisher_scores
 from analysis.tasks import classification
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
+from quant.insertion import quantized, weight_of
 from quant.intercept import intercept
-from quant.prepare import quantized, weight_of
 from quant.site import Site
 from quant.sites import find_sites
 from tests.networks import net_of

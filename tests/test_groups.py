@@ -15,7 +15,7 @@ from analysis.sweeps.rank_bands import images_to_separate, rank_bands
 from analysis.sweeps.sweep import sweep
 from analysis.tasks import classification
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
-from quant.prepare import quantized
+from quant.insertion import quantized
 from quant.sites import find_sites
 from tests.networks import net_of
 

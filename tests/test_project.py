@@ -20,6 +20,7 @@ QUANT_MAY_IMPORT = {
     "train": {"accelerate"},  # devices and processes
     "checkpoints": {"accelerate", "safetensors"},  # processes; weights without running code
     "network": {"pandas"},  # the frame of sites
+    "own_loop": {"pandas"},  # the frame of oscillations
     "bit_plan": {"pydantic", "pandas"},  # validation of a file that a person may have edited
     "config": {"pydantic"},  # the same
 }

@@ -21,7 +21,7 @@ from analysis.tasks import classification
 from quant.batchnorm import batchnorm_reestimated
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
-from quant.prepare import quantized
+from quant.insertion import quantized
 from quant.site import Site
 from quant.sites import find_sites
 from tests.networks import net_of

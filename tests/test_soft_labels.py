@@ -169,7 +169,7 @@ def test_hard_labels_give_the_ordinary_cross_entropy():
 
 @pytest.mark.parametrize(
     ("teacher", "temperature", "message"),
-    [((4, 9), 1.0, r"must both be \(batch, classes\)"), ((1, 10), 1.0, r"must both be \(batch, classes\)"),
+    [((4, 9), 1.0, "one shape"), ((1, 10), 1.0, "one shape"),
      ((4, 10), 0.0, "`temperature` must be > 0"), ((4, 10), -1.0, "`temperature` must be > 0")],
 )  # fmt: skip
 def test_what_is_no_distillation_is_refused(teacher, temperature, message):

@@ -22,9 +22,9 @@ from quant.batchnorm import reestimate_batchnorm_
 from quant.checkpoints import last_step, save_checkpoint
 from quant.config import QATConfig
 from quant.errors import InputError
-from quant.optimizer import parameter_groups
+from quant.insertion import attach_quantizers_, latent_weights
+from quant.optimizer import make_optimizer
 from quant.oscillation import OscillationTracker
-from quant.prepare import latent_weights, prepare_qat_
 from quant.quantizer import LSQQuantizer
 from quant.train import DivergedError, StepReport, logged_steps, total_steps, train_qat
 from tests.test_prepare import opened
@@ -74,7 +74,7 @@ def prepared(model, bits=3):
     """The model with every site quantized, and its floating-point teacher."""
     teacher = copy.deepcopy(model)
     trace, infos, quantizers = opened(model, bits=bits, images=IMAGES[:16])
-    prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1])
+    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1])
     return model, teacher
 
 
@@ -217,7 +217,7 @@ def test_scales_have_a_rate_of_their_own_and_only_weights_decay():
         model, _ = prepared(model_of(name))
         model.patch_embed.proj.bias.requires_grad_(False)
         config = QATConfig(weight_decay=0.05, scale_learning_rate=1e-5)
-        decayed, others, *scales = parameter_groups(model, config)
+        decayed, others, *scales = make_optimizer(model, config, 10)[0].param_groups
         names = {id(p): n for n, p in model.named_parameters()}
         assert decayed["weight_decay"] == 0.05
         assert {group["weight_decay"] for group in (others, *scales)} == {0}
