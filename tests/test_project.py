@@ -160,6 +160,17 @@ def test_every_module_says_what_it_is(path):
     assert not tree.body or ast.get_docstring(tree)
 
 
+def test_messages_of_quant_name_no_command_line():
+    """Whoever calls a function reads of arguments and functions; the command line puts its options in their place."""
+    for path in SOURCES:
+        if path.parts[-2] == "quant":
+            strings = [n.value for n in ast.walk(ast.parse(read(str(path)))) if isinstance(n, ast.Constant)]
+            docstrings = {ast.get_docstring(n, clean=False) for n in ast.walk(ast.parse(read(str(path))))
+                          if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))}  # fmt: skip
+            told = [s for s in strings if isinstance(s, str) and s not in docstrings]
+            assert not [s for s in told if re.search(r"--[a-z]|`qvw|qvw ", s)], path.name
+
+
 def test_nine_files_in_ten_are_under_300_lines():
     """A file holds one idea: a long one is where a second moved in."""
     long = [path.name for path in SOURCES if len(path.read_text(encoding="utf-8").splitlines()) >= 300]
