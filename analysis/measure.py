@@ -22,7 +22,7 @@ from quant.choices import ALLOWED_BIT_WIDTHS, Estimator, Granularity, Grouping, 
 from quant.errors import InputError, first_line
 from quant.network import Network, unchanged
 from quant.site import SiteInfo
-from quant.sites import KINDS, TENSOR_GROUPS, select_sites
+from quant.sites import KINDS, TENSOR_GROUPS, check_plain_weights, select_sites
 
 BITS = (2, 3, 4, 8)
 SITES = ("weight", "input", "attention")
@@ -260,5 +260,6 @@ def chosen_sites(net: Network, selectors: Sequence[str] | str) -> list[SiteInfo]
         and (not patterns or any(fnmatchcase(info.site.module, pattern) for pattern in patterns))
     ]
     if not found:
+        check_plain_weights(net.model, net.infos)
         raise InputError(f"no site of {net.name} is chosen by `sites`={list(names)}; net.sites lists all.")
     return found

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.cost import cost_table
+from analysis.memory import reuse_freed_memory
 from analysis.planning.options import uniform_bits
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.config import QATConfig
@@ -218,6 +219,7 @@ def _peak_in_own_process(name: str, side: str, batch_size: int, threads: int) ->
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Measure peak memory too.")
 def main(names: tuple[str, ...], rounds: int, batch_size: int, threads: int, memory: bool) -> None:
     """Print one block a network."""
+    reuse_freed_memory()
     torch.set_num_threads(threads)
     print(f"torch {torch.__version__}, {threads} thread(s), {rounds} rounds, batch {batch_size}")
     result = {}

@@ -2,7 +2,8 @@
 
 timm computes attention in two ways. Fused, `scaled_dot_product_attention` gets query, key and value and shows nothing
 of the softmax; explicit, a matrix product, a softmax and a second product follow each other. One TorchFunctionMode
-sees both while a module's forward runs, and can replace what it sees.
+sees both while a module's forward runs, and can replace what it sees. torch's own `multi_head_attention_forward` and
+products by einsum are written as these first (`quant.rewrites`).
 """
 
 import math
@@ -17,11 +18,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quant.mixed_classes import Mixed, class_without, mix_in_, take_out_
+from quant.multihead import attention_and_weights, without_fast_path
+from quant.rewrites import rewritten
 
 MATMULS = (
     torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm
 )  # fmt: skip
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax, torch.special.softmax)
+FUSED = (F.scaled_dot_product_attention, attention_and_weights)
+"""What gets query, key and value, and shows nothing of the softmax."""
 
 Handler = Callable[[Tensor], Tensor | None]
 """Sees a tensor on its way; what it returns takes the tensor's place, None leaves it."""
@@ -74,8 +79,14 @@ class AttentionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        formula = rewritten(func, args, kwargs)
+        if formula is not None:
+            with self:
+                return formula()
         form, handlers = self.form, self.handlers
-        if form.fused:
+        if form.fused and handlers:
+            if func is attention_and_weights:
+                return _explicit(handlers, *args, **kwargs)
             if func is F.scaled_dot_product_attention:
                 return explicit_attention(handlers, *args, **kwargs)
         elif func in SOFTMAXES:
@@ -109,7 +120,7 @@ class _OpenedAttention(Mixed):
         for opened in reversed(self.attention_handlers):
             for tensor, handler in opened.items():
                 handlers[tensor] = _in_turn(handlers[tensor], handler) if tensor in handlers else handler
-        with AttentionMode(self.attention_form, handlers):
+        with AttentionMode(self.attention_form, handlers), without_fast_path():
             return super().forward(*args, **kwargs)
 
 
@@ -183,6 +194,21 @@ def explicit_attention(
 
     Shapes: query (..., heads, queries, d), key and value (..., heads, keys, d). Arguments as torch's own function.
     """
+    return _explicit(handlers, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)[0]
+
+
+def _explicit(
+    handlers: Mapping[str, Handler],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The result of `explicit_attention`, and the attention that value was multiplied by."""
     query, key, value = (_handled(handlers, name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     if enable_gqa:
         key = key.repeat_interleave(query.size(-3) // key.size(-3), dim=-3)
@@ -204,4 +230,5 @@ def explicit_attention(
         del scores
         attention = attention.masked_fill(empty, 0.0)
     attention = _handled(handlers, "attention", attention)
-    return F.dropout(attention, dropout_p, training=dropout_p > 0) @ value
+    attention = F.dropout(attention, dropout_p, training=dropout_p > 0)
+    return attention @ value, attention

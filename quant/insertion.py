@@ -14,7 +14,8 @@ from quant.choices import GradientScale
 from quant.errors import InputError
 from quant.functional import check_compiler, dequantize
 from quant.intercept import intercept
-from quant.layers import is_quantized, quantize_layer_, restore_layer_, weight_parts
+from quant.layers import is_quantized, quantize_layer_, restore_layer_, share_quantizer_, weight_parts
+from quant.multihead import leave_fast_path_, return_to_fast_path_
 from quant.quantizer import LSQQuantizer, Quantizer, ScaleWatch
 from quant.site import Site, SiteInfo
 from quant.trace import Trace
@@ -22,7 +23,7 @@ from quant.trace import Trace
 
 def weight_of(model: nn.Module, info: SiteInfo) -> Tensor:
     """The weight of a site, detached; only its own rows where it is a part of a fused weight."""
-    weight = model.get_submodule(info.site.module).get_parameter("weight").detach()
+    weight = model.get_submodule(info.site.module).get_parameter(info.parameter).detach()
     return weight if info.rows is None else weight[slice(*info.rows)]
 
 
@@ -35,28 +36,33 @@ def quantized(
 ) -> Iterator[None]:
     """Fake-quantize the given sites of `model` while the block runs, without training.
 
-    A quantized weight stands in a parameter of its own, and the model's own parameter object comes back on exit, so
-    that it is the same bit for bit, also after an error; activations are replaced on their way (`intercept`).
+    A quantized weight stands in a parameter of its own, in every module that has it, and the model's own parameter
+    object comes back on exit, so that it is the same bit for bit, also after an error; activations are replaced on
+    their way (`intercept`).
     """
-    originals: dict[str, nn.Parameter] = {}
+    originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+    replaced: set[int] = set()
     try:
         for site, quantizer in quantizers.items():
             if not site.is_weight:
                 continue
-            module = model.get_submodule(site.module)
-            if site.module not in originals:
-                original = module._parameters["weight"]
-                assert original is not None
-                originals[site.module] = original
-                module._parameters["weight"] = nn.Parameter(original.detach().clone(), requires_grad=False)
+            original = model.get_submodule(site.module)._parameters[sites[site].parameter]
+            assert original is not None
+            if id(original) not in replaced:
+                own = nn.Parameter(original.detach().clone(), requires_grad=False)
+                replaced.add(id(own))
+                holders = [(m, name) for m in model.modules() for name, p in m._parameters.items() if p is original]
+                for module, name in holders:
+                    originals.append((module, name, original))
+                    module._parameters[name] = own
             with torch.no_grad():
                 rows = weight_of(model, sites[site])
                 rows.copy_(quantizer(rows))
         with intercept(model, trace, {site: q for site, q in quantizers.items() if not site.is_weight}):
             yield
     finally:
-        for name, original in originals.items():
-            model.get_submodule(name)._parameters["weight"] = original
+        for module, name, original in originals:
+            module._parameters[name] = original
 
 
 def attach_quantizers_(
@@ -100,9 +106,10 @@ def attach_quantizers_(
     try:
         for name, by_tensor in by_module.items():
             _attach_(model, name, by_tensor, trace, sites)
-        _check_execution(
-            model, learned, trace, sites, image, forward
-        )  # to the bit, which a GPU's compiler does not promise
+        _share_(model, learned, trace, sites)
+        leave_fast_path_(model)
+        # To the bit, which a GPU's compiler does not promise.
+        _check_execution(model, learned, trace, sites, image, forward)
         for quantizer in learned.values():
             quantizer.compiled = compiled
     except BaseException:
@@ -134,18 +141,46 @@ def _attach_(
 ) -> None:
     module = model.get_submodule(name)
     inside = {tensor: q for tensor, q in by_tensor.items() if Site(name, tensor).is_attention}
-    if inside:
-        module.attention_quantizers = nn.ModuleDict(inside)
-        open_attention_(module, trace.attention[name], module.attention_quantizers)
     outside = {tensor: q for tensor, q in by_tensor.items() if tensor not in inside}
+    if inside:
+        _open(module, trace, name, inside)
+    around = next((n for n in trace.in_proj if name in (n, f"{n}.out_proj")), None)
+    if around in trace.attention and not hasattr(model.get_submodule(around), "attention_quantizers"):
+        _open(model.get_submodule(around), trace, around, {})  # by linears, whatever of it is quantized
     if outside:
-        weights = {
-            tensor.removeprefix("weight."): (sites[Site(name, tensor)].rows, quantizer)
-            for tensor, quantizer in outside.items()
-            if tensor != "input"
-        }
-        user = model.get_submodule(name.rpartition(".")[0]) if name in trace.functional else None
-        quantize_layer_(module, weights, outside.get("input"), user=user)
+        infos = [sites[Site(name, tensor)] for tensor in outside]
+        weights = {info.site.tensor.removeprefix("weight."): (info.rows, outside[info.site.tensor])
+                   for info in infos if info.site.is_weight}  # fmt: skip
+        parameters = {info.site.tensor.removeprefix("weight."): info.parameter for info in infos if info.site.is_weight}
+        if not weights and name in trace.in_proj:  # its input meets them all the same
+            parameters = {part: parameter for part, (parameter, _) in trace.in_proj[name].items()}
+        quantize_layer_(module, weights, outside.get("input"), user=_user(model, name, trace), parameters=parameters)
+
+
+def _user(model: nn.Module, name: str, trace: Trace) -> nn.Module | None:
+    """The module whose forward multiplies by the weight of a layer that is never called; None for one that is."""
+    if name in trace.in_proj:
+        return model.get_submodule(name)
+    return model.get_submodule(name.rpartition(".")[0]) if name in trace.functional else None
+
+
+def _open(module: nn.Module, trace: Trace, name: str, inside: Mapping[str, LSQQuantizer]) -> None:
+    module.attention_quantizers = nn.ModuleDict(dict(inside))
+    open_attention_(module, trace.attention[name], module.attention_quantizers)
+
+
+def _share_(
+    model: nn.Module, learned: Mapping[Site, LSQQuantizer], trace: Trace, sites: Mapping[Site, SiteInfo]
+) -> None:
+    """Let other modules that have a planned weight too use the quantizers of the one that owns it."""
+    for site, quantizer in learned.items():
+        info = sites[site]
+        original = model.get_submodule(site.module)._parameters.get(info.parameter) if site.is_weight else None
+        for name in info.shared_with:
+            module = model.get_submodule(name)
+            own = next(key for key, p in module._parameters.items() if p is original)
+            part = site.tensor.removeprefix("weight.")
+            share_quantizer_(module, part, (info.rows, quantizer), own, user=_user(model, name, trace))
 
 
 def detach_quantizers_(model: nn.Module) -> None:
@@ -155,6 +190,7 @@ def detach_quantizers_(model: nn.Module) -> None:
         if hasattr(module, "attention_quantizers"):
             close_attention_(module)
             del module.attention_quantizers
+    return_to_fast_path_(model)
 
 
 def is_prepared(model: nn.Module) -> bool:

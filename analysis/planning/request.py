@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from analysis.planning import accounting
 from analysis.planning.baselines import uniform
-from analysis.planning.uniform import parse_uniform
+from analysis.planning.uniform import parse_uniform, parse_widths
 from quant.bit_plan import PlanBudget
 from quant.choices import Layout
 from quant.errors import InputError
@@ -124,8 +124,14 @@ def parse_bound(text: str) -> tuple[str, int, int]:
 
 
 def parse_kind(text: str) -> tuple[str, list[int]]:
-    """Pattern over kinds and bit-widths of `mlp.fc2=4,8`."""
+    """Pattern over kinds and bit-widths of `mlp.fc2=4,8` or `mlp.*=2-8`."""
     pattern, _, bits = text.rpartition("=")
-    if not pattern or not re.fullmatch(r"[0-9]{1,2}(,[0-9]{1,2})*", bits):
-        raise InputError(f"--candidates-of {text!r} is not understood; write KIND=BITS,BITS, such as 'mlp.fc2=4,8'.")
-    return pattern, [int(width) for width in bits.split(",")]
+    try:
+        if pattern:
+            return pattern, list(parse_widths(bits))
+        reason = "it names no kind"
+    except ValueError as error:
+        reason = str(error).rstrip(".")
+    raise InputError(
+        f"--candidates-of {text!r} is not understood ({reason}); write KIND=BITS, such as 'mlp.fc2=4,8' or 'mlp.*=2-8'."
+    )

@@ -151,7 +151,9 @@ def _account(opened: Opened, plan: BitPlan, tensors: Mapping[str, Tensor], size:
     held = {part: [x for name, x in tensors.items() if name.partition("/")[0] == part] for part in PARTS}
     taken = {part: sum(x.nbytes for x in found) for part, found in held.items()}
     counted = taken["codes"] + taken["scale"] + taken["offset"] + taken["parameter"]
-    planned = accounting.totals(plan.sites, cost_table(opened.sites), opened.record.parameters).size_bytes
+    planned = accounting.totals(
+        plan.sites, cost_table(opened.sites, opened.trace.unplanned), opened.record.parameters
+    ).size_bytes
     header = size - sum(taken.values())
     floating = accounting.FLOAT_BYTES * opened.record.parameters + taken["buffer"]
     lines = {
