@@ -120,8 +120,11 @@ class _OpenedAttention(Mixed):
         for opened in reversed(self.attention_handlers):
             for tensor, handler in opened.items():
                 handlers[tensor] = _in_turn(handlers[tensor], handler) if tensor in handlers else handler
-        with AttentionMode(self.attention_form, handlers), without_fast_path():
-            return super().forward(*args, **kwargs)
+        with AttentionMode(self.attention_form, handlers):
+            if not isinstance(self, nn.MultiheadAttention):
+                return super().forward(*args, **kwargs)
+            with without_fast_path():
+                return super().forward(*args, **kwargs)
 
 
 def open_attention_(module: nn.Module, form: AttentionForm, handlers: Mapping[str, Handler] | nn.ModuleDict) -> None:

@@ -80,6 +80,8 @@ def train_qat(
         {site: w.numel() for site, (w, _) in low_bit(weights).items()}, window=config.oscillation_window
     ).to(device)
     quantizers = [module for module in model.modules() if isinstance(module, LSQQuantizer)]
+    for quantizer in quantizers:
+        quantizer.watch.attached += 1  # scales are clamped below: looking whether they are would wait for a GPU
     multiplied = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     state: dict[str, Any] = {"model": model, "tracker": tracker, "optimizer": optimizer, "accelerator": accelerator}
     first, started, per_epoch = last_step(checkpoints), time.monotonic(), images // config.batch_size

@@ -56,10 +56,14 @@ def project_table() -> dict:
     return tomllib.loads(read("pyproject.toml"))["project"]
 
 
+OPTIONAL = {"peers", "lightning", "onnx"}
+"""Extras that no set-up installs: what needs them is skipped without them."""
+
+
 def requirements() -> list[str]:
-    """Every requirement of pyproject.toml, those of the extras too, such as "torch>=2.11", but for the peers'."""
+    """Every requirement of pyproject.toml, such as "torch>=2.11", those of the extras that are set up too."""
     project = project_table()
-    extras = [names for extra, names in project["optional-dependencies"].items() if extra != "peers"]
+    extras = [names for extra, names in project["optional-dependencies"].items() if extra not in OPTIONAL]
     return [*project["dependencies"], *chain.from_iterable(extras)]
 
 
