@@ -40,9 +40,9 @@ class Quantizer:
 class ScaleWatch:
     """What the quantizers of one model share, beside their parameters: who keeps their scales within bounds.
 
-    `attached` is the number of optimizers that `attach_` looks after; without one, a scale that left its bounds is
-    warned about once. `tracker` counts oscillations (an `OscillationTracker`) and `step` the optimizer steps that it
-    has seen. A copy of the model has a watch of its own, with the counts so far and no optimizer attached.
+    `attached` counts what clamps scales after each step, such as `attach_`; where there is none, a scale that left its
+    bounds is warned about once. `tracker` counts oscillations (an `OscillationTracker`) and `step` the optimizer steps
+    that it has seen. A copy of the model has a watch of its own, with the counts so far and nothing attached.
     """
 
     def __init__(self) -> None:

@@ -40,6 +40,20 @@ class ConvNet(nn.Module):
         return self.head(self.norm2(self.second(x)).relu().mean((2, 3)))
 
 
+class Encoder(nn.Module):
+    """torch's own encoder: attention by one function, and a kernel for all of it where nobody looks."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        self.embed, self.encoder = nn.Linear(16, 16), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        """Logits; rows of an image are its tokens."""
+        return self.head(self.encoder(self.embed(x[:, 0])).mean(1))
+
+
 def vit():
     """The small ViT of the digits."""
     return timm.create_model("vit_tiny_patch16_224", **KWARGS)
@@ -51,6 +65,7 @@ COLOURED = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)
 NETWORKS = {
     "conv": (ConvNet, IMAGES, {}), "vit": (vit, IMAGES, {}), "weights only": (vit, IMAGES, {"activations": None}),
     "one part of qkv": (vit, IMAGES, {"only": "weight.value"}),
+    "torch's attention": (Encoder, IMAGES, {}),
     "unused forward": (lambda: small("beit_base_patch16_224"), COLOURED, {}),
 }  # fmt: skip
 
@@ -171,6 +186,7 @@ def test_autocast_to_bfloat16_changes_little(name):
     assert all(q.scale.dtype == torch.float32 for q in model.modules() if isinstance(q, LSQQuantizer))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler looks at it where a graph breaks
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_compiled_graph_gives_the_eager_outputs_and_gradients(name):
     """As torch.compile records it, without a compiler of machine code: the same outputs to the bit."""
