@@ -51,7 +51,9 @@ def scored(run: Run, rows: pd.DataFrame, objective: str, *, robust: bool, scores
     table = table[table["proxy"] == objective]
     if table.empty:
         raise InputError(f"proxies.parquet has no scores of {objective} (it may need labels, or `qvw stats` before).")
-    found = rows.drop(columns="score", errors="ignore").merge(table[[*_KEY, *_SCHEME, "score"]].dropna(subset="score"), on=[*_KEY, *_SCHEME])
+    found = rows.drop(columns="score", errors="ignore").merge(
+        table[[*_KEY, *_SCHEME, "score"]].dropna(subset="score"), on=[*_KEY, *_SCHEME]
+    )
     lacking = sorted(set(rows["bit_width"]) - set(found["bit_width"]))
     if lacking:
         bits = ",".join(map(str, lacking))
