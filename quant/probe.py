@@ -190,7 +190,7 @@ class Probe(AttentionFollower, TorchFunctionMode):
             by_module.setdefault(product.module, []).append(product)
         trace = self.trace
         for name, products in by_module.items():
-            more = f" (so do {len(products) - 1} more products)" if len(products) > 1 else ""
+            more = f" ({len(products) - 1} more in this module)" if len(products) > 1 else ""
             trace.unobserved.setdefault(name, products[0].reason + more)
             trace.unplanned[name] = trace.unplanned.get(name, 0) + sum(product.macs for product in products)
             taking_part = [parameter for product in products for parameter in product.parameters]
