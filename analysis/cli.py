@@ -16,7 +16,9 @@ from analysis.commands.sensitivity import sensitivity
 from analysis.commands.soft_labels import soft_labels
 from analysis.commands.stats import stats
 from analysis.commands.train import evaluate, train
+from analysis.memory import reuse_freed_memory
 from analysis.terminal.interrupts import catch_interrupts
+from analysis.terminal.option_words import as_options
 from quant.errors import InputError
 
 
@@ -116,10 +118,11 @@ def demo(run: Path, quiet: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `qvw`; wrong input ends with exit code 2, an interrupt with 130, a defect with its traceback and 1."""
     catch_interrupts()
+    reuse_freed_memory()
     try:
         code = cli.main(list(arguments) if arguments is not None else None, prog_name="qvw", standalone_mode=False)
     except InputError as error:
-        code = _complain(f"qvw: error: {error}")
+        code = _complain(f"qvw: error: {as_options(str(error))}")
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         code = 2

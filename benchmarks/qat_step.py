@@ -40,13 +40,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.cost import cost_table
+from analysis.memory import reuse_freed_memory
 from analysis.planning.options import uniform_bits
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.config import QATConfig
 from quant.errors import InputError
 from quant.functional import check_compiler
+from quant.insertion import attach_quantizers_, latent_weights
 from quant.loss_terms import weight_terms
-from quant.prepare import latent_weights, prepare_qat_
 from quant.quantizer import LSQQuantizer
 from quant.scheme import QuantScheme
 from quant.sites import find_sites
@@ -101,7 +102,7 @@ class Step:
             sample = samples.get(site)
             scheme = default_scheme(self.model, info, bits[site], sample=sample)
             quantizers[site] = make_quantizer(self.model, info, scheme, sample=sample, estimator="minmax")
-        prepare_qat_(self.model, quantizers, trace=trace, sites=infos, image=images[:1], compiled=compiled)
+        attach_quantizers_(self.model, quantizers, trace=trace, sites=infos, image=images[:1], compiled=compiled)
 
     def __call__(self) -> float:
         """Do one; its seconds."""
@@ -218,6 +219,7 @@ def _peak_in_own_process(name: str, side: str, batch_size: int, threads: int) ->
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Measure peak memory too.")
 def main(names: tuple[str, ...], rounds: int, batch_size: int, threads: int, memory: bool) -> None:
     """Print one block a network."""
+    reuse_freed_memory()
     torch.set_num_threads(threads)
     print(f"torch {torch.__version__}, {threads} thread(s), {rounds} rounds, batch {batch_size}")
     result = {}

@@ -36,11 +36,12 @@ import torch
 from analysis.evaluation import compare_logits, logits_of
 from torch import Tensor, nn
 
+from analysis.memory import reuse_freed_memory
 from analysis.sensitivity import SweepConfig, sweep_keys
 from analysis.sweeps.sweep import sweep
 from analysis.tasks import classification
 from quant.calibrate import default_scheme, make_quantizer
-from quant.prepare import quantized
+from quant.insertion import quantized
 from quant.site import Site, SiteInfo
 from quant.sites import find_sites
 from quant.trace import Trace
@@ -98,6 +99,7 @@ def modelopt_search(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> f
 @click.option("--threads", default=1, show_default=True)
 def main(models: tuple[str, ...], images: int, batch_size: int, every: int, rounds: int, threads: int) -> None:
     """Print one line a model."""
+    reuse_freed_memory()
     torch.set_num_threads(threads)
     result = {}
     for name in models or MODELS:

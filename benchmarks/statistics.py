@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.quantization import HistogramObserver
 
+from analysis.memory import reuse_freed_memory
 from analysis.statistics.fused_pass import fused_pass
 from analysis.tensor_stats import measure_activations, measure_weights, start_activations, stats_tables
 from quant.intercept import intercept
@@ -142,6 +143,7 @@ def _seconds(work: Callable[[], None]) -> float:
 @click.option("--threads", default=1, show_default=True)
 def main(models: tuple[str, ...], rounds: int, batches: int, threads: int) -> None:
     """Print one block a model."""
+    reuse_freed_memory()
     torch.set_num_threads(threads)
     print(f"torch {torch.__version__}, {threads} thread(s), {rounds} rounds of {batches} batches of {BATCH} images")
     result = {}

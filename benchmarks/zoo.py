@@ -39,6 +39,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from analysis.memory import reuse_freed_memory
 from analysis.sensitivity import SweepConfig, sweep_keys
 from analysis.sweeps.sweep import sweep
 from analysis.tasks import classification
@@ -267,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", help="names of variants instead, separated by commas")
     parser.add_argument("--out", help="a CSV file of the printed table")
     options = parser.parse_args(arguments)
+    reuse_freed_memory()
     models: list[tuple[str, str | None]] = []
     if options.variants is None:
         patterns = options.families.split(",")

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from quant.mixed_classes import Mixed, class_without, mix_in_, take_out_
 from quant.multihead import attention_and_weights, without_fast_path
 from quant.rewrites import rewritten
 
@@ -97,16 +97,19 @@ class AttentionMode(TorchFunctionMode):
             self.products += 1
             place, (left, right) = self.products - 1, args
             if place in form.scores:
-                return func(_handled(handlers, "query", left), _handled(handlers, "key", right.mT).mT)
+                key = _handled(handlers, "key", right.transpose(-2, -1))  # not mT, which exporters do not know
+                return func(_handled(handlers, "query", left), key.transpose(-2, -1))
             if place in form.values:
                 return func(left, _handled(handlers, "value", right))
             if place in form.values_first:
-                return func(_handled(handlers, "value", left.mT).mT, right)
+                return func(_handled(handlers, "value", left.transpose(-2, -1)).transpose(-2, -1), right)
         return func(*args, **kwargs)
 
 
-class _OpenedAttention(nn.Module):
+class _OpenedAttention(Mixed):
     """What `open_attention_` adds to an attention module's class: its forward runs under an AttentionMode."""
+
+    prefix = "Opened"
 
     attention_form: Any  # AttentionForm; Any, as nn.Module's attributes are tensors and modules to a type checker
     attention_handlers: Any  # list of mappings from tensor to handler; the one opened last sees a tensor first
@@ -117,8 +120,11 @@ class _OpenedAttention(nn.Module):
         for opened in reversed(self.attention_handlers):
             for tensor, handler in opened.items():
                 handlers[tensor] = _in_turn(handlers[tensor], handler) if tensor in handlers else handler
-        with AttentionMode(self.attention_form, handlers), without_fast_path():
-            return super().forward(*args, **kwargs)
+        with AttentionMode(self.attention_form, handlers):
+            if not isinstance(self, nn.MultiheadAttention):
+                return super().forward(*args, **kwargs)
+            with without_fast_path():
+                return super().forward(*args, **kwargs)
 
 
 def open_attention_(module: nn.Module, form: AttentionForm, handlers: Mapping[str, Handler] | nn.ModuleDict) -> None:
@@ -129,8 +135,7 @@ def open_attention_(module: nn.Module, form: AttentionForm, handlers: Mapping[st
     """
     opened: Any = module  # to a type checker, nn.Module's attributes are tensors and modules
     if not isinstance(module, _OpenedAttention):
-        original: Any = type(module)
-        opened.__class__ = _opened_class(original)
+        mix_in_(module, _OpenedAttention)
         opened.attention_form, opened.attention_handlers = form, []
         opened.attention_switched = _switched_off(module.modules()) if form.fused else []
         for switched in opened.attention_switched:
@@ -147,18 +152,12 @@ def close_attention_(module: nn.Module) -> None:
     for switched in module.attention_switched:
         switched.fused_attn = False
     del module.attention_form, module.attention_handlers, module.attention_switched
-    module.__class__ = type(module).__bases__[1]
+    take_out_(module, _OpenedAttention)
 
 
 def closed_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What the module returns when nothing inside its attention is replaced; without hooks."""
-    original = type(module).__bases__[1] if isinstance(module, _OpenedAttention) else type(module)
-    return original.forward(module, *args, **kwargs)  # type: ignore[attr-defined]  # a class of modules
-
-
-@cache
-def _opened_class(original: Any) -> Any:
-    return type(f"Opened{original.__name__}", (_OpenedAttention, original), {"__module__": original.__module__})
+    return class_without(module, _OpenedAttention).forward(module, *args, **kwargs)
 
 
 def _in_turn(first: Handler, second: Handler) -> Handler:
@@ -229,7 +228,7 @@ def _explicit(
     if attn_mask is None:
         attention = scores.softmax(dim=-1)
     else:  # a row that is masked altogether attends to nothing, as in torch's own function, and has no gradient
-        empty = scores.isneginf().all(dim=-1, keepdim=True)
+        empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
         attention = scores.masked_fill_(empty, 0.0).softmax(dim=-1)
         del scores
         attention = attention.masked_fill(empty, 0.0)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from quant.errors import InputError
 from quant.functional import dequantize, to_groups
+from quant.insertion import latent_weights
 from quant.layers import is_quantized
-from quant.prepare import latent_weights
 from quant.quantizer import MIN_SCALE_RATIO, LSQQuantizer
 from quant.scheme import QuantScheme
 from quant.site import Site

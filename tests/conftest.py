@@ -10,10 +10,13 @@ import pytest
 import torch
 from filelock import FileLock
 
+from analysis.memory import reuse_freed_memory
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 torch.set_num_threads(1)  # results to the bit, and no contention where tests run beside other work
 matplotlib.use("Agg")  # draws without a display
+reuse_freed_memory()  # tests on real networks take less processor time
 
 # A busy machine makes an example slow without making it wrong; pytest-timeout stops what hangs. Examples are drawn anew
 # each time, but where changes are judged (CI): what is found there must come from the change.

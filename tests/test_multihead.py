@@ -12,9 +12,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
+from quant.insertion import attach_quantizers_, latent_weights, quantized
 from quant.intercept import intercept
 from quant.multihead import multi_head_attention, without_fast_path
-from quant.prepare import latent_weights, prepare_qat_, quantized, restore_float_
+from quant.prepare import restore_float_
 from quant.site import ATTENTION_TENSORS, Site
 from quant.sites import find_sites
 
@@ -173,7 +174,7 @@ def test_each_site_alone_changes_the_answers_and_comes_back(model):
         with torch.no_grad(), quantized(model, trace, infos, {site: quantizer}):
             changed = model(IMAGES)
         assert not torch.equal(changed, before), site
-        prepare_qat_(model, {site: quantizer}, trace=trace, sites=infos, image=IMAGES[:1])
+        attach_quantizers_(model, {site: quantizer}, trace=trace, sites=infos, image=IMAGES[:1])
         torch.testing.assert_close(answer(model), changed, atol=1e-6, rtol=1e-6)
         restore_float_(model)
     assert torch.equal(answer(model), before)
@@ -186,7 +187,7 @@ def test_it_trains(model):
     before = answer(model)
     with torch.no_grad(), quantized(model, trace, infos, quantizers):
         expected = model(IMAGES)
-    prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1])
+    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1])
     assert latent_weights(model).keys() == {site for site in quantizers if site.is_weight}
     with torch.no_grad():  # where torch would take its fast path
         assert torch.equal(model(IMAGES), expected)

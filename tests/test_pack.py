@@ -14,9 +14,9 @@ from analysis.planning import accounting
 from quant.bit_plan import PlannedSite
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
+from quant.insertion import attach_quantizers_, latent_weights
 from quant.layers import quantize_layer_
 from quant.pack import PARTS, load_packed_, pack, pack_bits, unpack_bits
-from quant.prepare import latent_weights, prepare_qat_
 from quant.quantizer import LSQQuantizer, Quantizer
 from quant.scheme import QuantScheme, axis_and_groups, default_granularity
 from quant.site import Site
@@ -94,7 +94,7 @@ def prepared(name, schemes_for, images=IMAGES):
         axis, groups = axis_and_groups(sites[site], scheme.granularity)
         offset = torch.zeros(groups) if scheme.offset else None
         quantizers[site] = Quantizer(scheme=scheme, scale=torch.ones(groups), offset=offset, axis=axis, groups=groups)
-    prepare_qat_(model, quantizers, trace=trace, sites=sites, image=images[:1])
+    attach_quantizers_(model, quantizers, trace=trace, sites=sites, image=images[:1])
     return model, infos, schemes
 
 

@@ -95,7 +95,7 @@ def test_a_proxy_or_own_scores_can_be_minimised(run, tmp_path, capfd):
         (["--bounds", "blocks.0.*=5"], "write PATTERN=LOW-HIGH"),
         (["--bounds", "nothing*=2-4"], "matches no measured site"),
         (["--bounds", "blocks.0.*=5-7"], "no bit-width of blocks.0.attn.qkv:.* is left"),
-        (["--candidates-of", "mlp.fc2=4;8"], "write KIND=BITS,BITS"),
+        (["--candidates-of", "mlp.fc2=4;8"], "write KIND=BITS"),
         (["--candidates-of", "mlp.fc9=4"], "The kinds are patch_embed, .*mlp.fc1, mlp.fc2"),
         (["--bounds", "head=8-4"], "write the lower bits first"),
         (["--like", "w3"], "write w4a4"),

@@ -184,7 +184,7 @@ def test_functional_transposed_convolutions_are_sites(dimensions):
 
 
 def test_a_site_without_channels_alone_has_one_scale():
-    """Asked for a scale a channel, or for nothing, the grouped transposed convolution falls back, and no other layer."""
+    """Asked for a scale a channel, or for nothing, the grouped convolution falls back, and no other layer."""
     model = UNet().eval()
     _, sites = find_sites(model, torch.rand(1, 3, 16, 16))
     for asked in (None, "per_channel"):

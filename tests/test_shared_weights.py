@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations, prune
 from analysis.cost import cost_table
 from analysis.planning import accounting
 from quant.errors import InputError
-from quant.prepare import latent_weights, prepare_qat_, quantized, restore_float_
+from quant.insertion import attach_quantizers_, latent_weights, quantized
+from quant.prepare import restore_float_
 from quant.site import Site
 from quant.sites import check_plain_weights, find_sites
 from tests.test_multihead import opened
@@ -73,7 +74,7 @@ def test_a_shared_weight_is_quantized_in_all_its_uses(tied):
             torch.testing.assert_close(model(IMAGES), expected)
         assert torch.equal(model(IMAGES), before)
     keys = set(model.state_dict())
-    prepare_qat_(model, {site: quantizers[site]}, trace=trace, sites=infos, image=IMAGES[:1])
+    attach_quantizers_(model, {site: quantizers[site]}, trace=trace, sites=infos, image=IMAGES[:1])
     torch.testing.assert_close(model(IMAGES), expected)
     assert latent_weights(model).keys() == {site}
     added = set(model.state_dict()) - keys
@@ -95,7 +96,7 @@ def test_all_sites_around_a_shared_weight_train(tied):
     trace, infos, quantizers = opened(model)
     with torch.no_grad(), quantized(model, trace, infos, quantizers):
         expected = model(IMAGES)
-    prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1])
+    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1])
     assert torch.equal(model(IMAGES), expected)
     model(IMAGES).square().sum().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]

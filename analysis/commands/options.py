@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from analysis.planning.uniform import parse_widths
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -27,7 +29,7 @@ class ListOf(click.ParamType):
             items = tuple(self.kind(part.strip()) for part in str(value).split(","))
         except ValueError:
             self.fail(
-                f"{value!r} is no comma-separated list of {self.kind.__name__} values, such as 2,3,4.", param, ctx
+                f"{value!r} is not a comma-separated list of {self.kind.__name__} values, such as 2,3,4.", param, ctx
             )
         if self.length is not None and len(items) != self.length:
             self.fail(f"{value!r} has {len(items)} values, expected {self.length}.", param, ctx)
@@ -37,6 +39,21 @@ class ListOf(click.ParamType):
         if unknown:
             self.fail(f"{unknown[0]!r} is not offered; choose from {', '.join(map(str, self.choices))}.", param, ctx)
         return items
+
+
+class BitWidths(click.ParamType):
+    """Bit-widths: a comma-separated list of numbers and ranges, such as `2,4,8`, `2-8` or `2-4,8`."""
+
+    name = "BITS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The bit-widths as a rising tuple."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return parse_widths(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class JsonObject(click.ParamType):

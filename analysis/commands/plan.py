@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from analysis.commands.options import ListOf, quiet_option
+from analysis.commands.options import BitWidths, quiet_option
 
 
 @click.command(short_help="Bits for every site within a budget.")
@@ -24,9 +24,11 @@ from analysis.commands.options import ListOf, quiet_option
 @click.option("--latency-ms", type=click.FloatRange(min=0, min_open=True), help="Milliseconds, by --latency.")
 @click.option("--latency", type=click.Path(path_type=Path), metavar="FILE.csv",
               help="What each site costs in time: module, tensor, bit_width, milliseconds.")  # fmt: skip
-@click.option("--candidates", type=ListOf(int), help="Bit-widths to choose from; by default all that were measured.")
+@click.option("--candidates", type=BitWidths(), show_default="all that were measured",
+              help="Bit-widths to choose from: 2,4,8 or 2-8 or 2-4,8.")  # fmt: skip
 @click.option("--like", metavar="wXaY", help="The mean bits that these uniform bits take, such as w3a4.")
-@click.option("--candidates-of", multiple=True, metavar="KIND=BITS,BITS", help="Bit-widths of a kind; repeatable.")
+@click.option("--candidates-of", multiple=True, metavar="KIND=BITS",
+              help="Bit-widths of a kind, such as 'mlp.fc2=4,8' or 'attn.*=4-8'; repeatable.")  # fmt: skip
 @click.option("--objective",
               help="What is to grow least: kl (the default), loss, logit_nmse, top1, a proxy (fisher).")  # fmt: skip
 @click.option("--scores", type=click.Path(path_type=Path), metavar="FILE.csv",

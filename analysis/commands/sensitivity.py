@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from analysis.commands.options import (
+    BitWidths,
     ListOf,
     batch_size_option,
     common_options,
@@ -15,7 +16,6 @@ from analysis.commands.options import (
     seed_option,
 )
 from quant.choices import (
-    ALLOWED_BIT_WIDTHS,
     ESTIMATORS,
     GRANULARITIES,
     GROUPINGS,
@@ -30,9 +30,10 @@ from quant.choices import (
 
 @click.command(short_help="What one quantized tensor costs.")
 @run_option
-@click.option("--bits", type=ListOf(int, choices=ALLOWED_BIT_WIDTHS), default="2,3,4,8", show_default=True,
-              help="Bit-widths to measure, 1 to 8 and 16: a plan chooses among them. Keep 8 (2,4,8): in layout paper, "
-                   "the default of `qvw plan`, the first layer and the classifier need it.")  # fmt: skip
+@click.option("--bits", type=BitWidths(), default="2,3,4,8", show_default=True,
+              help="Bit-widths to measure, of 1 to 8 and 16, as a list or range: 2,4,8 or 2-8 or 2-4,8. A plan chooses "
+                   "among them. Keep 8: the first layer and the classifier need it in layout paper, the default of "
+                   "`qvw plan`.")  # fmt: skip
 @click.option("--tensors", type=ListOf(str, choices=TENSORS), default="weight,input,attention", show_default=True,
               help="weight, input, attention (all four inside attention), or query, key, value, softmax.")  # fmt: skip
 @click.option("--groups", type=click.Choice(GROUPINGS), show_default="each site alone",
@@ -84,7 +85,7 @@ def sensitivity(
     from analysis.steps.sensitivity import run_sensitivity
 
     config = SweepConfig(
-        bit_widths=tuple(sorted(set(bits))), estimator=estimator, granularity=granularity, batchnorm=bn,
+        bit_widths=bits, estimator=estimator, granularity=granularity, batchnorm=bn,
         protocol=protocol, groups=groups,
     )  # fmt: skip
     run_sensitivity(Setup.of(options), config, tensors=tensors, proxies=proxies, cache_mib=cache_mib)

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from analysis.planning import accounting
 from analysis.planning.baselines import uniform
-from analysis.planning.uniform import parse_uniform
+from analysis.planning.uniform import parse_uniform, parse_widths
 from quant.bit_plan import PlanBudget
 from quant.choices import Layout
 from quant.errors import InputError
@@ -24,6 +24,7 @@ class PlanRequest:
     weight_bits: float | None = None
     activation_bits: float | None = None
     size_mib: float | None = None
+    size_bytes: int | None = None
     gbitops: float | None = None
     activation_mib: float | None = None
     latency_ms: float | None = None
@@ -75,29 +76,29 @@ class PlanRequest:
     def budget(self, options: pd.DataFrame, cost: pd.DataFrame, parameters: int) -> PlanBudget:
         """The budgets in the units of the plan file; at least one must be set."""
         for option, value, largest in (
-            ("--size-mib", self.size_mib, 2**40), ("--gbitops", self.gbitops, 1e12),
-            ("--activation-mib", self.activation_mib, 2**40),
+            ("size_mib", self.size_mib, 2**40), ("gbitops", self.gbitops, 1e12),
+            ("activation_mib", self.activation_mib, 2**40), ("size_bytes", self.size_bytes, 2**60),
         ):  # fmt: skip
             if value is not None and not 0 < value <= largest:
-                raise InputError(f"{option} {value:g} is no budget; give a number above 0, {largest:g} at most.")
+                raise InputError(f"`{option}`={value:g} is no budget; give a number above 0, {largest:g} at most.")
         weight_bits, activation_bits = self.weight_bits, self.activation_bits
         if self.like is not None:
             if weight_bits is not None or activation_bits is not None:
-                raise InputError("--like sets the mean bits; leave out --weight-bits and --activation-bits.")
+                raise InputError("`like` sets the mean bits; leave out `weight_bits` and `activation_bits`.")
             same = accounting.totals(uniform(options, cost, *parse_uniform(self.like, "--like")), cost, parameters)
             weight_bits, activation_bits = same.weight_bits, same.activation_bits
         budget = PlanBudget(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
-            size_bytes=None if self.size_mib is None else max(1, int(self.size_mib * 2**20)),
+            size_bytes=self.size_bytes or (None if self.size_mib is None else max(1, int(self.size_mib * 2**20))),
             bitops=None if self.gbitops is None else max(1, int(self.gbitops * 1e9)),
             activation_bytes=None if self.activation_mib is None else max(1, int(self.activation_mib * 2**20)),
             latency_ms=self.latency_ms,
         )
         if not budget.as_dict():
             raise InputError(
-                "no budget was given; set --weight-bits, --activation-bits, --like, --size-mib, --activation-mib, "
-                "--gbitops or --latency-ms."
+                "no budget was given; set `weight_bits`, `activation_bits`, `like`, `size_bytes`, `activation_mib`, "
+                "`gbitops` or `latency_ms`."
             )
         if (self.latency_ms is None) != (self.latency is None):
             raise InputError("--latency-ms and --latency FILE.csv need each other: the budget, and what sites cost.")
@@ -124,8 +125,14 @@ def parse_bound(text: str) -> tuple[str, int, int]:
 
 
 def parse_kind(text: str) -> tuple[str, list[int]]:
-    """Pattern over kinds and bit-widths of `mlp.fc2=4,8`."""
+    """Pattern over kinds and bit-widths of `mlp.fc2=4,8` or `mlp.*=2-8`."""
     pattern, _, bits = text.rpartition("=")
-    if not pattern or not re.fullmatch(r"[0-9]{1,2}(,[0-9]{1,2})*", bits):
-        raise InputError(f"--candidates-of {text!r} is not understood; write KIND=BITS,BITS, such as 'mlp.fc2=4,8'.")
-    return pattern, [int(width) for width in bits.split(",")]
+    try:
+        if pattern:
+            return pattern, list(parse_widths(bits))
+        reason = "it names no kind"
+    except ValueError as error:
+        reason = str(error).rstrip(".")
+    raise InputError(
+        f"--candidates-of {text!r} is not understood ({reason}); write KIND=BITS, such as 'mlp.fc2=4,8' or 'mlp.*=2-8'."
+    )

@@ -24,8 +24,8 @@ from analysis.training.calibration import read_plan, uncalibrated
 from analysis.training.trained_model import load_trained_
 from quant.bit_plan import BitPlan, PlannedSite, check_known_sites
 from quant.errors import InputError, first_line
+from quant.insertion import attach_quantizers_
 from quant.pack import PARTS, load_packed_, pack
-from quant.prepare import prepare_qat_
 
 FORMAT = "qvw-packed-model"
 VERSION = 1
@@ -78,7 +78,7 @@ def load_checkpoint_(opened: Opened, path: Path) -> Sequence[PlannedSite]:
         quantizers = uncalibrated(opened, plan)
     except InputError as error:
         raise InputError(f"{path} is of another network, {name}: {error}") from error
-    prepare_qat_(opened.model, quantizers, trace=opened.trace, sites=opened.by_site, image=opened.probe_image())
+    attach_quantizers_(opened.model, quantizers, trace=opened.trace, sites=opened.by_site, image=opened.probe_image())
     load_packed_(opened.model, tensors, source=f"{path}, a packed {name},")
     opened.model.eval()
     return plan.sites

@@ -15,9 +15,9 @@ from analysis.task import Task
 from quant.attention import closed_forward
 from quant.batches import mapped
 from quant.errors import InputError
+from quant.insertion import weight_of
 from quant.intercept import intercept
 from quant.network import Network
-from quant.prepare import weight_of
 from quant.quantizer import Quantizer
 from quant.site import Site, SiteInfo
 from quant.trace import Trace

@@ -18,9 +18,9 @@ from quant.batches import samples, take
 from quant.batchnorm import batchnorm_kept, batchnorms, reestimate_batchnorm_
 from quant.calibrate import ActivationSample, default_scheme, make_quantizer, observe_activations
 from quant.choices import Estimator, Granularity
+from quant.insertion import quantized
 from quant.intercept import intercept
 from quant.network import Network
-from quant.prepare import quantized
 from quant.quantizer import Quantizer
 from quant.site import Site, SiteInfo
 

@@ -23,8 +23,8 @@ from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
 from quant.calibrate import calibrate, check_planned, planned_sites, scheme_of
 from quant.choices import Estimator, Layout
 from quant.errors import InputError, first_line
+from quant.insertion import quantized
 from quant.network import Forward, Network
-from quant.prepare import quantized
 from quant.quantizer import Quantizer
 from quant.scheme import axis_and_groups
 from quant.site import Site

@@ -1,0 +1,42 @@
+"""What can be typed for an option: bit-widths as lists and ranges."""
+
+import click
+import pytest
+
+from analysis.commands.options import BitWidths
+from analysis.commands.plan import plan
+from analysis.commands.sensitivity import sensitivity
+from analysis.planning.request import parse_kind
+from analysis.planning.uniform import parse_widths
+from quant.choices import ALLOWED_BIT_WIDTHS
+from quant.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2,3,4,8", [2, 3, 4, 8]), ("2-8", [2, 3, 4, 5, 6, 7, 8]), ("2-4,8", [2, 3, 4, 8]), ("8,2", [2, 8]),
+     ("4", [4]), ("3-3", [3]), ("2-4,3-5", [2, 3, 4, 5]), (" 2 , 4 - 5 ", [2, 4, 5]),
+     ("1-16", list(ALLOWED_BIT_WIDTHS)), ("8-16", [8, 16])],
+)  # fmt: skip
+def test_lists_and_ranges_of_bit_widths(text, expected):
+    """A range holds the allowed widths between its ends, both included; the result rises and has each once."""
+    assert list(parse_widths(text)) == expected
+    assert parse_kind(f"mlp.*={text}") == ("mlp.*", expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "two", "2,", "-4", "2-", "0-4", "2-9", "12", "8-2", "2..8", "2.5", "2-4-8", "1-99"]
+)
+def test_other_texts_are_refused(text):
+    """Nothing is guessed from a text that is not a list or range of allowed bit-widths."""
+    with pytest.raises(click.BadParameter):
+        BitWidths().convert(text, None, None)
+    with pytest.raises(InputError, match="candidates-of"):
+        parse_kind(f"mlp.*={text}")
+
+
+@pytest.mark.parametrize(("command", "name"), [(sensitivity, "bits"), (plan, "candidates")])
+def test_both_options_take_a_range(command, name):
+    """`--bits 2-4,8` of sensitivity and `--candidates 2-4,8` of plan arrive as the widths."""
+    option = next(each for each in command.params if each.name == name)
+    assert option.type_cast_value(click.Context(command), "2-4,8") == (2, 3, 4, 8)
