@@ -228,27 +228,3 @@ def test_a_module_that_is_called_several_times_keeps_its_reason():
     assert "LSTM" in trace.unobserved["cell"]
     assert trace.unplanned == {"cell": 5 * 32 * (4 + 8)}
     assert {i.site.module for i in sites if i.pinned} == {"head"}
-
-
-def test_pooling_by_attention_uses_its_linears_without_calling_them():
-    """As CLIP's pooling does: torch's function gets the weights of four linears, which are sites of their own."""
-
-    class Pool(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k, self.v, self.c = (nn.Linear(8, 8) for _ in range(4))
-
-        def forward(self, x):
-            x = x.transpose(0, 1)
-            bias = torch.cat([self.q.bias, self.k.bias, self.v.bias])
-            return F.multi_head_attention_forward(
-                x[:1], x, x, 8, 2, None, bias, None, None, False, 0.0, self.c.weight, self.c.bias,
-                use_separate_proj_weight=True, q_proj_weight=self.q.weight, k_proj_weight=self.k.weight,
-                v_proj_weight=self.v.weight, need_weights=False,
-            )[0][0]  # fmt: skip
-
-    trace, sites = find_sites(nn.Sequential(Pool()).eval(), torch.rand(2, 5, 8))
-    assert trace.functional == {"0.q", "0.k", "0.v", "0.c"}
-    assert list(trace.attention) == ["0"]
-    assert {i.site.module: i.macs for i in sites if i.site.is_weight} == {"0.q": 64, "0.k": 320, "0.v": 320, "0.c": 64}
-    assert not trace.unplanned
