@@ -100,7 +100,7 @@ def test_a_proxy_or_own_scores_can_be_minimised(run, tmp_path, capfd):
         (["--bounds", "head=8-4"], "write the lower bits first"),
         (["--like", "w3"], "write w4a4"),
         (["--like", "w3a4"], "leave out --weight-bits"),
-        (["--objective", "speed"], "choose from kl, loss"),
+        (["--objective", "speed"], "choose from divergence, kl"),
         (["--scores", "none.csv"], "cannot be read"),
         (["--interactions", "--pareto"], "--pareto is of the sum over sites"),
         (["--interactions", "--objective", "loss"], "--interactions are in nats of KL"),
