@@ -19,6 +19,7 @@ from analysis.commands.stats import stats
 from analysis.commands.train import evaluate, train
 from analysis.memory import reuse_freed_memory
 from analysis.terminal.interrupts import catch_interrupts
+from analysis.terminal.option_words import as_options
 from quant.errors import InputError
 
 
@@ -133,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = cli.main(list(arguments) if arguments is not None else None, prog_name="qvw", standalone_mode=False)
     except InputError as error:
-        code = _complain(f"qvw: error: {error}")
+        code = _complain(f"qvw: error: {as_options(str(error))}")
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         code = 2

@@ -22,7 +22,7 @@ from quant.choices import ALLOWED_BIT_WIDTHS, Estimator, Granularity, Grouping, 
 from quant.errors import InputError, first_line
 from quant.network import Network, unchanged
 from quant.site import SiteInfo
-from quant.sites import KINDS, TENSOR_GROUPS, select_sites
+from quant.sites import KINDS, TENSOR_GROUPS, check_plain_weights, select_sites
 
 BITS = (2, 3, 4, 8)
 SITES = ("weight", "input", "attention")
@@ -72,7 +72,7 @@ def measure_sensitivity(
     groups: Grouping | None = None,
     granularity: Granularity | None = None,
     estimator: Estimator = "mse",
-    batchnorm: str = "both",
+    batchnorm: str = "re_estimate",
     cache_mib: int = CACHE_MIB,
     time_limit: float | None = None,
     progress: bool = False,
@@ -83,8 +83,8 @@ def measure_sensitivity(
     `sites` selects by tensor (weight, input, attention, or query, key, value, softmax), by kind, or by shell patterns
     over module names; selectors of one sort add up, those of different sorts restrict each other. `bits` are of 1 to 8
     and 16. `protocol="leave_one_out"` quantizes everything but the site; `groups` (kind, block, stage, module) takes
-    sites together. With BatchNorm every site is measured with the stored statistics and with those of the quantized
-    network (`batchnorm`: both, stored or re_estimate). Scales are those of `estimator` (mse, minmax, percentile) on the
+    sites together. With BatchNorm each row is measured with the statistics of the quantized network (`batchnorm`:
+    re_estimate; stored keeps the model's own, both measures both). Scales are those of `estimator` (mse, minmax, percentile) on the
     same batches. All batches are kept in memory, with about `cache_mib` MiB of activations, so that each row starts at
     the quantized layer. `time_limit` (seconds) stops at the end of a row, the fewest bits first: what is missing is NaN
     with a note.
@@ -260,5 +260,6 @@ def chosen_sites(net: Network, selectors: Sequence[str] | str) -> list[SiteInfo]
         and (not patterns or any(fnmatchcase(info.site.module, pattern) for pattern in patterns))
     ]
     if not found:
+        check_plain_weights(net.model, net.infos)
         raise InputError(f"no site of {net.name} is chosen by `sites`={list(names)}; net.sites lists all.")
     return found

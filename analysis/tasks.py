@@ -36,19 +36,19 @@ def classification(*, probabilities: bool = False) -> Task:
         return _kl(logits(reference), logits(output))
 
     def loss(output: Any, batch: Any) -> Tensor:
-        return _known_only(batch, lambda labels: F.cross_entropy(logits(output), labels, reduction="none"))
+        x = logits(output)
+        return _known_only(batch, x, lambda labels: F.cross_entropy(x, labels, reduction="none"))
 
     def score(output: Any, batch: Any) -> Tensor:
-        return _known_only(batch, lambda labels: (_main(output, "logits").argmax(1) == labels).double())
+        x = _main(output, "logits")
+        return _known_only(batch, x, lambda labels: (x.argmax(1) == labels).double())
 
     def check(output: Any, batch: Any) -> None:
         x = _main(output, "logits")
         why = _why_not_scores(x, batch, probabilities)
         if why:
             raise InputError(f"tasks.classification() does not fit: {why}.")
-        labels = _labels(batch, len(x))
-        if labels is not None and len(labels) and int(labels.max()) >= x.shape[1]:
-            raise InputError(f"label {int(labels.max())} is beyond the model's {x.shape[1]} classes.")
+        _check_labels(_labels(batch, len(x)), x.shape[1])
 
     def probe(output: Any, generator: Generator) -> Tensor:
         x = _main(output, "logits")
@@ -387,14 +387,22 @@ def _labels(batch: Any, count: int) -> Tensor | None:
     return y.long() if y.ndim == 1 and len(y) == count and bool((y >= -1).all()) else None
 
 
-def _known_only(batch: Any, figure: Callable[[Tensor], Tensor]) -> Tensor:
-    """`figure` of the class indices, NaN where they are unknown."""
+def _check_labels(labels: Tensor | None, classes: int) -> None:
+    """Raise InputError for a class index that the model cannot answer with."""
+    if labels is not None and len(labels) and int(labels.max()) >= classes:
+        raise InputError(f"label {int(labels.max())} is beyond the model's {classes} classes.")
+
+
+def _known_only(batch: Any, x: Tensor, figure: Callable[[Tensor], Tensor]) -> Tensor:
+    """`figure` of the class indices, NaN where they are unknown; InputError for one beyond the columns of `x`."""
     y = inputs_and_targets(batch)[1]
     labels = _labels(batch, len(y)) if isinstance(y, Tensor) else None
     if labels is None:
         from quant.batches import samples
 
         return torch.full((samples(batch),), math.nan, dtype=torch.float64)
+    _check_labels(labels, x.shape[1])
+    labels = labels.to(x.device)  # a batch on a GPU may have its labels on the CPU
     values = figure(labels.clamp(min=0))
     return torch.where(labels >= 0, values, torch.full_like(values, math.nan))
 

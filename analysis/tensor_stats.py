@@ -14,9 +14,9 @@ from analysis.statistics.moments import NonFiniteError
 from analysis.statistics.shared_tensors import SharedTensors
 from quant.batches import inputs_and_targets, take, tensors
 from quant.errors import InputError
+from quant.insertion import weight_of
 from quant.intercept import intercept
 from quant.network import Forward, Network
-from quant.prepare import weight_of
 from quant.site import Site, SiteInfo
 
 STATS_COLUMNS = (

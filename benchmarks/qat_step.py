@@ -46,8 +46,8 @@ from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.config import QATConfig
 from quant.errors import InputError
 from quant.functional import check_compiler
+from quant.insertion import attach_quantizers_, latent_weights
 from quant.loss_terms import weight_terms
-from quant.prepare import latent_weights, prepare_qat_
 from quant.quantizer import LSQQuantizer
 from quant.scheme import QuantScheme
 from quant.sites import find_sites
@@ -102,7 +102,7 @@ class Step:
             sample = samples.get(site)
             scheme = default_scheme(self.model, info, bits[site], sample=sample)
             quantizers[site] = make_quantizer(self.model, info, scheme, sample=sample, estimator="minmax")
-        prepare_qat_(self.model, quantizers, trace=trace, sites=infos, image=images[:1], compiled=compiled)
+        attach_quantizers_(self.model, quantizers, trace=trace, sites=infos, image=images[:1], compiled=compiled)
 
     def __call__(self) -> float:
         """Do one; its seconds."""

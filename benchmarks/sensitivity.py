@@ -41,7 +41,7 @@ from analysis.sensitivity import SweepConfig, sweep_keys
 from analysis.sweeps.sweep import sweep
 from analysis.tasks import classification
 from quant.calibrate import default_scheme, make_quantizer
-from quant.prepare import quantized
+from quant.insertion import quantized
 from quant.site import Site, SiteInfo
 from quant.sites import find_sites
 from quant.trace import Trace

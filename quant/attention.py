@@ -2,14 +2,14 @@
 
 timm computes attention in two ways. Fused, `scaled_dot_product_attention` gets query, key and value and shows nothing
 of the softmax; explicit, a matrix product, a softmax and a second product follow each other. One TorchFunctionMode
-sees both while a module's forward runs, and can replace what it sees.
+sees both while a module's forward runs, and can replace what it sees. torch's own `multi_head_attention_forward` and
+products by einsum are written as these first (`quant.rewrites`).
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,10 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from quant.mixed_classes import Mixed, class_without, mix_in_, take_out_
+from quant.multihead import attention_and_weights, without_fast_path
+from quant.rewrites import rewritten
+
 MATMULS = (
     torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm
 )  # fmt: skip
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax, torch.special.softmax)
+FUSED = (F.scaled_dot_product_attention, attention_and_weights)
+"""What gets query, key and value, and shows nothing of the softmax."""
 
 Handler = Callable[[Tensor], Tensor | None]
 """Sees a tensor on its way; what it returns takes the tensor's place, None leaves it."""
@@ -73,8 +79,14 @@ class AttentionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        formula = rewritten(func, args, kwargs)
+        if formula is not None:
+            with self:
+                return formula()
         form, handlers = self.form, self.handlers
-        if form.fused:
+        if form.fused and handlers:
+            if func is attention_and_weights:
+                return _explicit(handlers, *args, **kwargs)
             if func is F.scaled_dot_product_attention:
                 return explicit_attention(handlers, *args, **kwargs)
         elif func in SOFTMAXES:
@@ -85,16 +97,19 @@ class AttentionMode(TorchFunctionMode):
             self.products += 1
             place, (left, right) = self.products - 1, args
             if place in form.scores:
-                return func(_handled(handlers, "query", left), _handled(handlers, "key", right.mT).mT)
+                key = _handled(handlers, "key", right.transpose(-2, -1))  # not mT, which exporters do not know
+                return func(_handled(handlers, "query", left), key.transpose(-2, -1))
             if place in form.values:
                 return func(left, _handled(handlers, "value", right))
             if place in form.values_first:
-                return func(_handled(handlers, "value", left.mT).mT, right)
+                return func(_handled(handlers, "value", left.transpose(-2, -1)).transpose(-2, -1), right)
         return func(*args, **kwargs)
 
 
-class _OpenedAttention(nn.Module):
+class _OpenedAttention(Mixed):
     """What `open_attention_` adds to an attention module's class: its forward runs under an AttentionMode."""
+
+    prefix = "Opened"
 
     attention_form: Any  # AttentionForm; Any, as nn.Module's attributes are tensors and modules to a type checker
     attention_handlers: Any  # list of mappings from tensor to handler; the one opened last sees a tensor first
@@ -106,7 +121,10 @@ class _OpenedAttention(nn.Module):
             for tensor, handler in opened.items():
                 handlers[tensor] = _in_turn(handlers[tensor], handler) if tensor in handlers else handler
         with AttentionMode(self.attention_form, handlers):
-            return super().forward(*args, **kwargs)
+            if not isinstance(self, nn.MultiheadAttention):
+                return super().forward(*args, **kwargs)
+            with without_fast_path():
+                return super().forward(*args, **kwargs)
 
 
 def open_attention_(module: nn.Module, form: AttentionForm, handlers: Mapping[str, Handler] | nn.ModuleDict) -> None:
@@ -117,8 +135,7 @@ def open_attention_(module: nn.Module, form: AttentionForm, handlers: Mapping[st
     """
     opened: Any = module  # to a type checker, nn.Module's attributes are tensors and modules
     if not isinstance(module, _OpenedAttention):
-        original: Any = type(module)
-        opened.__class__ = _opened_class(original)
+        mix_in_(module, _OpenedAttention)
         opened.attention_form, opened.attention_handlers = form, []
         opened.attention_switched = _switched_off(module.modules()) if form.fused else []
         for switched in opened.attention_switched:
@@ -135,18 +152,12 @@ def close_attention_(module: nn.Module) -> None:
     for switched in module.attention_switched:
         switched.fused_attn = False
     del module.attention_form, module.attention_handlers, module.attention_switched
-    module.__class__ = type(module).__bases__[1]
+    take_out_(module, _OpenedAttention)
 
 
 def closed_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What the module returns when nothing inside its attention is replaced; without hooks."""
-    original = type(module).__bases__[1] if isinstance(module, _OpenedAttention) else type(module)
-    return original.forward(module, *args, **kwargs)  # type: ignore[attr-defined]  # a class of modules
-
-
-@cache
-def _opened_class(original: Any) -> Any:
-    return type(f"Opened{original.__name__}", (_OpenedAttention, original), {"__module__": original.__module__})
+    return class_without(module, _OpenedAttention).forward(module, *args, **kwargs)
 
 
 def _in_turn(first: Handler, second: Handler) -> Handler:
@@ -186,6 +197,21 @@ def explicit_attention(
 
     Shapes: query (..., heads, queries, d), key and value (..., heads, keys, d). Arguments as torch's own function.
     """
+    return _explicit(handlers, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)[0]
+
+
+def _explicit(
+    handlers: Mapping[str, Handler],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The result of `explicit_attention`, and the attention that value was multiplied by."""
     query, key, value = (_handled(handlers, name, x) for name, x in (("query", query), ("key", key), ("value", value)))
     if enable_gqa:
         key = key.repeat_interleave(query.size(-3) // key.size(-3), dim=-3)
@@ -202,9 +228,10 @@ def explicit_attention(
     if attn_mask is None:
         attention = scores.softmax(dim=-1)
     else:  # a row that is masked altogether attends to nothing, as in torch's own function, and has no gradient
-        empty = scores.isneginf().all(dim=-1, keepdim=True)
+        empty = (scores == float("-inf")).all(dim=-1, keepdim=True)
         attention = scores.masked_fill_(empty, 0.0).softmax(dim=-1)
         del scores
         attention = attention.masked_fill(empty, 0.0)
     attention = _handled(handlers, "attention", attention)
-    return F.dropout(attention, dropout_p, training=dropout_p > 0) @ value
+    attention = F.dropout(attention, dropout_p, training=dropout_p > 0)
+    return attention @ value, attention

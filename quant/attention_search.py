@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quant.attention import AttentionForm
+from quant.products import Product
 
 NO_SCORES = "its softmax is not of a product of query and key"
 KNOWN_LAYOUTS = "three equal parts, query, key and value, each head after head (ViT, Swin, BEiT, EVA, SwinV2)"
@@ -38,13 +39,14 @@ class CallFrame:
 
 
 @dataclass(eq=False)
-class Product:
+class MatrixProduct:
     """A matrix product of two activations, which may be attention's scores on their way to a softmax."""
 
     frame: CallFrame
     place: int
     left: Tensor
     right: Tensor
+    product: Product
 
 
 @dataclass(eq=False)
@@ -55,7 +57,7 @@ class SoftmaxResult:
     place: int
     result: Tensor
     over_last_axis: bool
-    scores: list[Product]
+    scores: list[MatrixProduct]
 
 
 def why_not_attention(softmax: SoftmaxResult, weights: Tensor, running: list[CallFrame]) -> str:

@@ -227,14 +227,14 @@ class BitPlan:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{source} is not readable as JSON: {error}. Restore the file or plan again.") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise InputError(f'{source} is not a bit plan: "format" is not "{FORMAT}". Make one with `qvw plan`.')
+            raise InputError(f'{source} is not a bit plan: "format" is not "{FORMAT}". Make one with plan_bits.')
         if type(content.get("version")) is not int or content["version"] != VERSION:  # True equals 1
             came = str(content.get("version"))[:40]
-            raise InputError(f"{source}: version is {came!r}, expected {VERSION}. Plan again with this qvw.")
+            raise InputError(f"{source}: version is {came!r}, expected {VERSION}. Plan again with this version.")
         try:
             return _ADAPTER.validate_json(text)
         except ValidationError as error:
-            raise InputError(f"{source}: {_describe(error)}. Mend the file (quant/bit_plan.schema.json).") from error
+            raise InputError(f"{source}: {_describe(error)}. Fix the file (quant/bit_plan.schema.json).") from error
         except UnicodeError as error:
             raise InputError(f"{source} is not valid Unicode: {error}. Restore the file or plan again.") from error
 

@@ -11,9 +11,9 @@ from quant.bit_plan import PlannedSite, check_known_sites
 from quant.choices import Estimator, Granularity
 from quant.errors import InputError
 from quant.functional import to_groups
+from quant.insertion import weight_of
 from quant.intercept import intercept
 from quant.network import Network
-from quant.prepare import weight_of
 from quant.quantizer import Quantizer
 from quant.range_estimators import estimate_range
 from quant.scheme import QuantScheme, axis_and_groups, default_granularity, default_range

@@ -66,7 +66,7 @@ def save_checkpoint(
             raise
         raise InputError(
             f"The checkpoint of step {step} cannot be written to {folder}: {first_line(error)}. Free some space or "
-            "mend the permissions, then run the same command again: it goes on from the checkpoint before."
+            "fix the permissions, then train again: it resumes from the checkpoint before."
         ) from error
     finally:
         if main:
@@ -84,7 +84,7 @@ def last_step(folder: Path) -> int:
         earlier = f"from step {steps[-2]}" if len(steps) > 1 else "from the start"
         raise InputError(
             f"The checkpoint {path} is damaged or cut short: {damage}. "
-            f"Delete this folder and run the command again: the training goes on {earlier}."
+            f"Delete this folder and train again: it resumes {earlier}."
         )
     return steps[-1]
 
@@ -127,7 +127,7 @@ def load_checkpoint_(
     if processes != accelerator.num_processes:
         raise InputError(
             f"{path} was written by {processes} processes, these are {accelerator.num_processes}: the training would "
-            "not be the same. Go on with as many, or start anew with --overwrite."
+            "not be the same. Resume with as many, or start from scratch."
         )
     try:
         load_model(model, path / "model.safetensors")
@@ -142,7 +142,7 @@ def load_checkpoint_(
         reason = first_line(error).partition(". ")[0]  # torch goes on to advise to run the code that a file may hold
         raise InputError(
             f"The checkpoint {path} cannot be loaded ({reason}): it is of another training, or was changed. "
-            "Start anew with --overwrite."
+            "Start from scratch."
         ) from error
     return float(manifest["seconds"])
 

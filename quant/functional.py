@@ -43,7 +43,7 @@ def to_groups(x: Tensor, axis: int, groups: int) -> Tensor:
     if groups == 1:
         return x.reshape(1, 1, -1)
     axis = axis % x.ndim
-    if x.shape[axis] % groups:
+    if not is_traced() and x.shape[axis] % groups:  # a tracer would take the answer for a constant
         raise ValueError(f"Axis {axis} of shape {tuple(x.shape)} cannot be split into {groups} equal groups.")
     outer = 1
     for size in x.shape[:axis]:
@@ -101,8 +101,12 @@ def fake_quantize(
 
     `compiled` runs the same formulas through torch.compile (`check_compiler` says whether that works). On a CPU the
     value and the gradient of `x` are the same to the bit; those of scale and offset are summed in float64 in another
-    order, which now and then changes the last bit of their float32.
+    order, which now and then changes the last bit of their float32. Where the caller itself is compiled, traced or
+    exported, the formulas are written in torch's own operations: the same value to the bit, gradients of scale and
+    offset summed in float32.
     """
+    if is_traced():
+        return _in_plain_operations(x, scale, offset, bit_width, signed)
     return _FakeQuantize.apply(x, scale, offset, bit_width, signed, compiled)
 
 
@@ -116,13 +120,48 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:  # whatever a compiler that is missing, or too old, raises
         raise InputError(
             f"torch.compile does not work here: {str(error).strip().partition(chr(10))[0]}. "
-            "Install a C++ compiler, or train without (--set compile=false): slower, and otherwise the same."
+            "Install a C++ compiler, or train without `compiled`: slower, and otherwise the same."
         ) from error
 
 
 def scale_gradient(x: Tensor, factor: float | Tensor) -> Tensor:
     """`x` itself, bit for bit, whose gradient is multiplied by `factor`, a constant."""
+    if is_traced():
+        return x if _is_exported() else _with_gradient_of(x, x * factor)
     return _ScaleGradient.apply(x, factor)
+
+
+def is_traced() -> bool:
+    """Whether operations are being recorded: by torch.compile, torch.export, torch.jit.trace or an ONNX export."""
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # public, and missing in the list of exports
+    return torch.compiler.is_compiling() or tracing or torch.onnx.is_in_onnx_export()
+
+
+def _is_exported() -> bool:
+    """Whether a network is written down to be run elsewhere: it learns no more."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+def _in_plain_operations(x: Tensor, scale: Tensor, offset: Tensor | None, bit_width: int, signed: bool) -> Tensor:
+    """`fake_quantize` in operations that a tracer can record: it sees nothing inside an autograd function."""
+    low, high = quant_range(bit_width, signed)
+    shifted = x if offset is None else x - offset[:, None]
+    v = shifted.detach() / scale.detach()[:, None]
+    binary = signed and bit_width == 1
+    codes = torch.where(shifted.detach() >= 0, 1.0, -1.0).to(x.dtype) if binary else v.clamp(low, high).round()
+    values = dequantize(codes, scale.detach(), None if offset is None else offset.detach())
+    if not torch.is_grad_enabled() or _is_exported():
+        return values
+    inside = v.abs() <= high if binary else (v > low) & (v < high)
+    nothing = torch.zeros_like(v)
+    by_scale = codes if binary else codes - torch.where(inside, v, nothing)
+    differentiable = torch.where(inside, shifted, nothing) + scale[:, None] * by_scale
+    return _with_gradient_of(values, differentiable if offset is None else differentiable + offset[:, None])
+
+
+def _with_gradient_of(values: Tensor, differentiable: Tensor) -> Tensor:
+    """`values`, bit for bit, with the gradient of another tensor."""
+    return values.detach() + (differentiable - differentiable.detach())
 
 
 def blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:

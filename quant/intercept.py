@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from quant.attention import Handler, close_attention_, open_attention_
+from quant.multihead import multi_head_attention, without_fast_path
+from quant.products import LAYER_FUNCTIONS, first_tensor
 from quant.site import Site
-from quant.trace import LAYER_FUNCTIONS, Trace, first_tensor
+from quant.trace import Trace
 
 
 @contextmanager
@@ -18,27 +21,31 @@ def intercept(model: nn.Module, trace: Trace, handlers: Mapping[Site, Handler]) 
 
     A handler returns the tensor that takes the activation's place, or None to leave it. Sites: `input` and `output` of
     any module (the first tensor of a tuple, list or dictionary), `query`, `key`, `value`, `attention` of attention
-    modules. Attention is computed by its formula only
-    where one of its own sites has a handler. Hooks and modes are removed on exit, also after an error.
+    modules, and `projection`, what the weights of torch's own attention give. Attention is computed by its formula only
+    where one of its own sites has a handler; torch's fast path is off, whatever the handlers. Hooks and modes are
+    removed on exit, also after an error.
     """
     attention: dict[str, dict[str, Handler]] = {}
     functional: dict[str, dict[str, Handler]] = {}
     handles = []
     opened: list[str] = []
     with ExitStack() as stack:
+        stack.enter_context(without_fast_path())
         try:
             for site, handler in handlers.items():
                 module = model.get_submodule(site.module)
                 if site.is_attention:
                     attention.setdefault(site.module, {})[site.tensor] = handler
-                elif site.module in trace.functional:
+                elif site.module in trace.functional or (
+                    site.tensor in ("input", "projection") and site.module in trace.in_proj
+                ):
                     functional.setdefault(site.module, {})[site.tensor] = handler
                 elif site.tensor == "input":
                     handles.append(module.register_forward_pre_hook(_before(handler), with_kwargs=True))
                 else:
                     handles.append(module.register_forward_hook(_after(handler)))
             if functional:
-                stack.enter_context(_FunctionalLayers(model, functional))
+                stack.enter_context(_FunctionalLayers(model, functional, trace))
             for name, by_tensor in attention.items():
                 open_attention_(model.get_submodule(name), trace.attention[name], by_tensor)
                 opened.append(name)
@@ -83,25 +90,41 @@ def _handled(handler: Handler, x: Any) -> Any:
 
 
 class _FunctionalLayers(TorchFunctionMode):
-    """Input and output of layers that are never called: BEiT, EVA and SwinV2 write F.linear(x, self.qkv.weight)."""
+    """Input and output of layers that are never called: BEiT, EVA and SwinV2 write F.linear(x, self.qkv.weight).
 
-    def __init__(self, model: nn.Module, handlers: Mapping[str, Mapping[str, Handler]]) -> None:
+    So are the projections of torch's own attention, whose function is written as linears first.
+    """
+
+    def __init__(self, model: nn.Module, handlers: Mapping[str, Mapping[str, Handler]], trace: Trace) -> None:
         super().__init__()
-        self.modules = [(model.get_submodule(name), by_tensor) for name, by_tensor in handlers.items()]
+        self.layers = []
+        for name, by_tensor in handlers.items():
+            held = trace.in_proj.get(name, {"weight": ("weight", None)})
+            parameters = {parameter for parameter, _ in held.values()}
+            self.layers.append((model.get_submodule(name), sorted(parameters), name in trace.in_proj, by_tensor))
+
+    def _handlers(self, weight: Any) -> Mapping[str, Handler]:
+        for module, parameters, in_parts, by_tensor in self.layers:
+            for parameter in parameters:
+                own = module._parameters.get(parameter)
+                if own is weight or (in_parts and getattr(weight, "_base", None) is own):
+                    return by_tensor
+        return {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return multi_head_attention(*args, **kwargs)
         if func not in LAYER_FUNCTIONS:
             return func(*args, **kwargs)
-        weight = args[1] if len(args) > 1 else kwargs["weight"]
-        handlers = next((h for module, h in self.modules if module.weight is weight), None)
-        if handlers is None:
-            return func(*args, **kwargs)
+        handlers = self._handlers(args[1] if len(args) > 1 else kwargs["weight"])
         if "input" in handlers:
             x = args[0] if args else kwargs["input"]
             replaced = handlers["input"](x)
             if replaced is not None:
                 args, kwargs = ((replaced, *args[1:]), kwargs) if args else (args, {**kwargs, "input": replaced})
         result = func(*args, **kwargs)
-        replaced = handlers["output"](result) if "output" in handlers else None
+        output = handlers.get("output") or handlers.get("projection")
+        replaced = None if output is None else output(result)
         return result if replaced is None else replaced

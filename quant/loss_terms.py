@@ -52,7 +52,17 @@ def image_terms(
 
 def weight_terms(weights: Weights, config: QATConfig, progress: float) -> dict[str, Tensor]:
     """The weighted terms of the weights at a share `progress` of the training; 0 while their ramp is."""
-    ramp, sites = cosine_ramp(progress, config.ramp_start), low_bit(weights)
+    return regularization_terms(
+        weights, obr=config.obr_weight, dampening=config.dampening_weight, kurtosis=config.kurtosis_weight,
+        progress=progress, ramp_start=config.ramp_start,
+    )  # fmt: skip
+
+
+def regularization_terms(
+    weights: Weights, *, obr: float, dampening: float, kurtosis: float, progress: float, ramp_start: float
+) -> dict[str, Tensor]:
+    """The terms by name, each multiplied by its weight; those of weight 0 are left out, and ramped ones may be 0."""
+    ramp, sites = cosine_ramp(progress, ramp_start), low_bit(weights)
     grids = [
         (to_groups(w, q.axis, q.groups), q.scale, q.offset, q.scheme.bit_width, q.scheme.signed)
         for w, q in sites.values()
@@ -60,15 +70,15 @@ def weight_terms(weights: Weights, config: QATConfig, progress: float) -> dict[s
     ]
     terms: dict[str, Tensor] = {}
     nothing = next((w.new_zeros(()) for w, _ in sites.values()), None)
-    if config.obr_weight and nothing is not None:
+    if obr and nothing is not None:
         parts = [torch.stack(oscillation_bin_loss(*grid)) for grid in grids]
-        whole = config.obr_weight * ramp * torch.stack(parts).sum(dim=0) if parts else nothing.repeat(2)
+        whole = obr * ramp * torch.stack(parts).sum(dim=0) if parts else nothing.repeat(2)
         terms["obr_distance"], terms["obr_variance"] = whole.unbind()
-    if config.dampening_weight and nothing is not None:
+    if dampening and nothing is not None:
         losses = [dampening_loss(*grid) for grid in grids]
-        terms["dampening"] = config.dampening_weight * ramp * torch.stack(losses).sum() if losses else nothing
-    if config.kurtosis_weight and weights:
-        terms["kurtosis"] = config.kurtosis_weight * kurtosis_loss([w for w, _ in weights.values()])
+        terms["dampening"] = dampening * ramp * torch.stack(losses).sum() if losses else nothing
+    if kurtosis and weights:
+        terms["kurtosis"] = kurtosis * kurtosis_loss([w for w, _ in weights.values()])
     return terms
 
 

@@ -1,6 +1,7 @@
 """A network ready to be measured: the model, one traced forward pass of it, and the sites found."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -65,6 +66,7 @@ class Network:
         self.trace: Trace
         self.infos: list[SiteInfo]
         self.trace, self.infos = self._traced(heads)
+        warn_of_unobserved(self.trace, self.name)
 
     @property
     def device(self) -> torch.device:
@@ -131,6 +133,21 @@ class Network:
             raise
         except Exception as error:  # the model is the user's: whatever its forward raises is told
             raise ForwardError(_does_not_run(self.model, self.example, self.name, error)) from error
+
+
+def warn_of_unobserved(trace: Trace, name: str) -> None:
+    """Warn, once for a network, of products that no site stands for: how many modules make them, and their share."""
+    if not trace.unobserved:
+        return
+    outside, inside = sum(trace.unplanned.values()), sum(trace.macs.values())
+    share = outside / max(1, outside + inside)
+    first = "; ".join(f"{module or name}: {reason}" for module, reason in list(trace.unobserved.items())[:2])
+    more = f" (and {len(trace.unobserved) - 2} more)" if len(trace.unobserved) > 2 else ""
+    warnings.warn(
+        f"{share:.1%} of the multiply-accumulates of {name} are not observed and stay in floating point "
+        f"({len(trace.unobserved)} of its modules). {first}{more}. `unobserved` lists all.",
+        stacklevel=3,
+    )
 
 
 def one_sample(batch: Any) -> Any:

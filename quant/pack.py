@@ -5,7 +5,6 @@ k // 8, so that the least significant bits come first; zeros fill the last byte.
 within the scheme's range, 0 for the smallest: of signed 4-bit codes code + 8, of binary ones 0 for -1 and 1 for 1.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 
 from quant.errors import InputError
 from quant.functional import dequantize, to_groups
+from quant.insertion import latent_weights
 from quant.layers import is_quantized
-from quant.prepare import latent_weights
 from quant.quantizer import MIN_SCALE_RATIO, LSQQuantizer
 from quant.scheme import QuantScheme
 from quant.site import Site
@@ -148,30 +147,28 @@ def _quantizers(model: nn.Module) -> dict[Site, LSQQuantizer]:
 
 
 def _parameters(model: nn.Module) -> dict[str, tuple[Tensor, Any]]:
-    """By name the parameters that the codes do not stand for, each with the index of its rows that they do not.
-
-    A weight that another layer uses too, which is not quantized there, is kept in floating point for that layer.
-    """
-    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    """By name the parameters that the codes do not stand for, each with the index of its rows that they do not."""
     found: dict[str, tuple[Tensor, Any]] = {}
     for name, parameter in model.named_parameters():
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, LSQQuantizer):
             continue
         rows: Any = ...
-        if is_quantized(module) and name.rpartition(".")[2] == "weight" and uses[id(parameter)] == 1:
-            rows = _rows_outside(module, len(parameter))
+        own = name.rpartition(".")[2]
+        if is_quantized(module) and parameter.ndim > 1:
+            rows = _rows_outside(module, len(parameter), own)
             if not rows.any():
                 continue
         found[name] = parameter, rows
     return found
 
 
-def _rows_outside(module: Any, count: int) -> Tensor:
-    """Which of a quantized layer's `count` rows no quantizer owns."""
+def _rows_outside(module: Any, count: int, parameter: str) -> Tensor:
+    """Which of the `count` rows of a quantized layer's parameter no quantizer owns."""
     outside = torch.ones(count, dtype=torch.bool)
-    for rows in module.weight_rows.values():
-        outside[slice(*rows) if rows else slice(None)] = False
+    for tensor, rows in module.weight_rows.items():
+        if module.weight_parameters.get(tensor, "weight") == parameter:
+            outside[slice(*rows) if rows else slice(None)] = False
     return outside
 
 

@@ -1,201 +1,145 @@
-"""Quantize some sites of a network: for a while with fixed scales, or for training with learned ones."""
+"""A network becomes its quantized self, ready to be trained, and comes back: `prepare_qat_` and `restore_float_`."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from quant.attention import close_attention_, open_attention_
-from quant.attention_search import KNOWN_LAYOUTS
-from quant.choices import GradientScale
+from quant import batches
+from quant.batchnorm import batchnorms, reestimate_batchnorm_
+from quant.bit_plan import BitPlan
+from quant.calibrate import calibrate, check_planned
+from quant.choices import ESTIMATORS, Estimator, GradientScale
 from quant.errors import InputError
-from quant.functional import check_compiler, dequantize
-from quant.intercept import intercept
-from quant.layers import is_quantized, quantize_layer_, restore_layer_, weight_parts
-from quant.quantizer import LSQQuantizer, Quantizer
-from quant.site import Site, SiteInfo
-from quant.trace import Trace
-
-
-def weight_of(model: nn.Module, info: SiteInfo) -> Tensor:
-    """The weight of a site, detached; only its own rows where it is a part of a fused weight."""
-    weight = model.get_submodule(info.site.module).get_parameter("weight").detach()
-    return weight if info.rows is None else weight[slice(*info.rows)]
-
-
-@contextmanager
-def quantized(
-    model: nn.Module,
-    trace: Trace,
-    sites: Mapping[Site, SiteInfo],
-    quantizers: Mapping[Site, Callable[[Tensor], Tensor]],
-) -> Iterator[None]:
-    """Fake-quantize the given sites of `model` while the block runs, without training.
-
-    A quantized weight stands in a parameter of its own, and the model's own parameter object comes back on exit, so
-    that it is the same bit for bit, also after an error; activations are replaced on their way (`intercept`).
-    """
-    originals: dict[str, nn.Parameter] = {}
-    try:
-        for site, quantizer in quantizers.items():
-            if not site.is_weight:
-                continue
-            module = model.get_submodule(site.module)
-            if site.module not in originals:
-                original = module._parameters["weight"]
-                assert original is not None
-                originals[site.module] = original
-                module._parameters["weight"] = nn.Parameter(original.detach().clone(), requires_grad=False)
-            with torch.no_grad():
-                rows = weight_of(model, sites[site])
-                rows.copy_(quantizer(rows))
-        with intercept(model, trace, {site: q for site, q in quantizers.items() if not site.is_weight}):
-            yield
-    finally:
-        for name, original in originals.items():
-            model.get_submodule(name)._parameters["weight"] = original
+from quant.insertion import attach_quantizers_, detach_quantizers_, is_prepared
+from quant.network import Network, unchanged
+from quant.quantizer import LSQQuantizer
 
 
 def prepare_qat_(
-    model: nn.Module,
-    quantizers: Mapping[Site, Quantizer],
+    net: Network | nn.Module,
+    plan: BitPlan,
+    calibration_data: Iterable[Any],
     *,
-    trace: Trace,
-    sites: Mapping[Site, SiteInfo],
-    image: Tensor,
+    estimator: Estimator = "mse",
     gradient_scale: GradientScale = "lsq",
     compiled: bool = False,
-) -> None:
-    """Quantize the sites of `quantizers` from now on, each with learned scales that start at the given ones.
+    reestimate_batchnorm: bool = True,
+) -> nn.Module:
+    """Quantize the planned sites of a model from now on, in place, and return the model.
 
-    `trace` and `sites` are those of the floating-point model on one image. A forward pass of `image` (1, channels,
-    height, width) then proves that every site was executed as it was traced: as many elements, each on its grid.
-    Raises InputError with all sites that were not, the model restored, and for a fused qkv weight whose layout is not
-    known. `restore_float_` undoes it. `gradient_scale` is that of weights; activations keep LSQ's.
-    `compiled` fake-quantizes through torch.compile; InputError where that does not work.
+    `net` is a `Network`, or a model, which is then traced on the first batch. Each planned site gets a learned scale a
+    group, which starts where `estimator` (mse, minmax or percentile) puts it: weights by their values, activations by
+    batches of `calibration_data`, an iterable that can be iterated more than once; a few hundred samples are enough.
+    Layers stay instances of their own class, and the keys of the state dict stay: `weight` is the latent weight that
+    the optimizer trains, quantized wherever it is used. `gradient_scale` is how gradients of weight scales are
+    normalized: "lsq" (Esser et al., ICLR 2020, arXiv:1902.08153) or "module" (Huang et al., TMLR 2024,
+    arXiv:2307.00331). `compiled` computes the quantizers through torch.compile: faster after a minute of compiling.
+
+    Where there is BatchNorm its statistics are taken again from the calibration data through the quantized network;
+    `reestimate_batchnorm=False` leaves them. One batch then runs through the network and proves that every planned site
+    is executed as planned.
+
+    Raises InputError for a model that is prepared already, a plan that is empty, names sites the network does not have
+    or an axis that they do not have, and where a planned site is not executed as planned; the model is then as it was,
+    bit for bit. `restore_float_` undoes it.
+
+    >>> from tests.plans import uniform
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2)).eval()
+    >>> data = [torch.randn(16, 3, 8, 8)]
+    >>> net = Network(model, data)
+    >>> isinstance(prepare_qat_(net, uniform(net, data), data)[0], nn.Conv2d)
+    True
     """
-    _refuse_unknown_layouts(quantizers, sites)
-    if compiled:
-        check_compiler(image.device)
-    learned = {
-        site: LSQQuantizer(
-            start,
-            elements_per_scale=max(1, sites[site].numel // start.groups),
-            gradient_scale=gradient_scale if site.is_weight else "lsq",
-        ).to(image.device)
-        for site, start in quantizers.items()
-    }
-    by_module: dict[str, dict[str, LSQQuantizer]] = {}
-    for site, quantizer in learned.items():
-        by_module.setdefault(site.module, {})[site.tensor] = quantizer
-    try:
-        for name, by_tensor in by_module.items():
-            _attach_(model, name, by_tensor, trace, sites)
-        _check_execution(model, learned, sites, image)  # to the bit, which a GPU's compiler does not promise
-        for quantizer in learned.values():
-            quantizer.compiled = compiled
-    except BaseException:
-        restore_float_(model)
-        raise
-
-
-def _refuse_unknown_layouts(quantizers: Mapping[Site, Quantizer], sites: Mapping[Site, SiteInfo]) -> None:
-    """Raise InputError where rows of a fused qkv weight are to share a scale, and whose rows they are is not known."""
-    unknown = [
-        site.module
-        for site, start in quantizers.items()
-        if site.tensor == "weight" and sites[site].kind == "attn.qkv" and start.scheme.granularity != "per_channel"
-    ]
-    if unknown:
+    _check_choice(estimator, "estimator", ESTIMATORS)
+    _check_choice(gradient_scale, "gradient_scale", get_args(GradientScale))
+    if not isinstance(plan, BitPlan):
         raise InputError(
-            f"{unknown[0]} makes query, key and value in a layout that is not known ({len(unknown)} such layers). "
-            f"Known: {KNOWN_LAYOUTS}. Plan their weights per_channel, which needs no layout "
-            "(`qvw sensitivity --granularity per_channel`), or leave them out by --exclude."
+            f"`plan` is a {type(plan).__name__}; expected a BitPlan, as plan_bits returns it and BitPlan.load reads it."
         )
-
-
-def _attach_(
-    model: nn.Module,
-    name: str,
-    by_tensor: Mapping[str, LSQQuantizer],
-    trace: Trace,
-    sites: Mapping[Site, SiteInfo],
-) -> None:
-    module = model.get_submodule(name)
-    inside = {tensor: q for tensor, q in by_tensor.items() if Site(name, tensor).is_attention}
-    if inside:
-        module.attention_quantizers = nn.ModuleDict(inside)
-        open_attention_(module, trace.attention[name], module.attention_quantizers)
-    outside = {tensor: q for tensor, q in by_tensor.items() if tensor not in inside}
-    if outside:
-        weights = {
-            tensor.removeprefix("weight."): (sites[Site(name, tensor)].rows, quantizer)
-            for tensor, quantizer in outside.items()
-            if tensor != "input"
-        }
-        quantize_layer_(module, weights, outside.get("input"), called=name not in trace.functional)
+    model = net.model if isinstance(net, Network) else net
+    if isinstance(model, nn.Module) and is_prepared(model):
+        raise InputError(
+            "the model is prepared for training already. Train it as it is, or undo it first: restore_float_(model)."
+        )
+    data = batches.checked_data(calibration_data)
+    net = net if isinstance(net, Network) else Network(net, batches.first_batch(data))
+    check_planned(net, plan.sites, "`plan`")
+    model = net.model
+    with unchanged(model):
+        quantizers = calibrate(net, plan.sites, data, estimator=estimator, forward=lambda _model, batch: net(batch))
+        attach_quantizers_(
+            model, quantizers, trace=net.trace, sites=net.by_site, image=net.example, forward=net.forward,
+            gradient_scale=gradient_scale, compiled=compiled,
+        )  # fmt: skip
+        if reestimate_batchnorm:
+            try:
+                _reestimate_(model, data, net)
+            except BaseException:
+                detach_quantizers_(model)
+                raise
+    for module in model.modules():
+        if isinstance(module, LSQQuantizer):
+            module.train(model.training)
+    return model
 
 
 def restore_float_(model: nn.Module) -> None:
-    """Undo `prepare_qat_`: the layers are of their own classes again, with the latent weights, bit for bit."""
-    for module in model.modules():
-        if is_quantized(module):
-            restore_layer_(module)
-        if hasattr(module, "attention_quantizers"):
-            close_attention_(module)
-            del module.attention_quantizers
+    """Undo `prepare_qat_`: layers of their own classes, with the latent weights, and no quantizer in the state dict.
+
+    BatchNorm gets back the statistics from before `prepare_qat_`, unless they were updated since, by training or by
+    loading: those are then the model's. Without training in between the model is what it was, bit for bit. A model that
+    is not prepared stays as it is.
+
+    >>> model = nn.Linear(2, 3)
+    >>> restore_float_(model)
+    >>> type(model).__name__
+    'Linear'
+    """
+    detach_quantizers_(model)
+    for module in batchnorms(model):
+        kept = module.__dict__.pop(_KEPT, None)
+        if kept is not None and _same(_statistics(module), kept["reestimated"]):
+            _set_(module, kept["float"])
 
 
-def latent_weights(model: nn.Module) -> dict[Site, tuple[Tensor, LSQQuantizer]]:
-    """The latent weight, with gradient, and the quantizer of every quantized weight site, in the model's order."""
-    found = {}
-    for name, module in model.named_modules():
-        if is_quantized(module):
-            for tensor, latent, quantizer in weight_parts(module):
-                site = Site(name, tensor if tensor == "weight" else f"weight.{tensor}")
-                found[site] = (latent, quantizer)
-    return found
+_KEPT = "statistics_before_qat"  # a plain attribute: state_dict keys stay
 
 
-def _check_execution(
-    model: nn.Module, learned: Mapping[Site, LSQQuantizer], sites: Mapping[Site, SiteInfo], image: Tensor
-) -> None:
-    """Raise InputError unless one image passes every quantizer exactly as it passed the floating-point model."""
-    elements = dict.fromkeys(learned, 0)
-    off_grid: set[Site] = set()
-
-    def watch(site: Site) -> Callable[..., None]:
-        def hook(quantizer: LSQQuantizer, args: tuple[Tensor], output: Tensor) -> None:
-            elements[site] += output.numel()
-            grid = dequantize(quantizer.codes(args[0]), quantizer.scale, quantizer.offset)
-            if not torch.equal(output, grid.reshape(output.shape).to(output.dtype)):
-                off_grid.add(site)
-
-        return hook
-
-    handles = [quantizer.register_forward_hook(watch(site)) for site, quantizer in learned.items()]
-    training = {module: module.training for module in model.modules()}
+def _reestimate_(model: nn.Module, data: Iterable[Any], forward: Any) -> None:
+    """Re-estimate BatchNorm's statistics, and keep those from before beside them; as before after an error."""
+    layers = batchnorms(model)
+    before = [_statistics(module) for module in layers]
     try:
-        with torch.no_grad():
-            model.eval()(image)
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for handle in handles:
-            handle.remove()
-    wrong = [
-        f"{site} ({elements[site]} of {sites[site].numel} elements)"
-        for site in learned
-        if site in off_grid or not _as_traced(site, elements[site], sites[site])
-    ]
-    if wrong:
-        raise InputError(
-            f"{len(wrong)} of {len(learned)} planned sites were not executed as planned: {', '.join(wrong)}. "
-            "Leave these modules out with --exclude, and plan again."
-        )
+        try:
+            reestimate_batchnorm_(model, data, forward)
+        except InputError as error:
+            raise InputError(f"{error} Or prepare with reestimate_batchnorm=False.") from error
+        for module, statistics in zip(layers, before, strict=True):
+            module.__dict__[_KEPT] = {"float": statistics, "reestimated": _statistics(module)}
+    except BaseException:
+        for module, statistics in zip(layers, before, strict=True):
+            module.__dict__.pop(_KEPT, None)
+            _set_(module, statistics)
+        raise
 
 
-def _as_traced(site: Site, elements: int, info: SiteInfo) -> bool:
-    """Whether a site saw what it should: an activation every element once, a weight its own, once a use."""
-    return elements > 0 and (elements % info.numel == 0 if site.is_weight else elements == info.numel)
+def _statistics(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in module.named_buffers(recurse=False)}
+
+
+def _set_(module: nn.Module, statistics: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in statistics.items():
+            module.get_buffer(name).copy_(value)
+
+
+def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether statistics are equal, wherever the model was moved to since."""
+    return first.keys() == second.keys() and all(torch.equal(x, second[name].to(x)) for name, x in first.items())
+
+
+def _check_choice(value: str, name: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"`{name}` is {value!r}; choose from {', '.join(known)}.")

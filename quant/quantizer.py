@@ -1,12 +1,14 @@
 """Quantizers: a scheme with its scale and offset, fixed by calibration or learned in training."""
 
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quant.choices import GradientScale
-from quant.functional import fake_quantize, quantize, scale_gradient, to_groups
+from quant.functional import fake_quantize, is_traced, quantize, scale_gradient, to_groups
 from quant.scheme import QuantScheme
 
 MIN_SCALE_RATIO = 1e-3
@@ -35,6 +37,27 @@ class Quantizer:
         return fake_quantize(grouped, self.scale, self.offset, scheme.bit_width, scheme.signed).reshape(x.shape).to(x)
 
 
+class ScaleWatch:
+    """What the quantizers of one model share, beside their parameters: who keeps their scales within bounds.
+
+    `attached` counts what clamps scales after each step, such as `attach_`; where there is none, a scale that left its
+    bounds is warned about once. `tracker` counts oscillations (an `OscillationTracker`) and `step` the optimizer steps
+    that it has seen. A copy of the model has a watch of its own, with the counts so far and nothing attached.
+    """
+
+    def __init__(self) -> None:
+        self.attached, self.warned = 0, False
+        self.tracker: Any = None
+        self.step = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tracker": self.tracker, "step": self.step}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.attached, self.warned = 0, False
+        self.tracker, self.step = state["tracker"], state["step"]
+
+
 class LSQQuantizer(nn.Module):
     """Learned step size quantization (Esser et al., ICLR 2020, arXiv:1902.08153), with LSQ+'s offset where planned.
 
@@ -43,8 +66,10 @@ class LSQQuantizer(nn.Module):
     1 / sqrt(N Q_P), or with `gradient_scale="module"`, for weights, by 1 / sqrt(Q_P ||x||_1) of the group's values as
     they are at each step (Huang et al., TMLR 2024, arXiv:2307.00331; 0 where they are all 0). `elements_per_scale` is
     the paper's N, how many elements share one scale, of one image. `compiled` may be changed at any time: it is that
-    of `quant.functional.fake_quantize`.
+    of `quant.functional.fake_quantize`. `watch` is shared by the quantizers of a model.
     """
+
+    watch: Any  # ScaleWatch; to a type checker nn.Module's attributes are tensors and modules
 
     def __init__(
         self,
@@ -53,6 +78,7 @@ class LSQQuantizer(nn.Module):
         elements_per_scale: int,
         gradient_scale: GradientScale = "lsq",
         compiled: bool = False,
+        watch: ScaleWatch | None = None,
     ) -> None:
         super().__init__()
         if not (torch.isfinite(start.scale) & (start.scale > 0)).all():
@@ -64,11 +90,15 @@ class LSQQuantizer(nn.Module):
         self.offset = None if start.offset is None else nn.Parameter(start.offset.detach().float().clone())
         self.register_buffer("min_scale", MIN_SCALE_RATIO * self.scale.detach())
         self.elements_per_scale, self.gradient_scale, self.compiled = elements_per_scale, gradient_scale, compiled
+        self.watch = watch or ScaleWatch()
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` on the grid, in its own shape and type; the arithmetic is float32, under autocast too."""
         grouped, scheme = to_groups(x, self.axis, self.groups).float(), self.scheme
-        factor = self.gradient_factor(grouped.detach()) if torch.is_grad_enabled() else 1.0
+        learning = torch.is_grad_enabled()
+        if learning and self.training and not is_traced() and not (self.watch.attached or self.watch.warned):
+            self._warn_out_of_bounds()
+        factor = self.gradient_factor(grouped.detach()) if learning else 1.0
         scale = scale_gradient(self.scale, factor)
         offset = None if self.offset is None else scale_gradient(self.offset, factor)
         quantized = fake_quantize(grouped, scale, offset, scheme.bit_width, scheme.signed, compiled=self.compiled)
@@ -96,6 +126,18 @@ class LSQQuantizer(nn.Module):
     def clamp_scale_(self) -> None:
         """Hold the scale above `MIN_SCALE_RATIO` of its start; the training loop calls it after each optimizer step."""
         self.scale.copy_(torch.maximum(self.scale, self.get_buffer("min_scale")))
+
+    def _warn_out_of_bounds(self) -> None:
+        """Tell a training loop, once, that its steps have moved a scale below its bound."""
+        if (self.scale.detach() < self.get_buffer("min_scale")).any():
+            self.watch.warned = True
+            warnings.warn(
+                f"A scale was moved below its bound, {MIN_SCALE_RATIO:g} of its start, where codes are lost. Call "
+                "quant.attach_(optimizer, model) once before training: it keeps scales within bounds after each step. "
+                "If it was called, lower scale_learning_rate of quant.parameter_groups.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def extra_repr(self) -> str:
         """The scheme, as print(model) shows it."""

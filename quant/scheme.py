@@ -42,13 +42,13 @@ class QuantScheme:
 def default_granularity(info: SiteInfo, module: nn.Module) -> Granularity:
     """Which elements share a scale where nobody says otherwise.
 
-    Convolution weights: a scale per output channel. Linear weights and inputs: one scale. Weights of a fused qkv
-    and of the attention projection, query, key, value and attention: a scale per head (Huang et al., TMLR 2024,
-    arXiv:2307.00331).
+    Convolution weights: a scale per output channel, one for all where groups mix them. Linear weights and inputs: one
+    scale. Weights of a fused qkv and of the attention projection, query, key, value and attention: a scale per head
+    (Huang et al., TMLR 2024, arXiv:2307.00331).
     """
     if info.heads and (info.site.is_weight or info.site.is_attention):
         return "per_head"
-    if info.site.is_weight and isinstance(module, nn.modules.conv._ConvNd):
+    if info.site.is_weight and info.channels and isinstance(module, nn.modules.conv._ConvNd):
         return "per_channel"
     return "per_tensor"
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 WEIGHT_TENSORS = ("weight", "weight.query", "weight.key", "weight.value")
 ATTENTION_TENSORS = ("query", "key", "value", "attention")
+PRODUCT = "product"
+"""In tables of costs: all products of a module that are of no site."""
 
 
 class Site(NamedTuple):
@@ -45,10 +47,12 @@ class SiteInfo:
     `shape` is a weight's own shape (of its rows, for a part of a fused one), an activation's shape of ONE image with
     the batch axis left out where the model splits it (windows): then its leading axis is windows per image times 1.
     `channel_axis` and `head_axis` count in the tensor as it flows (the batch axis included); -1 where there is none.
-    `macs` are multiply-accumulates of one image in the matrix product that this site owns: weights own theirs,
-    `query` owns query x key, `attention` owns attention x value; 0 for the others. `numel` and `macs` are over all
-    calls of a module in one forward pass. `same` is an earlier input that is the very same tensor. A site that is
-    `excluded` by the user, or not `quantizable`, still costs.
+    `parameter` is the name of a weight in its module, `in_proj_weight` in `nn.MultiheadAttention`; `shared_with` are
+    the other modules that have the very same weight and are quantized with it. `macs` are multiply-accumulates of one
+    image in the matrix product that this site owns: weights own theirs, `query` owns query x key, `attention` owns
+    attention x value; 0 for the others. `numel` and `macs` are over all calls of a module in one forward pass. `same`
+    is an earlier input, or the weight of an earlier layer, that is the very same tensor. A site that is `excluded` by
+    the user, or not `quantizable`, still costs.
     """
 
     site: Site
@@ -61,6 +65,8 @@ class SiteInfo:
     head_axis: int = -1
     heads: int = 0
     rows: tuple[int, int] | None = None
+    parameter: str = "weight"
+    shared_with: tuple[str, ...] = ()
     macs: int = 0
     edges: tuple[Site, ...] = ()
     same: Site | None = None

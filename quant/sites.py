@@ -5,11 +5,13 @@ from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from quant import batches
 from quant.errors import InputError
 from quant.site import ATTENTION_TENSORS, WEIGHT_TENSORS, Site, SiteInfo
+from quant.site_fields import ATTENTION_KINDS, activation_row, called, remade_by, weight_rows
+from quant.site_fields import is_layer as is_layer
 from quant.trace import Trace, trace_forward
 
 KINDS = (
@@ -21,20 +23,12 @@ TENSOR_GROUPS = {
     "key": ("key",), "value": ("value",), "softmax": ("attention",),
 }  # fmt: skip
 """What selects sites by their tensor."""
-_ATTENTION_KINDS = dict(zip(ATTENTION_TENSORS, ("attn.query", "attn.key", "attn.value", "attn.softmax"), strict=True))
-_TRANSFORMS_ITS_WEIGHT = re.compile(r"StdConv|CondConv|WSConv|DynamicConv")
 _NORM = re.compile(r"Norm|Affine$")
-_NORM_OF_PLANES = re.compile(r"2d|BatchNorm|GroupNorm")
 _BLOCK = re.compile(
     r"Block|Bottle2?neck|Residual|DepthwiseSeparable|EncoderLayer|TransformerLayer|XceptionModule|SelectiveKernelBasic"
     r"|PreActBasic|DenseLayer|Cell(Stem)?\d?$|^(Inception[A-E]|Reduction[AB]|Mixed\da|Transformer|Outlooker|ConvEncoder)$"
 )
 _QUERY_KEY_VALUE = {"q": "attn.query", "k": "attn.key", "v": "attn.value", "kv": "attn.key"}
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module has a weight that multiplies its input: a convolution or a linear."""
-    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
 
 
 def find_sites(
@@ -51,7 +45,8 @@ def find_sites(
 
     `include` and `exclude` are shell patterns over module names, what they leave out is marked `excluded`; a pattern
     that meets no module is an error.
-    `classifier` names the head's layers; without it the last layer executed is the head. Layers that never ran come
+    `classifier` names the head's layers; without it the last layer executed is the head, unless a
+    weight that is no layer's comes after it. Layers that never ran come
     last, their weights only, with a note.
     """
     trace = trace_forward(model, batch, forward, samples)
@@ -59,13 +54,12 @@ def find_sites(
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in modules):
             raise InputError(f"no module matches {pattern!r}; the layers are named such as {_examples(modules)}.")
-    executed = [m for (m, tensor) in trace.shapes if tensor == "input" and is_layer(modules[m])]
-    if not executed:
+    if not any(tensor == "input" and (is_layer(modules[m]) or m in trace.in_proj) for m, tensor in trace.shapes):
         raise InputError("the model runs no convolution and no linear: there is nothing to quantize.")
-    heads = set(classifier) or set(executed[-1:])
+    ends = trace.layers[:1] + trace.layers[-1:]  # None where the first or last product is no layer's
+    heads = set(classifier) or {name for name in ends[-1:] if name is not None}
     kinds = {name: module_kind(name, module, trace, heads, modules) for name, module in modules.items()}
-    first = executed[0] if executed else None
-    found = _weights_and_activations(trace, modules, kinds, pinned={first, *heads})
+    found = _weights_and_activations(trace, modules, kinds, pinned={*ends[:1], *heads})
     for fields in found:
         name = fields["site"].module
         included = not include or any(fnmatchcase(name, pattern) for pattern in include)
@@ -86,6 +80,8 @@ def module_kind(
     parts = name.split(".")
     if name in heads:
         return "head"
+    if name in trace.in_proj:
+        return "attn.qkv"
     if not is_layer(module):
         class_name = type(module).__name__
         if _NORM.search(class_name) and not any(is_layer(inside) for inside in module.modules()):
@@ -122,153 +118,60 @@ def _weights_and_activations(
 ) -> list[dict]:
     """Fields of each SiteInfo: the executed ones in their order, a weight just before its input, then the rest."""
     rows: list[dict] = []
-    owners: dict[int, str] = {}
+    owners: dict[int, list[dict]] = {}  # by a weight's identity: the rows of the layer that uses it first
     for site, shape in trace.shapes.items():
         module = modules[site.module]
         kind = kinds[site.module]
-        if site.tensor == "input":
-            if not is_layer(module):
-                continue
-            weights = _weight_sites(site.module, module, trace, kind, modules)
-            owner = owners.setdefault(id(module._parameters.get("weight")), site.module)
-            if owner != site.module and weights[0]["numel"]:
-                shared = {"quantizable": False, "numel": 0, "note": f"shares its weight with {owner}"}
-                weights = [{**row, **shared} for row in weights]
+        if site.tensor == "input" and (is_layer(module) or site.module in trace.in_proj):
+            own = weight_rows(site.module, module, trace, kind, modules)
+            note = called(site.module, trace) if own[0]["quantizable"] else own[0]["note"]
+            weights = _shared(own, modules, owners)
+            quantizable = all(row["quantizable"] or row.get("same") for row in weights)
             rows.extend({**row, "pinned": site.module in pinned} for row in weights)
             rows.append(
-                {**_activation(site, shape, trace, module, kind, weights[0]["note"]),
+                {**activation_row(site, shape, trace, module, kind, note),
                  "edges": tuple(row["site"] for row in weights), "pinned": site.module in pinned,
                  "same": trace.same.get(site),
-                 "quantizable": weights[0]["quantizable"]}
+                 "quantizable": quantizable}
             )  # fmt: skip
         elif site.is_attention:
-            rows.append(_activation(site, shape, trace, module, _ATTENTION_KINDS[site.tensor]))
-        elif is_layer(module) or kind in ("norm", "block"):
-            rows.append({**_activation(site, shape, trace, module, kind), "quantizable": False})
+            rows.append(activation_row(site, shape, trace, module, ATTENTION_KINDS[site.tensor]))
+        elif site.tensor == "output" and (is_layer(module) or kind in ("norm", "block")):
+            rows.append({**activation_row(site, shape, trace, module, kind), "quantizable": False})
     seen = {row["site"].module for row in rows}
     for name, module in modules.items():
         if is_layer(module) and name not in seen:
             note = trace.notes.get(Site(name, "weight"), "never executed: its weight only")
             never = {"quantizable": False, "note": note}
-            rows.extend({**row, **never} for row in _weight_sites(name, module, trace, kinds[name], modules))
+            weights = [{**row, **never} for row in weight_rows(name, module, trace, kinds[name], modules)]
+            rows.extend(_shared(weights, modules, owners))
     return rows
 
 
-def _weight_sites(name: str, module: nn.Module, trace: Trace, kind: str, modules: dict[str, nn.Module]) -> list[dict]:
-    weight = module.get_parameter("weight") if "weight" in module._parameters else None
-    note, quantizable = "", True
-    if weight is None or _TRANSFORMS_ITS_WEIGHT.search(type(module).__name__):
-        note, quantizable = f"{type(module).__name__} transforms its weight itself: observed, not quantized", False
-    elif trace.calls.get(name, 0) > 1:
-        note = f"called {trace.calls[name]} times in one forward pass"
-    output = trace.shapes.get(Site(name, "output"), ())
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    carrier = Site(name, "input" if transposed else "output")  # each element of it meets one row of the weight
-    made = getattr(module, "weight", None) if weight is None else weight  # weight_norm makes its weight anew each time
-    macs = _per_image(trace, carrier) * (made.numel() // made.shape[0]) if output and isinstance(made, Tensor) else 0
-    common = {"kind": kind, "quantizable": quantizable, "note": note, "edges": (Site(name, "input"),) if output else ()}
+def _shared(weights: list[dict], modules: dict[str, nn.Module], owners: dict[int, list[dict]]) -> list[dict]:
+    """The rows of a weight that other modules have too: of the first that uses it; later ones own nothing."""
+    name, parameter = weights[0]["site"].module, weights[0].get("parameter", "weight")
+    weight = modules[name]._parameters.get(parameter)
     if weight is None:
-        return [{**common, "site": Site(name, "weight"), "shape": (), "numel": 0, "macs": macs}]
-    parts, heads = trace.qkv_parts.get(name), 0
-    attention = next((m for m in trace.attention if name.startswith(f"{m}.")), None)
-    if attention is not None:
-        heads = _heads(Site(attention, "value" if parts else "query"), modules[attention], trace)[1]
-    if parts:
+        return weights
+    if id(weight) in owners:
+        first = owners[id(weight)]
+        same = {row["site"].tensor: row["site"] for row in first}
+        note = f"shares its weight with {first[0]['site'].module}"
+        usable = all(row["quantizable"] for row in first)
         return [
-            {**common, "site": Site(name, f"weight.{part}"), "shape": (stop - start, weight.shape[1]),
-             "numel": (stop - start) * weight.shape[1], "channel_axis": 0, "channels": stop - start, "head_axis": 0,
-             "heads": heads, "rows": (start, stop), "macs": macs // 3}
-            for part, (start, stop) in parts.items()
+            {**row, "quantizable": False, "numel": 0, "note": note,
+             "same": same.get(row["site"].tensor, first[0]["site"]) if usable else None}
+            for row in weights
         ]  # fmt: skip
-    by_columns = kind == "attn.proj" and heads > 0 and weight.shape[1] % heads == 0
-    # Axis 1 of a grouped transposed convolution holds the output channels of one group, those of all groups mixed.
-    mixed = isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups > 1
-    channel_axis = -1 if mixed else int(transposed)
-    return [
-        {**common, "site": Site(name, "weight"), "shape": tuple(weight.shape), "numel": weight.numel(),
-         "channel_axis": channel_axis, "channels": 0 if mixed else weight.shape[channel_axis],
-         "head_axis": 1 if by_columns else -1, "heads": heads if by_columns else 0, "macs": macs}
-    ]  # fmt: skip
-
-
-def _per_image(trace: Trace, site: Site) -> int:
-    """Elements of a site in the forward pass of one image, over all its calls.
-
-    A tensor whose first axis holds no images (a table of relative positions) is computed once, whatever their number.
-    """
-    shape = trace.shapes[site]
-    batched = bool(shape) and shape[0] % trace.images == 0
-    return trace.elements[site] // (trace.images if batched else 1)
-
-
-def _heads(site: Site, module: nn.Module, trace: Trace) -> tuple[int, int, str]:
-    """The axis and number of the heads of query, key, value or attention, -1 and 0 where unknown; and a note on why.
-
-    A batch axis as long as the module's own number of heads is theirs, the first of four axes where it states none.
-    Windows may be as many as the heads, and heads may be folded into the batch: then none is taken for the heads,
-    unless qkv's parts were found by their values as (batch, heads, tokens, d).
-    """
-    query, shape = trace.shapes[Site(site.module, "query")], trace.shapes[site]
-    names = ("num_heads", "heads", "n_heads", "num_attention_heads")
-    stated = next((n for n in (getattr(module, name, None) for name in names) if isinstance(n, int)), None)
-    known = any(name.startswith(f"{site.module}.") for name in trace.qkv_parts)
-    axes = [axis for axis in range(1, len(query) - 2) if stated is None or query[axis] == stated]
-    if known and len(query) == 4:
-        axes = [1]
-    elif stated is not None and (len(axes) > 1 or (axes and stated > 1 and query[0] == stated * trace.images)):
-        return -1, 0, "heads cannot be told from windows"
-    if len(axes) != 1 or len(shape) != len(query):
-        return -1, 0, ""
-    return axes[0], shape[axes[0]], ""
-
-
-def _activation(site: Site, shape: tuple[int, ...], trace: Trace, module: nn.Module, kind: str, note: str = "") -> dict:
-    """Fields of an activation: elements of one image, and which axis holds channels or heads."""
-    windows, rest = divmod(shape[0], trace.images) if shape else (0, 0)
-    own_shape = tuple(shape[1:]) if windows == 1 and not rest else (windows, *shape[1:])
-    row: dict = {"site": site, "kind": kind, "shape": own_shape, "numel": _per_image(trace, site)}
-    notes = [note, trace.notes.get(site, "")]
-    if site.is_attention:
-        axis, groups, unknown = _heads(site, module, trace)
-        notes.append(unknown)
-        names = ("head_axis", "heads")
-        other = {"query": "key", "key": "query", "attention": "value", "value": "attention"}[site.tensor]
-        row["edges"] = (Site(site.module, other),)
-        row["macs"] = trace.macs.get(site, 0) // (1 if rest else trace.images)
-    else:
-        axis = _channel_axis(shape, module) if len(shape) > 1 else -1
-        groups = shape[axis] if len(shape) > 1 else 0
-        names = ("channel_axis", "channels")
-    others = trace.other_shapes.get(site, set())
-    if any(len(other) != len(shape) or (groups and other[axis] != groups) for other in others):
-        axis, groups = -1, 0
-        notes.append(f"its calls have different shapes: {', '.join(map(str, sorted({shape, *others})[:3]))}")
-    row.update(zip(names, (axis, groups), strict=True))
-    if any(notes) and not note and trace.calls.get(site.module, 1) > 1:
-        notes.append(f"called {trace.calls[site.module]} times in one forward pass: over all calls")
-    row["note"] = "; ".join(filter(None, notes))
-    return row
-
-
-def _channel_axis(shape: tuple[int, ...], module: nn.Module) -> int:
-    """The axis of a convolution's planes, the last of a linear; else the one, first or last, of the weights' width.
-
-    Blocks hand on (batch, channels, height, width) or (batch, height, width, channels), whatever layers they hold.
-    """
-    last = len(shape) - 1
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return max(0, last - len(module.kernel_size))
-    if isinstance(module, nn.Linear) or last < 2:
-        return last
-    weights = [inside._parameters.get("weight") for inside in module.modules()]
-    widths = [weight.numel() if weight.ndim < 2 else weight.shape[0] for weight in weights if weight is not None]
-    first_votes, last_votes = widths.count(shape[1]), widths.count(shape[last])
-    if first_votes != last_votes:
-        return 1 if first_votes > last_votes else last
-    layers = [inside for inside in module.modules() if is_layer(inside)]
-    if layers:
-        return last if last < 3 or isinstance(layers[-1], nn.Linear) else 1
-    return 1 if _NORM_OF_PLANES.search(type(module).__name__) else last
+    others = tuple(n for n, m in modules.items() if n != name and any(p is weight for p in m._parameters.values()))
+    if others:
+        note = f"also used by {', '.join(others)}: one weight, quantized in all its uses"
+        weights = [
+            {**row, "shared_with": others, "note": "; ".join(filter(None, [row["note"], note]))} for row in weights
+        ]
+    owners[id(weight)] = weights
+    return weights
 
 
 def select_sites(sites: Sequence[SiteInfo], tensors: Sequence[str]) -> list[SiteInfo]:
@@ -282,6 +185,22 @@ def select_sites(sites: Sequence[SiteInfo], tensors: Sequence[str]) -> list[Site
         raise InputError(f"the tensor {unknown[0]!r} is unknown; choose from {', '.join(TENSOR_GROUPS)}.")
     wanted = {tensor for name in tensors for tensor in TENSOR_GROUPS[name]}
     return [info for info in sites if info.quantizable and info.site.tensor in wanted]
+
+
+def check_plain_weights(model: nn.Module, sites: Sequence[SiteInfo]) -> None:
+    """Raise InputError where no site can be quantized because layers compute their weight of others at every pass."""
+    if any(info.quantizable for info in sites):
+        return
+    names = list(dict.fromkeys(info.site.module for info in sites if info.site.is_weight and not info.excluded))
+    remade = {name: remade_by(model.get_submodule(name)) for name in names}
+    ways = list(dict.fromkeys(filter(None, remade.values())))
+    if ways:
+        named = [name for name in names if remade[name]]
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+        raise InputError(
+            f"no site can be quantized: {', '.join(named[:3])}{more} compute their weight at every forward pass. Leave "
+            f"them a plain weight first: {' or '.join(ways)}."
+        )
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:

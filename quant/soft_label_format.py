@@ -30,7 +30,7 @@ _VERSION = 2
 START = b'{"format": "qvw-soft-labels", "version": '
 VERSION_START = START + str(_VERSION).encode() + b", "
 DIGEST, FINGERPRINT = hashlib.sha256().digest_size, struct.Struct("<I")
-MAKE_ONE = "`qvw soft-labels TEACHER --data D --out FILE` makes one"
+MAKE_ONE = "a SoftLabelWriter makes one"
 
 
 class Crop(NamedTuple):
@@ -149,4 +149,4 @@ def start_of(path: Path) -> bytes:
 def other_version(path: Path) -> str:
     """What to say of a file of another version."""
     what = f"{path} was made by another version, or is damaged: soft labels have format {_VERSION} here"
-    return f"{what}. Make it anew with `qvw soft-labels ... --overwrite`."
+    return f"{what}. Make the soft labels again."

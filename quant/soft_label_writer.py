@@ -94,8 +94,8 @@ class SoftLabelWriter:
         except ValueError:
             changes = ""
         raise InputError(
-            f"{partial_of(self.path)} was begun with other inputs{changes}. Run that command again to go on with it, "
-            "choose another --out, or start anew with --overwrite."
+            f"{partial_of(self.path)} was begun with other inputs{changes}. Resume with those, choose another "
+            "`path`, or start from scratch."
         )
 
 

@@ -55,8 +55,8 @@ class SoftLabels:
 
     def _damaged(self, why: str) -> InputError:
         return InputError(
-            f"The soft labels {self.path} are cut short or damaged: {why}. Fetch the file again, or make it anew with "
-            "`qvw soft-labels ... --overwrite`."
+            f"The soft labels {self.path} are cut short or damaged: {why}. Fetch the file again, or make "
+            "the soft labels again."
         )
 
     def _map(self) -> None:

@@ -18,10 +18,10 @@ from quant.batchnorm import batchnorms, reestimate_batchnorm_
 from quant.checkpoints import last_step, load_checkpoint_, save_checkpoint
 from quant.config import QATConfig
 from quant.errors import InputError
+from quant.insertion import latent_weights
 from quant.loss_terms import TERMS, Weights, gradient_norms, image_terms, low_bit, weight_terms
 from quant.optimizer import make_optimizer
 from quant.oscillation import OscillationTracker, edge_rows
-from quant.prepare import latent_weights
 from quant.quantizer import LSQQuantizer
 from quant.site import Site
 from quant.step_batches import StepBatches
@@ -80,6 +80,8 @@ def train_qat(
         {site: w.numel() for site, (w, _) in low_bit(weights).items()}, window=config.oscillation_window
     ).to(device)
     quantizers = [module for module in model.modules() if isinstance(module, LSQQuantizer)]
+    for quantizer in quantizers:
+        quantizer.watch.attached += 1  # scales are clamped below: looking whether they are would wait for a GPU
     multiplied = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     state: dict[str, Any] = {"model": model, "tracker": tracker, "optimizer": optimizer, "accelerator": accelerator}
     first, started, per_epoch = last_step(checkpoints), time.monotonic(), images // config.batch_size
@@ -172,7 +174,7 @@ def total_steps(config: QATConfig, images: int, processes: int = 1) -> int:
                         if count > 1)  # fmt: skip
         raise InputError(
             f"batch_size={config.batch_size} cannot be shared equally by {processes} processes{whole}: it must be a "
-            f"multiple of {crops * processes * parts}. Change it by --set."
+            f"multiple of {crops * processes * parts}. Change `batch_size`."
         )
     return config.steps or config.epochs * (images // config.batch_size)
 
@@ -220,20 +222,20 @@ def _refuse_divergence(
     kept = last_step(checkpoints)
     kept_words = f"The checkpoint of step {kept} is kept in {checkpoints}" if kept else "No checkpoint was written yet"
     raise DivergedError(
-        f"The training diverged at step {step}: {what}. {kept_words}. {_advice(step, cause, config)}; then start anew "
-        "with --overwrite."
+        f"The training diverged at step {step}: {what}. {kept_words}. {_advice(step, cause, config)}; then start from "
+        "scratch."
     )
 
 
 def _advice(step: int, cause: str, config: QATConfig) -> str:
     """What to change after a divergence in the term `cause`, "" where that is not known."""
     if cause in SETTING_OF:
-        return f"Lower {SETTING_OF[cause]} (--set)"
-    look = "look at the images (--mean, --std) and the weights: `qvw stats` names the first site with NaN or Inf"
-    fp32 = ", or try --set precision=fp32" if config.precision == "bf16" else ""
+        return f"Lower `{SETTING_OF[cause]}`"
+    look = "look at the images (mean and deviation) and the weights: measure_stats names the first site with NaN or Inf"
+    fp32 = ", or try `precision`=fp32" if config.precision == "bf16" else ""
     if step == 1:
         if cause in ("kd", "soft"):
-            look = f"look at the teacher and kd_temperature{'' if config.task_weight else ', or ' + look}"
+            look = f"look at the teacher and `kd_temperature`{'' if config.task_weight else ', or ' + look}"
         return f"It is the first step, so no learning rate is at fault: {look}{fp32}"
     usual = QATConfig()
     high = ["learning_rate"] if config.learning_rate >= usual.learning_rate else []
@@ -241,16 +243,16 @@ def _advice(step: int, cause: str, config: QATConfig) -> str:
     if of_scales > usual.scale_learning_rate or (high and of_scales == usual.scale_learning_rate):
         high.append("scale_learning_rate")
     if high:
-        return f"Lower {' or '.join(high)} (--set){fp32}"
-    clip = "" if config.clip_grad_norm else " --set clip_grad_norm=1 or"
+        return f"Lower {' or '.join(f'`{name}`' for name in high)}{fp32}"
+    clip = "" if config.clip_grad_norm else " `clip_grad_norm`=1 or"
     return (
         f"learning_rate={config.learning_rate:g} is below its default, {usual.learning_rate:g}, already: try{clip} a "
-        f"larger batch_size{fp32}, or {look}"
+        f"larger `batch_size`{fp32}, or {look}"
     )
 
 
 def _refuse_single_images(model: nn.Module, batch: int) -> None:
     if batch < 2 and batchnorms(model):
         raise InputError(
-            "BatchNorm cannot be trained on one image at a time, got a batch of 1 a process. Raise batch_size (--set)."
+            "BatchNorm cannot be trained on one image at a time, got a batch of 1 a process. Raise `batch_size`."
         )

@@ -18,7 +18,7 @@ def check_trainable(model: nn.Module, config: QATConfig, images: Tensor) -> None
     this machine lacks; a loss without terms.
     """
     if not (config.task_weight or config.kd_weight):
-        raise InputError("task_weight and kd_weight are both 0: nothing is learned from the images. Raise one (--set).")
+        raise InputError("`task_weight` and `kd_weight` are both 0: nothing is learned from the images. Raise one.")
     before = torch.get_rng_state()
     try:
         trial = copy.deepcopy(model).train()
@@ -36,7 +36,7 @@ def check_trainable(model: nn.Module, config: QATConfig, images: Tensor) -> None
     except Exception as error:  # the model and the optimizer are the user's choice: whatever they raise is told
         raise InputError(
             f"{type(model).__name__} cannot be trained with {config.optimizer}: one step on a copy raised "
-            f"{type(error).__name__}: {first_line(error)}. Change the model, or --set optimizer."
+            f"{type(error).__name__}: {first_line(error)}. Change the model, or `optimizer`."
         ) from error
     finally:
         torch.set_rng_state(before)

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quant.config import QATConfig
+from quant.insertion import latent_weights
 from quant.oscillation import POSITIONS, edge_counts, edge_rows
-from quant.prepare import latent_weights
 from quant.quantizer import LSQQuantizer, Quantizer
 from quant.scheme import QuantScheme
 from quant.site import Site

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quant.distill import distillation_loss
+from quant.errors import InputError
 
 
 def logits(seed: int, batch: int = 4, classes: int = 5, spread: float = 3.0) -> torch.Tensor:
@@ -81,15 +82,34 @@ def test_half_precision_logits_are_computed_in_float32():
     assert loss.item() == pytest.approx(by_definition(student.double(), teacher.double(), 3.0), rel=1e-5)
 
 
-@pytest.mark.parametrize(("student", "teacher"), [((4, 5), (4, 6)), ((4, 5), (1, 5)), ((5,), (5,)), ((4, 2, 5),) * 2])
+@pytest.mark.parametrize(
+    ("student", "teacher"), [((4, 5), (4, 6)), ((4, 5), (1, 5)), ((5,), (5,)), ((4, 5, 2), (4, 5))]
+)
 def test_other_shapes_are_refused(student, teacher):
-    """Logits of other classes or batches do not broadcast in silence, and each is (batch, classes)."""
-    with pytest.raises(ValueError, match=r"must both be \(batch, classes\)"):
+    """Logits of other classes or batches do not broadcast in silence, and there is an axis of classes."""
+    with pytest.raises(InputError, match="one shape"):
         distillation_loss(torch.zeros(student), torch.zeros(teacher), temperature=1.0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
     """A division by 0, or a student drawn to the teacher's least likely class, is no distillation."""
-    with pytest.raises(ValueError, match="`temperature` must be > 0"):
+    with pytest.raises(InputError, match="temperature"):
         distillation_loss(logits(0), logits(1), temperature=temperature)
+
+
+def test_positions_are_averaged_like_samples():
+    """The loss of a segmentation is that of its pixels as rows, by the definition, the classes on axis 1."""
+    student, teacher = logits(6, batch=24), logits(7, batch=24)
+    maps = [x.reshape(2, 3, 4, 5).permute(0, 3, 1, 2) for x in (student, teacher)]
+    assert distillation_loss(*maps).item() == pytest.approx(by_definition(student, teacher, 1.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("key", ["logits", "out"])
+def test_logits_are_found_in_a_dictionary(key):
+    """Of either network; without them the error says what came."""
+    student, teacher = logits(8), logits(9)
+    loss = distillation_loss({"aux": 0, key: student}, {key: teacher})
+    assert loss == distillation_loss(student, teacher)
+    with pytest.raises(InputError, match="`teacher` is a dict"):
+        distillation_loss(student, {"other": teacher})

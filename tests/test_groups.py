@@ -4,20 +4,20 @@ import numpy as np
 import pytest
 import timm
 import torch
-from analysis.evaluation import compare_logits, logits_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from analysis.scoring import compare, reference_of
 from analysis.sensitivity import SweepConfig, quantized_sites, sensitivity_table, sweep_keys
 from analysis.sweeps.groups import EVERYTHING, groups_of, stage_of
 from analysis.sweeps.rank_bands import images_to_separate, rank_bands
 from analysis.sweeps.sweep import sweep
 from analysis.tasks import classification
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
-from quant.prepare import quantized
+from quant.insertion import quantized
 from quant.sites import find_sites
-from tests.networks import net_of
+from tests.networks import logits_of, net_of
 
 IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(24) % 10
@@ -109,7 +109,7 @@ def test_a_group_s_row_is_what_quantizing_by_hand_gives(swin, protocol):
     keys = sweep_keys(model, sites, config, blocks=blocks)
     rows = {
         row["group"]: row
-        for row in sweep(net_of(model, trace, sites, "m"), sites, BATCHES, keys, task=classification())
+        for row in sweep(net_of(model, trace, sites, blocks=blocks), sites, BATCHES, keys, task=classification())
     }
     key = next(key for key in keys if key["group"] == "stage:layers.1")
     chosen = dict(quantized_sites(key, sites, blocks=blocks))
@@ -119,8 +119,10 @@ def test_a_group_s_row_is_what_quantizing_by_hand_gives(swin, protocol):
         scheme = default_scheme(model, info, bits, sample=samples.get(info.site))
         quantizers[info.site] = make_quantizer(model, info, scheme, sample=samples.get(info.site), estimator="mse")
     with quantized(model, trace, {info.site: info for info in chosen}, quantizers):
-        logits, labels = logits_of(model, BATCHES)
-    expected, _ = compare_logits(logits, logits_of(model, BATCHES)[0], labels)
+        logits = logits_of(model, BATCHES)
+    whole = [(IMAGES, LABELS)]
+    reference = reference_of(classification(), [logits_of(model, BATCHES)], whole)
+    expected, _ = compare(classification(), [logits], reference, whole)
     assert rows["stage:layers.1"]["kl"] == pytest.approx(expected["kl"], rel=1e-3)  # attention by its formula
     assert rows["stage:layers.1"]["delta_loss"] == pytest.approx(expected["delta_loss"], rel=1e-2, abs=1e-5)
     table = sensitivity_table(list(rows.values()))

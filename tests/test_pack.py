@@ -14,9 +14,9 @@ from analysis.planning import accounting
 from quant.bit_plan import PlannedSite
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
+from quant.insertion import attach_quantizers_, latent_weights
 from quant.layers import quantize_layer_
 from quant.pack import PARTS, load_packed_, pack, pack_bits, unpack_bits
-from quant.prepare import latent_weights, prepare_qat_
 from quant.quantizer import LSQQuantizer, Quantizer
 from quant.scheme import QuantScheme, axis_and_groups, default_granularity
 from quant.site import Site
@@ -94,7 +94,7 @@ def prepared(name, schemes_for, images=IMAGES):
         axis, groups = axis_and_groups(sites[site], scheme.granularity)
         offset = torch.zeros(groups) if scheme.offset else None
         quantizers[site] = Quantizer(scheme=scheme, scale=torch.ones(groups), offset=offset, axis=axis, groups=groups)
-    prepare_qat_(model, quantizers, trace=trace, sites=sites, image=images[:1])
+    attach_quantizers_(model, quantizers, trace=trace, sites=sites, image=images[:1])
     return model, infos, schemes
 
 
@@ -225,13 +225,15 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("names", [("first", "later"), ("later", "first")])
-def test_a_weight_that_another_layer_shares_is_kept_for_it(names):
-    """The unplanned layer multiplies with the latent weight, so the file holds that too."""
+def test_a_weight_that_another_layer_shares_is_packed_once(names):
+    """It is quantized in both, so its codes stand for both."""
     torch.manual_seed(0)
     model, _, _ = prepared(Tied(names), only(Site("first", "weight")))
     trained_(model)
     tensors = pack(model)
-    assert torch.equal(tensors[f"parameter/{names[0]}.weight"], model.first._parameters["weight"])
+    assert [name for name in tensors if name.endswith((":weight", ".weight"))] == [
+        "codes/first:weight", "scale/first:weight", "parameter/stem.weight"
+    ]  # fmt: skip
     other, _, _ = prepared(Tied(names), only(Site("first", "weight")))
     scrambled_(other)
     load_packed_(other, tensors)

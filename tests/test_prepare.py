@@ -15,8 +15,8 @@ from torch import nn
 from analysis.models import ModelSource, load_model
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
+from quant.insertion import attach_quantizers_, detach_quantizers_, latent_weights, quantized
 from quant.layers import is_quantized
-from quant.prepare import latent_weights, prepare_qat_, quantized, restore_float_
 from quant.quantizer import LSQQuantizer
 from quant.site import Site
 from quant.sites import find_sites
@@ -71,9 +71,9 @@ def test_the_float_model_comes_back_bit_for_bit(name):
     parameters = [id(p) for p in model.parameters()]
     switches = [getattr(module, "fused_attn", None) for module in model.modules()]
     trace, infos, quantizers = opened(model)
-    prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
+    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
     assert not torch.equal(model(IMAGES), logits)
-    restore_float_(model)
+    detach_quantizers_(model)
     assert [type(module) for module in model.modules()] == classes
     assert [id(p) for p in model.parameters()] == parameters
     assert [getattr(module, "fused_attn", None) for module in model.modules()] == switches
@@ -90,7 +90,7 @@ def test_it_starts_as_the_calibrated_network(name):
     trace, infos, quantizers = opened(model)
     with torch.no_grad(), quantized(model, trace, infos, quantizers):
         expected = model(IMAGES)
-    prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
+    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
     with torch.no_grad():
         assert torch.equal(model(IMAGES), expected)
         twin = copy.deepcopy(model)
@@ -106,7 +106,7 @@ def test_every_site_is_quantized_and_learns(name):
     model = NETWORKS[name]()
     trace, infos, quantizers = opened(model)
     keys = set(model.state_dict())
-    prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
+    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
     assert keys < set(model.state_dict())  # the latent weights keep their names
     learned = [module for module in model.modules() if isinstance(module, LSQQuantizer)]
     assert len(learned) == len(quantizers)
@@ -125,7 +125,7 @@ def test_a_part_of_a_fused_weight_can_be_quantized_alone():
     trace, infos, quantizers = opened(model, bits=2)
     site = Site("blocks.0.attn.qkv", "weight.value")
     latent = model.blocks[0].attn.qkv.weight.detach().clone()
-    prepare_qat_(model, {site: quantizers[site]}, trace=trace, sites=infos, image=IMAGE)
+    attach_quantizers_(model, {site: quantizers[site]}, trace=trace, sites=infos, image=IMAGE)
     weight = model.blocks[0].attn.qkv.weight.detach()
     assert torch.equal(weight[:64], latent[:64])
     assert torch.equal(weight[64:], quantizers[site](latent[64:]))
@@ -155,7 +155,7 @@ def test_a_site_that_is_not_executed_as_planned_is_named(attribute, value, eleme
     trace, infos, quantizers = opened(model, images=images)
     setattr(model, attribute, value)
     with pytest.raises(InputError, match=rf"not executed as planned: .*second:input \({elements} elements\)"):
-        prepare_qat_(model, quantizers, trace=trace, sites=infos, image=images[:1])
+        attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=images[:1])
     assert not any(is_quantized(module) for module in model.modules())
 
 
@@ -165,7 +165,7 @@ def test_a_quantizer_that_does_nothing_is_found(monkeypatch):
     trace, infos, quantizers = opened(model)
     monkeypatch.setattr(LSQQuantizer, "forward", lambda self, x: x + 0)
     with pytest.raises(InputError, match=rf"{len(quantizers)} of {len(quantizers)} planned sites were not executed"):
-        prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
+        attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
 
 
 @pytest.mark.parametrize("name", ["cifar10_resnet20", "cifar10_vit_d128_l4", "cifar10_swin_e48"])
@@ -181,7 +181,7 @@ def test_four_bits_start_far_above_chance(shared, name):
         answers = model(images).argmax(dim=1)
     trace, infos, quantizers = opened(model, images=images)
     quantizers = {site: q for site, q in quantizers.items() if "downsample" not in site.module}
-    prepare_qat_(model, quantizers, trace=trace, sites=infos, image=images[:1])
+    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=images[:1])
     with torch.no_grad():
         agreement = (model(images).argmax(dim=1) == answers).float().mean().item()
     assert agreement > (0.4 if name == "cifar10_resnet20" else 0.7)  # BatchNorm's statistics are stale here

@@ -20,6 +20,7 @@ QUANT_MAY_IMPORT = {
     "train": {"accelerate"},  # devices and processes
     "checkpoints": {"accelerate", "safetensors"},  # processes; weights without running code
     "network": {"pandas"},  # the frame of sites
+    "own_loop": {"pandas"},  # the frame of oscillations
     "bit_plan": {"pydantic", "pandas"},  # validation of a file that a person may have edited
     "config": {"pydantic"},  # the same
 }
@@ -55,10 +56,14 @@ def project_table() -> dict:
     return tomllib.loads(read("pyproject.toml"))["project"]
 
 
+OPTIONAL = {"peers", "lightning", "onnx"}
+"""Extras that no set-up installs: what needs them is skipped without them."""
+
+
 def requirements() -> list[str]:
-    """Every requirement of pyproject.toml, those of the extras too, such as "torch>=2.11", but for the peers'."""
+    """Every requirement of pyproject.toml, such as "torch>=2.11", those of the extras that are set up too."""
     project = project_table()
-    extras = [names for extra, names in project["optional-dependencies"].items() if extra != "peers"]
+    extras = [names for extra, names in project["optional-dependencies"].items() if extra not in OPTIONAL]
     return [*project["dependencies"], *chain.from_iterable(extras)]
 
 
@@ -157,6 +162,17 @@ def test_every_module_says_what_it_is(path):
     """Each module with code in it starts with a docstring."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert not tree.body or ast.get_docstring(tree)
+
+
+def test_messages_of_quant_name_no_command_line():
+    """Whoever calls a function reads of arguments and functions; the command line puts its options in their place."""
+    for path in SOURCES:
+        if path.parts[-2] == "quant":
+            strings = [n.value for n in ast.walk(ast.parse(read(str(path)))) if isinstance(n, ast.Constant)]
+            docstrings = {ast.get_docstring(n, clean=False) for n in ast.walk(ast.parse(read(str(path))))
+                          if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))}  # fmt: skip
+            told = [s for s in strings if isinstance(s, str) and s not in docstrings]
+            assert not [s for s in told if re.search(r"--[a-z]|`qvw|qvw ", s)], path.name
 
 
 def test_nine_files_in_ten_are_under_300_lines():

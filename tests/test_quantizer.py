@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from quant.functional import quant_range
-from quant.prepare import latent_weights, prepare_qat_
+from quant.insertion import attach_quantizers_, latent_weights
 from quant.quantizer import MIN_SCALE_RATIO, LSQQuantizer, Quantizer
 from quant.range_estimators import estimate_range
 from quant.scheme import QuantScheme
@@ -225,10 +225,10 @@ def test_the_module_dependent_factor_follows_the_weight():
 
 
 def test_module_dependent_gradients_are_for_weights():
-    """`prepare_qat_` gives them to weights alone; activations keep LSQ's."""
+    """`attach_quantizers_` gives them to weights alone; activations keep LSQ's."""
     model = model_of("vit")
     trace, infos, quantizers = opened(model)
-    prepare_qat_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1], gradient_scale="module")
+    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1], gradient_scale="module")
     weights = [id(quantizer) for _, quantizer in latent_weights(model).values()]
     learned = [module for module in model.modules() if isinstance(module, LSQQuantizer)]
     assert len(learned) > len(weights) > 0

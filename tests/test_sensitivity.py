@@ -12,19 +12,19 @@ import scipy.special
 import timm
 import torch
 import torch.nn.functional as F
-from analysis.evaluation import compare_logits, logits_of
 
 from analysis.replay import Replay
+from analysis.scoring import compare, reference_of
 from analysis.sensitivity import SENSITIVITY_COLUMNS, SweepConfig, sensitivity_table, sweep_keys
 from analysis.sweeps.sweep import sweep
 from analysis.tasks import classification
 from quant.batchnorm import batchnorm_reestimated
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
-from quant.prepare import quantized
+from quant.insertion import quantized
 from quant.site import Site
 from quant.sites import find_sites
-from tests.networks import net_of
+from tests.networks import logits_of, net_of
 
 IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(24) % 10
@@ -71,6 +71,12 @@ def rows_of(model, trace, sites, config):
     return list(sweep(net_of(model, trace, sites, "m"), sites, BATCHES, keys, task=classification()))
 
 
+def compared(logits, reference, labels):
+    """The figures of logits against those of the float network."""
+    batches = [(torch.zeros(len(labels), 1), labels)]
+    return compare(classification(), [logits], reference_of(classification(), [reference], batches), batches)[0]
+
+
 @pytest.mark.parametrize("name", ["resnet", "vit", "swin"])
 def test_every_row_has_every_column_and_the_model_comes_back(name):
     """One row a site and bit-width in network order; the state is bit for bit what it was, and no hook is left."""
@@ -101,8 +107,8 @@ def test_a_weight_row_is_what_quantizing_a_copy_by_hand_gives():
     scale = np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / 3
     weight_q = np.clip(np.round(weight / scale), -4, 3) * scale
     changed.layer2[0].conv1.weight.data = torch.from_numpy(weight_q).float()
-    logits, labels = logits_of(changed, BATCHES)
-    reference, _ = logits_of(model, BATCHES)
+    logits, labels = logits_of(changed, BATCHES), LABELS
+    reference = logits_of(model, BATCHES)
     p = scipy.special.log_softmax(reference.double().numpy(), axis=1)
     q = scipy.special.log_softmax(logits.double().numpy(), axis=1)
     kl = (np.exp(p) * (p - q)).sum(axis=1)
@@ -248,7 +254,7 @@ def test_reestimated_batchnorm_weighs_batches_by_their_images():
     with batchnorm_reestimated(model, (IMAGES[:21], IMAGES[21:23], IMAGES[23:])), torch.no_grad():
         y = F.conv2d(IMAGES[:23], model.conv1.weight, stride=2, padding=3)
         torch.testing.assert_close(model.bn1.running_mean, y.mean(dim=(0, 2, 3)), atol=1e-5, rtol=1e-4)
-    with pytest.raises(InputError, match="batches of one image"), batchnorm_reestimated(model, (IMAGES[:1],)):
+    with pytest.raises(InputError, match="at least two samples"), batchnorm_reestimated(model, (IMAGES[:1],)):
         pass
 
 
@@ -279,15 +285,15 @@ def test_granularity_concerns_weights_that_have_the_axis():
 def test_without_labels_the_loss_is_nan_and_kl_is_measured():
     """Labels of -1: nothing is invented."""
     reference = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    figures, _ = compare_logits(reference + 0.1 * torch.randn(5, 4), reference, torch.full((5,), -1))
+    figures = compared(reference + 0.1 * torch.randn(5, 4), reference, torch.full((5,), -1))
     assert all(math.isnan(figures[k]) for k in ("loss", "delta_loss", "top1", "delta_top1"))
     assert figures["kl"] > 0
 
 
 def test_a_label_beyond_the_head_is_an_error():
     """A class index that the model cannot predict is wrong input, not a crash in torch."""
-    with pytest.raises(InputError, match="label 7 is beyond the model's 4 classes"):
-        compare_logits(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 7]))
+    with pytest.raises(InputError, match="label 7 is beyond"):
+        compared(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0, 7]))
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "swin"])
@@ -298,7 +304,8 @@ def test_entering_midway_changes_no_bit(name, monkeypatch):
     begin, tables = Replay.__init__, []
     for room in (0, 40_000, 1 << 30):
         limited = partialmethod(
-            lambda self, *given, room, cache_bytes: begin(self, *given, cache_bytes=room), room=room
+            lambda self, *given, room, cache_bytes, forward: begin(self, *given, cache_bytes=room, forward=forward),
+            room=room,
         )
         monkeypatch.setattr(Replay, "__init__", limited)
         tables.append(

@@ -143,16 +143,6 @@ def test_modules_never_called_are_listed_with_a_note():
     ]
 
 
-def test_the_projection_of_torchs_own_attention_is_used_without_being_called():
-    """nn.MultiheadAttention hands its weights to one function: the note tells it from a layer that never ran."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
-    trace, sites = find_sites(model, torch.rand(2, 5, 8))
-    projection = [i for i in sites if i.site.module == "1.self_attn.out_proj"]
-    assert [(i.site.tensor, i.quantizable) for i in projection] == [("weight", False)]
-    assert projection[0].note == "used by multi_head_attention_forward without being called: its weight only"
-    assert "multi_head_attention_forward" in trace.unobserved["1.self_attn"]
-
-
 def test_a_module_called_twice_is_counted_and_said():
     """Its weight is one site; the note says how often it ran."""
 
@@ -322,10 +312,13 @@ def test_tables_of_relative_positions_are_counted_once():
 
 
 def test_a_shared_weight_is_counted_and_quantized_once():
-    """The second of two modules that hold one parameter owns nothing."""
+    """The second of two modules that hold one parameter owns nothing; the input of each is a site."""
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.weight = first.weight
     _, sites = find_sites(nn.Sequential(first, second), torch.rand(2, 4))
     weights = [i for i in sites if i.site.is_weight]
     assert [(i.quantizable, i.numel) for i in weights] == [(True, 16), (False, 0)]
     assert weights[1].note == "shares its weight with 0"
+    assert weights[0].shared_with == ("1",)
+    assert "also used by 1" in weights[0].note
+    assert [i.quantizable for i in sites if i.site.tensor == "input"] == [True, True]

@@ -169,7 +169,7 @@ def test_hard_labels_give_the_ordinary_cross_entropy():
 
 @pytest.mark.parametrize(
     ("teacher", "temperature", "message"),
-    [((4, 9), 1.0, r"must both be \(batch, classes\)"), ((1, 10), 1.0, r"must both be \(batch, classes\)"),
+    [((4, 9), 1.0, "one shape"), ((1, 10), 1.0, "one shape"),
      ((4, 10), 0.0, "`temperature` must be > 0"), ((4, 10), -1.0, "`temperature` must be > 0")],
 )  # fmt: skip
 def test_what_is_no_distillation_is_refused(teacher, temperature, message):
@@ -328,14 +328,14 @@ def test_a_writer_without_room_raises_once(whole, share, tmp_path):
 def test_what_is_no_such_file_is_named(tmp_path):
     """Another file, one of an earlier or later version, none at all."""
     (tmp_path / "other").write_bytes(b"PK\x03\x04" * 100)
-    with pytest.raises(InputError, match="other is no file of soft labels: `qvw soft-labels TEACHER"):
+    with pytest.raises(InputError, match="other is no file of soft labels"):
         SoftLabels(tmp_path / "other")
     assert not is_soft_labels(tmp_path / "other")
     write(tmp_path / "later", HEADER)
     content = (tmp_path / "later").read_bytes()
     for version in (b"1", b"3", b"20"):
         (tmp_path / "later").write_bytes(content.replace(b'"version": 2,', b'"version": %b,' % version, 1))
-        with pytest.raises(InputError, match=r"later was made by another version.*format 2 here\. Make it anew"):
+        with pytest.raises(InputError, match=r"later was made by another version.*format 2 here"):
             SoftLabels(tmp_path / "later")
     with pytest.raises(InputError, match="absent cannot be read: No such file"):
         SoftLabels(tmp_path / "absent")
@@ -370,15 +370,15 @@ def test_a_beginning_of_other_labels_is_refused(tmp_path):
     path = tmp_path / "labels"
     write(path, HEADER, stop=8)
     other = replace(HEADER, seed=3, teacher_sha256="ef" * 32)
-    message = r"labels\.partial was begun with other inputs \(other weights of the teacher, seed: 0 -> 3\).*--overwrite"
+    message = r"labels\.partial was begun with other inputs \(other weights of the teacher, seed: 0 -> 3\)"
     with pytest.raises(InputError, match=message):
         SoftLabelWriter(path, other)
     begun = partial_of(path).read_bytes()
     partial_of(path).write_bytes(begun.replace(b'"version": 2,', b'"version": 1,', 1))
-    with pytest.raises(InputError, match=r"labels\.partial was made by another version.* --overwrite"):
+    with pytest.raises(InputError, match=r"labels\.partial was made by another version"):
         SoftLabelWriter(path, HEADER)
     partial_of(path).write_bytes(b"my notes\n")
-    with pytest.raises(InputError, match=r"begun with other inputs\. Run that command again"):
+    with pytest.raises(InputError, match=r"begun with other inputs\. "):
         SoftLabelWriter(path, HEADER)
     assert partial_of(path).read_bytes() == b"my notes\n"
 

@@ -363,12 +363,12 @@ def test_labels_that_do_not_fit_are_refused(case, made, tmp_path, capfd):
 
 
 DAMAGED = {
-    "cut short": (lambda content: content[:-100], "cut short or damaged: .*make it anew"),
+    "cut short": (lambda content: content[:-100], "cut short or damaged: .*--overwrite"),
     "a flipped byte": (lambda content: content[:3000] + bytes([content[3000] ^ 4]) + content[3001:], "damaged: "),
     "another file": (lambda content: b"PK" + content, "labels.soft is no file of soft labels: `qvw soft-labels"),
     "an earlier version": (
         lambda content: content.replace(b'"version": 2', b'"version": 1', 1),
-        "labels.soft was made by another version.* Make it anew with",
+        "labels.soft was made by another version.*--overwrite",
     ),
     "empty": (lambda content: b"", "is no file of soft labels"),
     "absent": (None, "File '.*labels.soft' does not exist"),

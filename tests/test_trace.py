@@ -207,7 +207,7 @@ def _sum_of_scores(_module, q, k, v):
 
 
 def _einsum(_module, q, k, v):
-    return torch.einsum("bij,bjc->bic", (q @ k.mT).softmax(-1), v)
+    return torch.einsum("bij,bjc->bc", (q @ k.mT).softmax(-1), v)
 
 
 def _over_queries(_module, q, k, v):
@@ -442,3 +442,78 @@ def test_inputs_that_are_the_very_same_tensor_are_found():
     assert found == {Site("b", "input"): Site("a", "input")}
     resnet = trace_forward(timm.create_model("resnet18").eval(), torch.rand(1, 3, 64, 64)).same
     assert resnet == {Site(f"layer{i}.0.downsample.0", "input"): Site(f"layer{i}.0.conv1", "input") for i in (2, 3, 4)}
+
+
+class _ByEinsum(nn.Module):
+    """Attention whose two products are written by einsum, in one of several ways."""
+
+    def __init__(self, scores, values):
+        super().__init__()
+        self.qkv, self.scores, self.values = nn.Linear(12, 36), scores, values
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(len(x), x.shape[1], 3, 3, 4).permute(2, 0, 3, 1, 4)
+        laid = {"bhnd": q, "bhmd": k, "bhdm": k.mT, "bnhd": q.transpose(1, 2), "bmhd": k.transpose(1, 2)}
+        attention = torch.einsum(self.scores, *(laid[part] for part in self.parts(self.scores))).softmax(-1)
+        laid = {"bhnm": attention, "bhmd": v, "bmhd": v.transpose(1, 2)}
+        return torch.einsum(self.values, *(laid[part] for part in self.parts(self.values))).flatten(1)
+
+    def parts(self, equation):
+        return equation.partition("->")[0].replace(" ", "").replace("...", "bh").split(",")
+
+
+@pytest.mark.parametrize(
+    ("scores", "values"),
+    [
+        ("bhnd,bhmd->bhnm", "bhnm,bhmd->bhnd"),
+        ("bnhd,bmhd->bhnm", "bhnm,bmhd->bnhd"),
+        ("bhmd,bhnd->bhnm", "bhmd,bhnm->bhnd"),
+        ("bhnd,bhdm->bhnm", "bhnm, bhmd -> bhnd"),
+        ("...nd,...md->...nm", "...nm,...md->...nd"),
+        ("bmhd,bnhd->bhnm", "bhnm,bhmd->bhdn"),
+    ],
+)
+def test_attention_by_einsum_is_seen(scores, values):
+    """Whatever the letters' order: query over queries, key over keys, rows of the softmax sum to 1, MACs of both."""
+    torch.manual_seed(0)
+    model, x = _ByEinsum(scores, values).eval(), torch.randn(2, 5, 12)
+    trace = trace_forward(model, x)
+    assert not trace.unobserved
+    seen = {}
+    with torch.no_grad():
+        plain = model(x)
+        sites = [Site("", tensor) for tensor in ATTENTION_TENSORS]
+        with intercept(model, trace, {site: (lambda x, site=site: seen.update({site: x.clone()})) for site in sites}):
+            torch.testing.assert_close(model(x), plain)
+        q, k, v = model.qkv(x).view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    for tensor, expected in zip(ATTENTION_TENSORS, (q, k, v, None), strict=True):
+        found = seen[Site("", tensor)]
+        if expected is not None:
+            assert torch.equal(found.flatten().sort().values, expected.flatten().sort().values), tensor
+            assert found.shape[-2:] == (5, 4)
+        else:
+            torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:-1]))
+    assert trace.macs[Site("", "query")] == trace.macs[Site("", "attention")] == 3 * 5 * 5 * 4
+    with torch.no_grad():
+        for site in sites:
+            with intercept(model, trace, {site: lambda x: x.flip(-1)}):
+                assert not torch.allclose(model(x), plain), site
+
+
+def test_tensors_with_time_before_the_batch_hold_its_samples():
+    """Elements and MACs are of one sample where its axis is the first or, with time before it, the second."""
+
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.signal, self.volume = nn.Linear(4, 4), nn.Conv1d(4, 4, 3), nn.Conv3d(1, 2, 1)
+
+        def forward(self, x):
+            y = self.signal(self.layer(x.transpose(0, 1)).permute(1, 2, 0))
+            return self.volume(y[:, None, :, :, None])
+
+    model, x = TimeFirst(), torch.randn(3, 5, 4)
+    many, one = trace_forward(model, x), trace_forward(model, x[:1])
+    assert many.macs == one.macs == {
+        Site("layer", "weight"): 5 * 16, Site("signal", "weight"): 3 * 4 * 12, Site("volume", "weight"): 12 * 2
+    }  # fmt: skip

@@ -365,7 +365,7 @@ def test_a_diverging_training_stops_and_says_what_is_kept(tmp_path, capfd):
     """Exit code 2; no model is written, the history up to there stays."""
     run = tmp_path / "run"
     assert train(run, "--uniform", "w3a4", "--set", "learning_rate=1e14", "--set", "warmup=0") == 2
-    assert re.search(r"diverged at step \d+: .*Lower learning_rate", capfd.readouterr().err)
+    assert re.search(r"diverged at step \d+: .*Lower --set learning_rate .*--overwrite", capfd.readouterr().err)
     assert not (run / "qat" / "model.safetensors").exists()
     assert (run / "qat" / "history.partial.jsonl").exists()
 

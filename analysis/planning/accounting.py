@@ -13,7 +13,7 @@ import pandas as pd
 from analysis.planning.user_tables import LATENCY_COLUMNS
 from quant.bit_plan import PlannedSite, PlanTotals, check_known_sites
 from quant.errors import InputError
-from quant.site import Site
+from quant.site import PRODUCT, Site
 
 FLOAT_BITS = 32  # of a tensor that the plan does not name
 FLOAT_BYTES = 4  # of a scale, an offset, and a parameter outside the plan
@@ -30,17 +30,22 @@ def edges(cost: pd.DataFrame) -> pd.DataFrame:
     """The matrix products between two sites, each once.
 
     Columns: site_a, site_b (as `module:tensor`), macs (per image). site_a is the weight, the query or the attention
-    map; its row gives the MACs, because one input meets the three parts of a fused qkv weight. ValueError if a
-    product is known from its other side alone.
+    map; its row gives the MACs, because one input meets the three parts of a fused qkv weight. For a weight that
+    several layers share it is that of the first, which has the bits. ValueError if a product is known from its other
+    side alone.
     """
     macs_of: dict[tuple[str, str], int] = {}
+    known: set[tuple[str, str]] = set()
     other_side: set[tuple[str, str]] = set()
     for site, row in cost_rows(cost).items():
-        if site.is_weight or site.tensor in ("query", "attention"):
-            macs_of.update({(str(site), partner): int(row.macs) for partner in row.edges})
+        if site.is_weight or site.tensor in ("query", "attention", PRODUCT):
+            same = getattr(row, "same_tensor", None)
+            owner = same if site.is_weight and isinstance(same, str) else str(site)
+            macs_of.update({(owner, partner): int(row.macs) for partner in row.edges})
+            known.update((str(site), partner) for partner in row.edges)
         else:
             other_side.update((partner, str(site)) for partner in row.edges)
-    missing = sorted(other_side - macs_of.keys())
+    missing = sorted(other_side - known)
     if missing:
         raise ValueError(f"`cost` lists the product of {missing[0][1]} with {missing[0][0]} on one side only.")
     return pd.DataFrame(

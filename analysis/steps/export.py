@@ -32,8 +32,8 @@ from analysis.training.calibration import read_plan, uncalibrated
 from analysis.training.trained_model import load_trained_
 from quant.bit_plan import BitPlan, PlannedSite, check_known_sites
 from quant.errors import InputError, first_line
+from quant.insertion import attach_quantizers_
 from quant.pack import PARTS, load_packed_, pack
-from quant.prepare import prepare_qat_
 
 VERSION = 1
 
@@ -80,7 +80,7 @@ def load_checkpoint_(opened: Opened, path: Path) -> Sequence[PlannedSite]:
         quantizers = uncalibrated(opened, plan)
     except InputError as error:
         raise InputError(f"{path} is of another network, {name}: {error}") from error
-    prepare_qat_(opened.model, quantizers, trace=opened.trace, sites=opened.by_site, image=opened.probe_image())
+    attach_quantizers_(opened.model, quantizers, trace=opened.trace, sites=opened.by_site, image=opened.probe_image())
     load_packed_(opened.model, tensors, source=f"{path}, a packed {name},")
     opened.model.eval()
     return plan.sites
@@ -129,7 +129,9 @@ def _account(opened: Opened, plan: BitPlan, tensors: Mapping[str, Tensor], size:
     held = {part: [x for name, x in tensors.items() if name.partition("/")[0] == part] for part in PARTS}
     taken = {part: sum(x.nbytes for x in found) for part, found in held.items()}
     counted = taken["codes"] + taken["scale"] + taken["offset"] + taken["parameter"]
-    planned = accounting.totals(plan.sites, cost_table(opened.sites), opened.record.parameters).size_bytes
+    planned = accounting.totals(
+        plan.sites, cost_table(opened.sites, opened.trace.unplanned), opened.record.parameters
+    ).size_bytes
     header = size - sum(taken.values())
     floating = accounting.FLOAT_BYTES * opened.record.parameters + taken["buffer"]
     lines = {

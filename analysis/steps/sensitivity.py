@@ -35,7 +35,7 @@ from analysis.terminal.console import progress, resumable, say, warn
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
 from quant.site import SiteInfo
-from quant.sites import select_sites
+from quant.sites import check_plain_weights, select_sites
 
 IMAGES = 256
 LOG = "sensitivity.partial"
@@ -124,6 +124,7 @@ def _open(setup: Setup, config: SweepConfig, tensors: Sequence[str]) -> _Work:
     data = opened.step_images("sensitivity", "train", at_most=IMAGES)
     sites = select_sites(opened.sites, tensors)
     if not sites:
+        check_plain_weights(opened.model, opened.sites)
         raise InputError(f"no site of {opened.name} holds {', '.join(tensors)}; see --tensors, --include, --exclude.")
     keys = sweep_keys(opened.model, sites, config, blocks=opened.network.blocks)
     if not keys:
@@ -222,7 +223,7 @@ def _is_row(row: Any, images: int) -> bool:
 def _write(work: _Work, rows: Sequence[dict]) -> None:
     """The tables and figures of all rows; the logs have done their work."""
     opened, run = work.opened, work.opened.run
-    run.write_table("cost", cost_table(opened.sites))
+    run.write_table("cost", cost_table(opened.sites, opened.trace.unplanned))
     run.write_table("sensitivity_images", images_table(rows))
     table = sensitivity_table(rows)
     run.write_table("sensitivity", table)

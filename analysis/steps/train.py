@@ -29,7 +29,7 @@ from analysis.training.words import extent, low_rate, outcome, strengths
 from quant.batchnorm import batchnorms, reestimate_batchnorm_
 from quant.bit_plan import BitPlan
 from quant.checkpoints import last_step
-from quant.prepare import prepare_qat_
+from quant.insertion import attach_quantizers_
 from quant.train import train_qat
 from quant.trial import check_trainable
 
@@ -119,7 +119,7 @@ def _prepare_(
         estimator=config.estimator, model=opened.plan_model, parameters=opened.record.parameters,
     )  # fmt: skip
     warn_of_fewer(made, config.calibration_images, "--set calibration_images")
-    prepare_qat_(
+    attach_quantizers_(
         opened.model, made.quantizers, trace=opened.trace, sites=opened.by_site, image=opened.probe_image(),
         gradient_scale=config.gradient_scale, compiled=config.compile,
     )  # fmt: skip

@@ -34,7 +34,7 @@ def verify_row(
     treated = {"stored": "stored", "re-estimate": "re_estimated"}[batchnorm] if batchnorms(opened.model) else "none"
     loss, loss_se = mean_and_error(per_image.loss)
     top1, top1_se = mean_and_error(per_image.score)
-    totals = accounting.totals(sites, cost_table(opened.sites), opened.record.parameters)
+    totals = accounting.totals(sites, cost_table(opened.sites, opened.trace.unplanned), opened.record.parameters)
     floating = float(accounting.FLOAT_BITS)
     return {
         "plan": kind,

@@ -3,9 +3,9 @@
 import pandas as pd
 
 from analysis.storage.table_checks import COUNTABLE, Rule
-from quant.site import WEIGHT_TENSORS
+from quant.site import PRODUCT, WEIGHT_TENSORS
 
-_OWNERS = (*WEIGHT_TENSORS, "query", "attention")  # the side of a product that has its MACs (SiteInfo.macs)
+_OWNERS = (*WEIGHT_TENSORS, "query", "attention", PRODUCT)  # the side of a product that has its MACs (SiteInfo.macs)
 
 
 def _products(cost: pd.DataFrame) -> pd.DataFrame:
@@ -26,10 +26,15 @@ def _any_side(sides: pd.DataFrame, wrong: pd.Series) -> pd.Series:
 
 
 def _no_product(cost: pd.DataFrame) -> pd.Series:
-    """No product at all, one with a site that there is not, twice the same, or one that both sides own, or neither."""
+    """No product at all, one with a site that there is not, twice the same, or one that both sides own, or neither.
+
+    What is of no site is a product with itself.
+    """
     sides = _products(cost)
     owns = sides.drop_duplicates("site").set_index("site")["owns"]
-    return _any_side(sides, sides.duplicated(["site", "other"]) | (sides["other"].map(owns) != ~sides["owns"]))
+    alone = (sides["site"] == sides["other"]) & cost["tensor"].eq(PRODUCT).reindex(sides.index)
+    wrong = (sides["other"].map(owns) != ~sides["owns"]) & ~alone
+    return _any_side(sides, sides.duplicated(["site", "other"]) | wrong)
 
 
 def _one_sided(cost: pd.DataFrame) -> pd.Series:

@@ -17,7 +17,7 @@ from analysis.storage.table_checks import COUNTABLE, Column, Rule, Table
 from quant.bit_plan import PlanBudget
 from quant.choices import ALLOWED_BIT_WIDTHS, ESTIMATORS, GRANULARITIES, GROUPINGS, PROTOCOLS
 from quant.loss_terms import TERMS
-from quant.site import ATTENTION_TENSORS, WEIGHT_TENSORS
+from quant.site import ATTENTION_TENSORS, PRODUCT, WEIGHT_TENSORS
 from quant.sites import KINDS
 
 QUANTIZABLE = (*WEIGHT_TENSORS, "input", *ATTENTION_TENSORS)
@@ -94,7 +94,8 @@ def _unequal_lengths(name: str) -> Rule:
 
 _COST = Table(
     columns={
-        **_SITE, "numel": _COUNT, "elements_per_image": _SIZE, "macs": _COUNT, "edges": Column(sort="texts"),
+        "module": _MODULE, "tensor": Column(sort="text", allowed=(*QUANTIZABLE, PRODUCT)), "numel": _COUNT,
+        "elements_per_image": _SIZE, "macs": _COUNT, "edges": Column(sort="texts"),
         "channels": _COUNT, "heads": _COUNT, "kind": _KIND, "order": _COUNT, "quantizable": _FLAG, "pinned": _FLAG,
         "same_tensor": Column(sort="text", missing="anywhere", optional=True),
     },

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -14,11 +15,12 @@ from analysis.task import Task
 from quant.attention import closed_forward
 from quant.batches import mapped
 from quant.errors import InputError
+from quant.insertion import weight_of
 from quant.intercept import intercept
 from quant.network import Network
-from quant.prepare import weight_of
 from quant.quantizer import Quantizer
 from quant.site import Site, SiteInfo
+from quant.trace import Trace
 
 
 class ErrorScores(NamedTuple):
@@ -76,7 +78,7 @@ def fisher_scores(
             f"task {task.name!r} has no `probe`, from which sensitivities are estimated. Give one, as those of "
             "analysis.tasks have, or measure them: measure_sensitivity."
         )
-    once = {site: by_bits for site, by_bits in quantizers.items() if net.trace.calls.get(site.module, 0) == 1}
+    once = {site: by_bits for site, by_bits in quantizers.items() if _can_be_seen(site, net)}
     pass_ = _GradientPass(net, once)
     generator = torch.Generator().manual_seed(0)
     count = 0
@@ -165,7 +167,8 @@ class _GradientPass:
         layers = dict.fromkeys(site.module for site in self.quantizers if not site.is_attention)
         for module in layers:
             handlers[Site(module, "input")] = lambda x, module=module: self._input(module, x)
-            handlers[Site(module, "output")] = lambda y, module=module: self._output(module, y)
+            output = "projection" if module in self.trace.in_proj else "output"
+            handlers[Site(module, output)] = lambda y, module=module: self._output(module, y)
         for site in self.quantizers:
             if site.is_attention:
                 handlers[site] = lambda x, site=site: self._watched(site, x)
@@ -210,16 +213,18 @@ class _GradientPass:
 
     def _output(self, module: str, y: Tensor) -> None:
         x, _ = self._inputs[module]
-        if y.requires_grad and self._by_image(Site(module, "output"), y) and self._by_image(Site(module, "input"), x):
+        shown = Site(module, "input" if module in self.trace.in_proj else "output")
+        if y.requires_grad and self._by_image(shown, y) and self._by_image(Site(module, "input"), x):
             y.register_hook(lambda gradient: self._layer(module, gradient))
 
     def _layer(self, module: str, gradient: Tensor) -> None:
         """Scores of the layer's weight, and the output gradient's of its input; layers are linear in both."""
         layer, x = self.model.get_submodule(module), _unchanged(self._inputs[module], module)
-        weight = layer.get_parameter("weight").detach()
+        parameter = _parameter(module, self.trace)
+        weight = layer.get_parameter(parameter).detach()
         with torch.no_grad():
             for bits, quantizer in self.quantizers.get(Site(module, "input"), {}).items():
-                change = _product(layer, weight, quantizer(x) - x)
+                change = _product(layer, parameter, weight, quantizer(x) - x)
                 self.sums[Site(module, "input")].output[bits] += power(gradient * change)
             for info in self._weights.get(module, ()):
                 sums, rows = self.sums[info.site], _rows(info)
@@ -227,11 +232,13 @@ class _GradientPass:
                 for bits in self.quantizers[info.site]:
                     error = torch.zeros_like(weight)
                     error[rows] = self._errors[info.site, bits]
-                    weighed = gradient * _product(layer, error, x)
+                    weighed = gradient * _product(layer, parameter, error, x)
                     sums.output[bits] += power(weighed)
                     sums.products[bits] += weighed.reshape(self.images, -1).sum(dim=1, dtype=torch.float64).tolist()
         if module in self._weights:
-            for image_gradient in _weight_gradients(layer, x.chunk(self.images), gradient.chunk(self.images)):
+            for image_gradient in _weight_gradients(
+                layer, parameter, x.chunk(self.images), gradient.chunk(self.images)
+            ):
                 for info in self._weights[module]:
                     self.sums[info.site].gradient += power(image_gradient[_rows(info)])
 
@@ -240,37 +247,60 @@ def _rows(info: SiteInfo) -> slice:
     return slice(*(info.rows or (None,)))
 
 
-def _product(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+def _can_be_seen(site: Site, net: Network) -> bool:
+    """Whether a site is met once in a pass: not where a module runs again, shares its weight, or has several inputs."""
+    parts = net.trace.in_proj.get(site.module, {})
+    several = len({parameter for parameter, _ in parts.values()}) > 1 or Site(site.module, "input") in net.trace.notes
+    if net.by_site[site].shared_with or (parts and several and not site.is_attention):
+        return False
+    return net.trace.calls.get(site.module, 0) == 1
+
+
+def _parameter(module: str, trace: Trace) -> str:
+    """The name of the parameter that the module's input meets."""
+    return next((parameter for parameter, _ in trace.in_proj.get(module, {}).values()), "weight")
+
+
+def _applied(layer: nn.Module, parameter: str, x: Tensor) -> Tensor:
+    """What the layer gives for `x`, without its bias where torch's own attention projects."""
+    if parameter != "weight":
+        return F.linear(x, layer._parameters[parameter])  # type: ignore[arg-type]  # it has one
+    return closed_forward(layer, x)
+
+
+def _product(layer: nn.Module, parameter: str, weight: Tensor, x: Tensor) -> Tensor:
     """What the layer gives for `x` with another weight and no bias."""
     bias = layer._parameters.get("bias")
     try:
         if bias is not None:
             layer._parameters["bias"] = None
-        with _weight_of(layer, weight):
-            return closed_forward(layer, x)
+        with _weight_of(layer, parameter, weight):
+            return _applied(layer, parameter, x)
     finally:
         if bias is not None:
             layer._parameters["bias"] = bias
 
 
-def _weight_gradients(layer: nn.Module, x: Sequence[Tensor], gradient: Sequence[Tensor]) -> Iterator[Tensor]:
+def _weight_gradients(
+    layer: nn.Module, parameter: str, x: Sequence[Tensor], gradient: Sequence[Tensor]
+) -> Iterator[Tensor]:
     """The gradient of the layer's weight from each part of its input and the gradient of that part's output."""
-    weight = layer.get_parameter("weight").detach().requires_grad_()
-    with _weight_of(layer, weight):
+    weight = layer.get_parameter(parameter).detach().requires_grad_()
+    with _weight_of(layer, parameter, weight):
         for x_part, gradient_part in zip(x, gradient, strict=True):
             with torch.enable_grad():
-                y = closed_forward(layer, x_part)
+                y = _applied(layer, parameter, x_part)
             yield torch.autograd.grad(y, weight, gradient_part)[0]
 
 
 @contextmanager
-def _weight_of(layer: nn.Module, weight: Tensor) -> Iterator[None]:
-    own = layer._parameters["weight"]
-    layer._parameters["weight"] = weight  # type: ignore[assignment]  # a plain tensor serves as well
+def _weight_of(layer: nn.Module, parameter: str, weight: Tensor) -> Iterator[None]:
+    own = layer._parameters[parameter]
+    layer._parameters[parameter] = weight  # type: ignore[assignment]  # a plain tensor serves as well
     try:
         yield
     finally:
-        layer._parameters["weight"] = own
+        layer._parameters[parameter] = own
 
 
 @contextmanager

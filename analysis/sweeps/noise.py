@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.attention import closed_forward
+from quant.products import first_tensor
 from quant.quantizer import Quantizer
 
 
@@ -72,11 +73,14 @@ class CleanOutputs:
 
 
 @contextmanager
-def output_noise(model: nn.Module, name: str, weight: nn.Parameter | None, outputs: CleanOutputs) -> Iterator[Noise]:
-    """Compare each output of a module with what it gives on the same, untouched input and `weight`.
+def output_noise(
+    model: nn.Module, name: str, weight: nn.Parameter | None, outputs: CleanOutputs, parameter: str = "weight"
+) -> Iterator[Noise]:
+    """Compare each output of a module, its first tensor, with what it gives on the same, untouched input and `weight`.
 
-    The module's forward runs a second time, without hooks, where `outputs` has not kept what it gave. Its input must
-    be the clean one: no earlier site is quantized, and the module is called once a batch.
+    `parameter` is the weight's name in the module. The module's forward runs a second time, without hooks, where
+    `outputs` has not kept what it gave. Its input must be the clean one: no earlier site is quantized, and the module
+    is called once a batch.
     """
     module, noise = model.get_submodule(name), Noise()
     clean: list[tuple[Any, Any]] = []
@@ -88,15 +92,16 @@ def output_noise(model: nn.Module, name: str, weight: nn.Parameter | None, outpu
     def compare(module: nn.Module, _args: Any, output: Any) -> None:
         nonlocal place
         args, kwargs = clean.pop()
-        if not isinstance(output, Tensor):
+        found = first_tensor(output)
+        if found is None:
             return
         kept = outputs.get(place)
         if kept is None:
-            expected = _on_clean_input(module, weight, args, kwargs)
+            expected = _on_clean_input(module, parameter, weight, args, kwargs)
             kept = expected, power(expected)
             outputs.keep(place, *kept)
         place += 1
-        noise.add(kept[0], output, kept[1])
+        noise.add(kept[0], found[1], kept[1])
 
     before = module.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
     after = module.register_forward_hook(compare)
@@ -107,12 +112,15 @@ def output_noise(model: nn.Module, name: str, weight: nn.Parameter | None, outpu
         after.remove()
 
 
-def _on_clean_input(module: nn.Module, weight: nn.Parameter | None, args: Any, kwargs: Any) -> Tensor:
-    current = module._parameters.get("weight")
+def _on_clean_input(module: nn.Module, name: str, weight: nn.Parameter | None, args: Any, kwargs: Any) -> Tensor:
+    current = module._parameters.get(name)
     try:
         if weight is not None:
-            module._parameters["weight"] = weight
-        return closed_forward(module, *args, **kwargs)
+            module._parameters[name] = weight
+        with torch._C.DisableTorchFunction():  # nothing that replaces tensors between modules acts here
+            found = first_tensor(closed_forward(module, *args, **kwargs))
+        assert found is not None  # it returned one before
+        return found[1]
     finally:
         if weight is not None:
-            module._parameters["weight"] = current
+            module._parameters[name] = current

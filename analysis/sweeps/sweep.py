@@ -18,9 +18,9 @@ from quant.batches import samples, take
 from quant.batchnorm import batchnorm_kept, batchnorms, reestimate_batchnorm_
 from quant.calibrate import ActivationSample, default_scheme, make_quantizer, observe_activations
 from quant.choices import Estimator, Granularity
+from quant.insertion import quantized
 from quant.intercept import intercept
 from quant.network import Network
-from quant.prepare import quantized
 from quant.quantizer import Quantizer
 from quant.site import Site, SiteInfo
 
@@ -240,11 +240,11 @@ def _measure(
     tensor = MeasuredQuantizer(quantizers[first])
     if alone:
         measured[first.site] = tensor
-    original = model.get_submodule(first.site.module)._parameters.get("weight")
+    original = model.get_submodule(first.site.module)._parameters.get(first.parameter)
     module_noise = Noise()
     with ExitStack() as stack:
         stack.enter_context(forms.attention(explicit))
-        modules = sorted({site.module for site in infos})
+        modules = sorted({name for info in quantizers for name in (info.site.module, *info.shared_with)})
         run = forms.replay(modules, explicit, "re_estimated" if re_estimated else "stored")
         estimating = forms.replay(modules, explicit, "batch") if re_estimated else None
         stack.enter_context(quantized(model, trace, infos, measured))
@@ -257,7 +257,7 @@ def _measure(
                 tensor.tensor_noise = Noise()
         if alone:
             clean = forms.outputs(first.site.module, explicit, re_estimated)
-            module_noise = stack.enter_context(output_noise(model, first.site.module, original, clean))
+            module_noise = stack.enter_context(output_noise(model, first.site.module, original, clean, first.parameter))
         outputs = outputs_of(run, forms.data, forms.task)
     figures, images = compare(forms.task, outputs, reference, forms.data)
     called_once = trace.calls.get(first.site.module, 0) == 1

@@ -24,8 +24,8 @@ from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
 from quant.calibrate import calibrate, check_planned, planned_sites, scheme_of
 from quant.choices import Estimator, Layout
 from quant.errors import InputError
+from quant.insertion import quantized
 from quant.network import Forward, Network
-from quant.prepare import quantized
 from quant.quantizer import Quantizer
 from quant.scheme import axis_and_groups
 from quant.site import Site
@@ -57,7 +57,7 @@ def calibrated(
     network.
     """
     if isinstance(plan, str):
-        cost = cost_table(net.infos)
+        cost = cost_table(net.infos, net.trace.unplanned)
         sites = planned_sites(net, uniform_bits(cost, *parse_uniform(plan), layout), data, forward=forward)
         plan = BitPlan(
             model=model, layout=layout, budget=PlanBudget(), sites=tuple(sites), predicted_delta_loss=None,
@@ -122,7 +122,7 @@ def _check_shapes(plan: BitPlan, opened: Opened, path: Path) -> None:
 
     Heads show in the elements of the attention maps, all other shapes in the products.
     """
-    here = accounting.totals(plan.sites, cost_table(opened.sites), opened.record.parameters)
+    here = accounting.totals(plan.sites, cost_table(opened.sites, opened.trace.unplanned), opened.record.parameters)
     for name in ("bitops", "weight_bits", "activation_bits", "activation_bytes"):
         said, found = getattr(plan.totals, name), getattr(here, name)
         if said is not None and found is not None and not math.isclose(said, found, rel_tol=1e-9):

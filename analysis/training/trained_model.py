@@ -12,7 +12,7 @@ from analysis.storage.trained_files import trained_weights
 from analysis.training.calibration import read_plan, uncalibrated
 from quant.bit_plan import BitPlan, PlannedSite
 from quant.errors import InputError, first_line
-from quant.prepare import prepare_qat_
+from quant.insertion import attach_quantizers_
 from quant.quantizer import LSQQuantizer
 
 _PLAN = "plan_sha256"  # key of the file's metadata
@@ -37,7 +37,7 @@ def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
     plan = None
     if (folder / "plan.json").exists():
         plan = read_plan(folder / "plan.json", opened, other_weights=True)
-        prepare_qat_(
+        attach_quantizers_(
             opened.model,
             uncalibrated(opened, plan),
             trace=opened.trace,
