@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from torch import nn
@@ -189,17 +190,15 @@ def _request(
     bounds: Mapping[str, tuple[int, int]] | None,
     ties: Sequence[str],
     candidates: Sequence[int] | None,
-    **options: object,
+    **options: Any,
 ) -> PlanRequest:
-    patterns = (ties,) if isinstance(ties, str) else tuple(ties)
-    return PlanRequest.of(
-        {
-            **options,
-            "candidates": None if candidates is None else tuple(candidates),
-            "pin": tuple(f"{pattern}={bits}" for pattern, bits in (pins or {}).items()),
-            "bounds": tuple(f"{pattern}={low}-{high}" for pattern, (low, high) in (bounds or {}).items()),
-            "tie": patterns,
-        }
+    """The request, in the form of the command line; its budgets are checked when they are read."""
+    return PlanRequest(
+        **options,
+        candidates=None if candidates is None else tuple(candidates),
+        pin=tuple(f"{pattern}={bits}" for pattern, bits in (pins or {}).items()),
+        bounds=tuple(f"{pattern}={low}-{high}" for pattern, (low, high) in (bounds or {}).items()),
+        tie=(ties,) if isinstance(ties, str) else tuple(ties),
     )
 
 

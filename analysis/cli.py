@@ -10,6 +10,7 @@ import click
 
 from analysis.commands.ablation import ablate
 from analysis.commands.export import export
+from analysis.commands.first_word import first_word
 from analysis.commands.options import quiet_option
 from analysis.commands.plan import plan, plan_diff
 from analysis.commands.sensitivity import sensitivity
@@ -50,7 +51,7 @@ def cli() -> None:
 @click.argument("pattern", required=False)
 def models(pattern: str | None) -> None:
     """Names of timm models that can be used; PATTERN is a part of the name, or has * in it."""
-    from analysis.models import model_names, near_names
+    from analysis.inputs.timm_names import model_names, near_names
 
     names = model_names(pattern)
     if not names:
@@ -70,7 +71,10 @@ for command in (stats, sensitivity, plan, plan_diff, evaluate, soft_labels, trai
 @quiet_option
 def report(runs: Sequence[Path], out: Path, quiet: bool) -> None:
     """The whole story of one or more runs on one page, from variation to accuracy; it needs no network."""
-    from analysis.steps.report import run_report
+    from analysis.runs import reportable_run, run_names
+
+    first_word(lambda: [run_names(runs), *map(reportable_run, runs)])
+    from analysis.steps.report import run_report  # after the check: it imports torch
 
     run_report(runs, out, quiet=quiet)
 
@@ -99,7 +103,12 @@ def compare(runs: Sequence[Path], out: Path, modules: tuple[str, ...], quiet: bo
 
     index.html has them all on one page. Runs of weights alone are compared in their weights.
     """
-    from analysis.steps.compare import run_compare
+    from analysis.runs import run_names, run_with_stats
+
+    if len(runs) < 2:
+        raise InputError("one run was given. Name at least two run folders to compare.")
+    first_word(lambda: [run_names(runs), *map(run_with_stats, runs)])
+    from analysis.steps.compare import run_compare  # after the check: it imports torch
 
     run_compare(runs, out, modules=modules, quiet=quiet)
 
@@ -110,7 +119,10 @@ def compare(runs: Sequence[Path], out: Path, modules: tuple[str, ...], quiet: bo
 @quiet_option
 def demo(run: Path, quiet: bool) -> None:
     """The whole path on scikit-learn's digits: a ResNet and a Swin, from training on the spot to a report of all."""
-    from analysis.steps.demo import run_demo
+    from analysis.runs import Run
+
+    first_word(lambda: [Run(path.parent).record for path in run.glob("*/run.json")])
+    from analysis.steps.demo import run_demo  # after the check: it imports torch
 
     run_demo(run, quiet=quiet)
 

@@ -15,10 +15,10 @@ from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from analysis.inputs.listing import InputConfig, Listing, list_images, read_class_map
+from analysis.inputs.data_string import per_channel, read_class_map
+from analysis.inputs.listing import InputConfig, Listing, list_images
 from quant.errors import InputError, first_line
 
-_LARGEST_PIXEL = 4  # far above 1, up to which pixels are, and far below the means of pixels up to 255
 _UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)  # what Pillow raises
 
 
@@ -161,8 +161,8 @@ def resolve_input(
         raise InputError(f"`--crop-pct` {crop:g} is not in (0, 1].")
     return InputConfig(
         input_size=(size[0], size[1], size[2]),
-        mean=_per_channel("mean", base["mean"] if mean is None else mean, size[0]),
-        std=_per_channel("std", base["std"] if std is None else std, size[0]),
+        mean=per_channel("mean", base["mean"] if mean is None else mean, size[0]),
+        std=per_channel("std", base["std"] if std is None else std, size[0]),
         interpolation=base["interpolation"],
         crop_pct=crop,
         crop_mode=base.get("crop_mode", "center"),
@@ -278,23 +278,6 @@ def input_channels(model: nn.Module) -> int | None:
         first = next((m for m in model.modules() if next(m.parameters(recurse=False), None) is not None), None)
     # More than four: a stem that first turns neighbouring pixels into channels (TResNet).
     return first.in_channels if isinstance(first, nn.Conv2d) and first.in_channels <= 4 else None
-
-
-def _per_channel(option: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """One value for each channel; a single one serves them all."""
-    numbers = tuple(float(value) for value in values) * (channels if len(values) == 1 else 1)
-    if len(numbers) != channels or not np.isfinite(numbers).all() or (option == "std" and min(numbers) <= 0):
-        above = " above 0" if option == "std" else ""
-        raise InputError(
-            f"The images' {option} is {numbers}, expected one number{above} for each of {channels} channels. "
-            f"Give `--{option}`, one number or {channels}."
-        )
-    if max(map(abs, numbers)) > _LARGEST_PIXEL:
-        raise InputError(
-            f"The images' {option} is {numbers}, which is of pixels from 0 to 255; here they are from 0 to 1. Divide "
-            f"it by 255: --{option} {','.join(f'{number / 255:.4g}' for number in numbers)}."
-        )
-    return numbers
 
 
 def _balanced_order(labels: np.ndarray, rng: np.random.Generator, *, proportional: bool = False) -> np.ndarray:

@@ -7,9 +7,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,35 +17,10 @@ import timm
 import torch
 from torch import nn
 
-from analysis.inputs.option_names import MODEL_OPTIONS, OptionNames
+from analysis.inputs.model_source import ModelSource, check_source, no_function, unknown_name
 from analysis.inputs.weights import load_weights_
 from quant.errors import InputError, first_line
 from quant.network import check_form
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSource:
-    """Where a model comes from, as the user typed it."""
-
-    model: str  # a timm name, or path/to/file.py:factory
-    pretrained: bool = False
-    weights: str | None = None  # a .safetensors, .pt, .pth or .bin file
-    kwargs: Mapping[str, Any] = field(default_factory=dict)  # arguments of the constructor, from JSON
-    seed: int = 0  # an untrained model's weights depend on it
-    options: OptionNames = MODEL_OPTIONS
-
-    @property
-    def untrained(self) -> bool:
-        """Whether the weights are drawn at random: a timm name without weights; a factory may bring its own."""
-        return self.factory is None and not self.pretrained and self.weights is None
-
-    @property
-    def factory(self) -> tuple[Path, str] | None:
-        """The file and the function of a user's factory; None for a timm name."""
-        file, _, function = self.model.rpartition(":")
-        if file.endswith(".py"):
-            return Path(file), function
-        return (Path(self.model), "") if self.model.endswith(".py") else None
 
 
 def load_model(source: ModelSource) -> nn.Module:
@@ -54,10 +28,7 @@ def load_model(source: ModelSource) -> nn.Module:
 
     Raises InputError for a name, a factory, arguments or weights that cannot be used.
     """
-    if source.pretrained and source.weights is not None:
-        raise InputError(
-            f"`{source.options.pretrained}` and `{source.options.weights}` were both given. Choose one of them."
-        )
+    check_source(source)
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.default_generator.manual_seed(source.seed)
         model = _timm_model(source) if source.factory is None else _factory_model(source, *source.factory)
@@ -66,20 +37,6 @@ def load_model(source: ModelSource) -> nn.Module:
     if source.weights is not None:
         load_weights_(model, Path(source.weights), source.options)
     return model.eval()
-
-
-def model_names(pattern: str | None = None) -> list[str]:
-    """The timm names that match `pattern`, where * and ? are wildcards; without them it matches as a substring."""
-    if pattern and not set("*?[") & set(pattern):
-        pattern = f"*{pattern}*"
-    return timm.list_models(pattern or "")
-
-
-def near_names(name: str) -> list[str]:
-    """The timm names most like a misspelt one, three at most: those that begin with it, else the most similar."""
-    names = timm.list_models()
-    begin = sorted((known for known in names if known.startswith(name)), key=len)
-    return begin[:3] or difflib.get_close_matches(name, names, n=3)
 
 
 def num_classes(model: nn.Module) -> int | None:
@@ -92,11 +49,7 @@ def _timm_model(source: ModelSource) -> nn.Module:
     """A model of timm's; names such as `hf-hub:user/model` go to timm unchecked."""
     architecture, options = source.model.partition(".")[0], source.options
     if ":" not in source.model and not timm.is_model(architecture):
-        near = near_names(architecture)
-        hint = f"The nearest: {', '.join(near)}" if near else "`qvw models` lists them"
-        raise InputError(
-            f"timm has no model {source.model!r}. {hint}. A model of your own is written path/to/file.py:factory."
-        )
+        raise unknown_name(source.model)
     try:
         return timm.create_model(source.model, pretrained=source.pretrained, **source.kwargs)
     except TypeError as error:
@@ -107,8 +60,9 @@ def _timm_model(source: ModelSource) -> nn.Module:
             raise InputError(f"timm has no weights {source.model!r}. The nearest: {', '.join(near)}.") from error
         if source.pretrained or ":" in source.model:
             raise InputError(
-                f"The pretrained weights of {source.model} could not be had: no network and not in the cache, or "
-                f"unknown ({type(error).__name__}). Fetch them elsewhere and give `{options.weights} FILE.safetensors`."
+                f"The pretrained weights of {source.model} could not be downloaded ({type(error).__name__}): no "
+                f"network, not in the cache, or unknown. Download them elsewhere and give `{options.weights} "
+                "FILE.safetensors`."
             ) from error
         given = f" with `{options.kwargs}` {dict(source.kwargs)}" if source.kwargs else ""
         raise InputError(
@@ -118,19 +72,7 @@ def _timm_model(source: ModelSource) -> nn.Module:
 
 def _factory_model(source: ModelSource, path: Path, function: str) -> nn.Module:
     """What the function of the user's file returns."""
-    if source.pretrained:
-        raise InputError(
-            f"`{source.options.pretrained}` needs a timm name, got {source.model}. Use `{source.options.weights} "
-            "FILE.safetensors`."
-        )
-    if not path.is_file():
-        raise InputError(f"There is no file {path} (from the model {source.model!r}). Check the path.")
-    with _importable_from(path.resolve().parent):
-        module = _executed(path)
-        factory = getattr(module, function, None) if function else None
-        if not callable(factory):
-            names = [n for n, f in vars(module).items() if _is_factory(f, module) and not n.startswith("_")]
-            raise InputError(f"{path} has no function {function!r}. It has: {', '.join(names) or 'none'}.")
+    with users_function(path, function) as factory:
         _check_arguments(factory, source)
         try:
             model = factory(**source.kwargs)
@@ -141,8 +83,23 @@ def _factory_model(source: ModelSource, path: Path, function: str) -> nn.Module:
     return model
 
 
+@contextmanager
+def users_function(path: Path, function: str) -> Iterator[Callable[..., Any]]:
+    """The function of the user's file, which is executed; within the context it may import the file's neighbours.
+
+    Raises InputError where the file raises, or has no such function.
+    """
+    with _importable_from(path.resolve().parent):
+        module = _executed(path)
+        found = getattr(module, function, None) if function else None
+        if not callable(found):
+            names = [n for n, f in vars(module).items() if _is_factory(f, module) and not n.startswith("_")]
+            raise no_function(path, function, names)
+        yield found
+
+
 def _executed(path: Path) -> ModuleType:
-    """The user's file as a module, executed anew."""
+    """The user's file as a module, executed each time."""
     name = f"qvw_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # the name ends in .py

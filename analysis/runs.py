@@ -8,19 +8,18 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 from pydantic import TypeAdapter, ValidationError
 
 from analysis.storage.files import json_scalar, remove_unfinished, write_atomic, writing
 from analysis.storage.input_changes import input_changes, plain
 from analysis.storage.locks import exclusive, taking_turns
-from analysis.storage.old_tables import upgraded
 from analysis.storage.run_record import ModelRecord, RunRecord, StepRecord, git_commit, versions
-from analysis.storage.table_checks import Table, checked
-from analysis.storage.tables import TABLES
 from quant.errors import InputError, first_line
+
+if TYPE_CHECKING:  # a wrong path or model is reported without pandas, and without the rules of tables
+    import pandas as pd
 
 _MADE_BY = {
     "stats": "qvw stats", "channels": "qvw stats", "histograms": "qvw stats", "variation": "qvw stats --data DATA",
@@ -156,18 +155,24 @@ class Run:
         """While it is held no other process runs the step; InputError where one does."""
         return exclusive(self._inside(f".{name}.lock"), f"{name} in {self.path}")
 
-    def write_table(self, name: str, frame: pd.DataFrame) -> None:
+    def write_table(self, name: str, frame: "pd.DataFrame") -> None:
         """Write NAME.parquet."""
         write_atomic(
             self.path / f"{name}.parquet", lambda path: frame.to_parquet(path, index=False, write_page_checksum=True)
         )
 
-    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    def read_table(self, name: str, columns: Sequence[str] | None = None) -> "pd.DataFrame":
         """The table of NAME.parquet, checked by analysis/storage/tables.py; it has `columns`, or all where None.
 
         InputError where it is missing, unreadable, lacks a column, or holds what the sort of table cannot.
         """
-        path, sort = self._existing(f"{name}.parquet"), Path(name).name
+        path, sort = self.existing(f"{name}.parquet"), Path(name).name
+        import pandas as pd
+
+        from analysis.storage.old_tables import upgraded
+        from analysis.storage.table_checks import Table, checked
+        from analysis.storage.tables import TABLES
+
         try:
             table = pd.read_parquet(path, page_checksum_verification=True)
         except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:  # pyarrow's, of damaged files
@@ -184,7 +189,7 @@ class Run:
 
     def read_json(self, name: str) -> Any:
         """The content of NAME.json; raises InputError where it is missing or unreadable, with the line."""
-        path = self._existing(f"{name}.json")
+        path = self.existing(f"{name}.json")
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
@@ -192,7 +197,8 @@ class Run:
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} cannot be read: {first_line(error)}. {_remedy(name)}") from error
 
-    def _existing(self, file: str) -> Path:
+    def existing(self, file: str) -> Path:
+        """The path of a file of the run folder; InputError names the command that makes it where it is missing."""
         path = self.path / file
         if not path.is_file():
             raise InputError(f"{self.path} has no {file}. Make it first: {_maker(path.stem)}.")
@@ -267,6 +273,34 @@ def _remedy(name: str) -> str:
 def _maker(name: str) -> str:
     """The command that makes a file of the run folder."""
     return f"`{_MADE_BY.get(name, 'the step that writes it')}`"
+
+
+def reportable_run(folder: Path) -> Run:
+    """The run in a folder; InputError where there is no such folder, or nothing in it that a report could show."""
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is not a run folder: there is no such folder. Make one with `qvw stats --run {folder}`."
+        )
+    names = ("stats.parquet", "sensitivity.parquet", "verify.parquet", "plan.json", "qat*")
+    if not any(True for name in names for _ in folder.glob(name)):
+        raise nothing_to_report(folder)
+    return Run(folder)
+
+
+def nothing_to_report(folder: Path, told: str = "") -> InputError:
+    """The error for a run folder without results; `told` is what else to say in place of the command to start with."""
+    remedy = told or f"Measure a model first: `qvw stats MODEL --run {folder}`."
+    return InputError(f"{folder} holds nothing to report. {remedy}")
+
+
+def run_with_stats(folder: Path) -> Run:
+    """The run in a folder that has finished statistics; InputError where it has none."""
+    run = Run(folder)
+    step = run.record.steps.get("stats")
+    if step is not None and step.status != "done":
+        raise InputError(f"the statistics of {folder} were not finished: run `qvw stats --run {folder}` again.")
+    run.existing("stats.parquet")
+    return run
 
 
 def run_names(folders: Sequence[Path], *, reserved: Collection[str] = ()) -> list[str]:

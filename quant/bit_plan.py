@@ -6,14 +6,16 @@ import json
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from quant.choices import ALLOWED_BIT_WIDTHS, GRANULARITIES, Granularity, Layout
 from quant.errors import InputError
-from quant.scheme import QuantScheme
 from quant.site import Site
+
+if TYPE_CHECKING:  # it brings torch, which a plan file can be checked without
+    from quant.scheme import QuantScheme
 
 FORMAT: Literal["qvw-bit-plan"] = "qvw-bit-plan"
 VERSION: Literal[1] = 1
@@ -66,7 +68,7 @@ class PlannedSite:
                 raise InputError(f"The {name} of {self.site} is {getattr(self, name)!r}. Choose from {choices}.")
 
     @classmethod
-    def of(cls, site: Site, scheme: QuantScheme) -> "PlannedSite":
+    def of(cls, site: Site, scheme: "QuantScheme") -> "PlannedSite":
         """The plan's line for a site at a scheme."""
         return cls(
             module=site.module, tensor=site.tensor,  # type: ignore[arg-type]  # a Site's tensor is one of TensorName

@@ -23,7 +23,6 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from quant.choices import Compression
 from quant.errors import InputError
-from quant.label_compression import kept_counts
 
 LARGEST_SIDE = 2**15 - 1
 """Pixels of an image's width and height that a box can tell."""
@@ -90,6 +89,8 @@ class SoftLabelHeader:
     @property
     def record(self) -> struct.Struct:
         """The bytes of one crop."""
+        from quant.label_compression import kept_counts  # here: it brings torch, which the header does not need
+
         values, indices = kept_counts(self.compression, self.top_k, self.classes)
         return struct.Struct(f"<{values}e{indices}{'H' if self.classes <= 2**16 else 'I'}4H")
 

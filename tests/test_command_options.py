@@ -40,3 +40,21 @@ def test_both_options_take_a_range(command, name):
     """`--bits 2-4,8` of sensitivity and `--candidates 2-4,8` of plan arrive as the widths."""
     option = next(each for each in command.params if each.name == name)
     assert option.type_cast_value(click.Context(command), "2-4,8") == (2, 3, 4, 8)
+
+
+def test_lists_that_are_written_out_are_those_of_the_modules():
+    """Names that the command line checks without importing torch are the names that the modules define."""
+    import timm
+
+    from analysis import tasks
+    from analysis.inputs.task_option import TASKS
+    from analysis.inputs.timm_names import model_names
+    from analysis.planning.objectives import MEASURED
+    from analysis.planning.request import OBJECTIVES
+    from analysis.proxies import PROXIES
+    from analysis.task import READY_MADE
+
+    assert (*MEASURED, *PROXIES) == OBJECTIVES
+    assert TASKS == READY_MADE
+    assert all(callable(getattr(tasks, name)) for name in TASKS)
+    assert model_names() == timm.list_models()

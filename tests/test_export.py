@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import pandas as pd
 import pytest
 import torch
+from analysis.evaluation import logits_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from analysis.evaluation import logits_of
 from analysis.session.open_run import open_run
 from analysis.session.setup import Setup
 from analysis.steps.export import load_checkpoint_

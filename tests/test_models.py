@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from analysis.inputs.model_source import ModelSource
 from analysis.inputs.option_names import TEACHER_OPTIONS
+from analysis.inputs.timm_names import model_names
 from analysis.inputs.weights import weights_sha256
-from analysis.models import ModelSource, load_model, model_names, num_classes
+from analysis.models import load_model, num_classes
 from quant.errors import InputError
 from quant.sites import classifier_names
 
@@ -173,9 +175,9 @@ def test_wrong_models_are_told(factory_file, model, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("import no_such_package", "raised ModuleNotFoundError: No module named 'no_such_package'"),
+        ("import no_such_package\ndef f(): pass", "raised ModuleNotFoundError: No module named 'no_such_package'"),
         ("def f(:", "raised SyntaxError"),
-        ("raise RuntimeError", "raised RuntimeError"),
+        ("raise RuntimeError\ndef f(): pass", "raised RuntimeError"),
     ],
 )
 def test_a_file_that_raises_is_told(tmp_path, text, message):
@@ -202,7 +204,7 @@ def test_pretrained_without_network_is_told(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        InputError, match=r"pretrained weights of resnet10t could not be had.*`--weights FILE"
+        InputError, match=r"pretrained weights of resnet10t could not be downloaded.*`--weights FILE"
     ) as caught:
         load_model(ModelSource(model="resnet10t", pretrained=True))
     assert caught.value.__cause__ is not None

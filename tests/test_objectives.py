@@ -51,7 +51,7 @@ def test_a_proxy_is_read_from_its_table(tmp_path):
         scored(run, ROWS, "fit", robust=True, scores=None)
     with pytest.raises(InputError, match=r"proxies\.parquet.*--proxies"):
         scored(Run(tmp_path / "empty"), ROWS, "fit", robust=False, scores=None)
-    with pytest.raises(InputError, match="'speed' is unknown; choose from kl, loss"):
+    with pytest.raises(InputError, match="'speed' is unknown; choose from divergence, kl"):
         scored(run, ROWS, "speed", robust=False, scores=None)
 
 

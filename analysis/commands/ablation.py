@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from analysis.commands.first_word import first_word
 from analysis.commands.options import num_workers_option, quiet_option
 from quant.errors import InputError
 
@@ -25,12 +26,25 @@ def ablate(config: Path, out: Path, only: tuple[str, ...], device: str, num_work
     training), summary.csv (means with 95 % intervals over seeds, differences from the baseline seed by seed) and
     ablation.png. Several processes share each training: torchrun --nproc_per_node 4 -m -- analysis ablate ...
     """
+    from analysis.steps.ablation_subjects import setup_of
     from analysis.training.ablation_config import read_ablation
 
     ablation = read_ablation(config)
     unknown = [name for name in only if name not in ablation.subjects]
     if unknown:
         raise InputError(f"{config} has no subject {unknown[0]!r}; it has {', '.join(ablation.subjects)}.")
-    from analysis.steps.ablation import run_ablation  # after the check of the file: it imports torch
+    from analysis.session.asked import asked, check_device
+
+    def check() -> None:
+        check_device(device)
+        for name, subject in ablation.subjects.items():
+            if not only or name in only:
+                try:
+                    asked(setup_of(out / name, subject), needs_data=True)
+                except InputError as error:
+                    raise InputError(f"{config}, network {name}: {error}") from error
+
+    first_word(check)
+    from analysis.steps.ablation import run_ablation  # after the check: it imports torch
 
     run_ablation(ablation, out, only=only, device=device, num_workers=num_workers, quiet=quiet)

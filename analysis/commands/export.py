@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from analysis.commands.first_word import first_word
 from analysis.commands.options import model_options, pattern_options, quiet_option
 
 
@@ -23,7 +24,18 @@ def export(name: str | None, out: Path, **options: Any) -> None:
     Needs `qvw train` in the same run folder, with a plan or uniform bits. `qvw eval --run RUN --checkpoint FILE`
     measures the file: it answers as the trained model does. MODEL and --weights only where they have moved.
     """
+    from analysis.session.asked import asked
     from analysis.session.setup import Setup
-    from analysis.steps.export import run_export
+    from analysis.storage.trained_files import check_export_target, packable_folder
 
-    run_export(Setup.of(options), out, name=name)
+    setup = Setup.of(options)
+
+    def check() -> None:
+        check_export_target(out)
+        packable_folder(setup.run, name)
+        asked(setup, needs_data=False)
+
+    first_word(check)
+    from analysis.steps.export import run_export  # after the check: it imports torch
+
+    run_export(setup, out, name=name)

@@ -141,6 +141,11 @@ preparation_options = _stacked(
     click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and count them; without "
                  "it one ends the command."),
 )  # fmt: skip
+task_option = click.option(
+    "--task", metavar="NAME|FILE.py:FUNCTION", show_default="the run folder's, or classification",
+    help="What the output means: classification, multilabel, segmentation, regression, embedding, detection, "
+         "language_modeling, or a function of yours that returns a Task.",
+)  # fmt: skip
 num_workers_option = click.option(
     "--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Processes that decode images."
 )

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from analysis.commands.first_word import first_word
 from analysis.commands.options import BitWidths, quiet_option
 
 
@@ -50,6 +51,8 @@ from analysis.commands.options import BitWidths, quiet_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Of --verify.")
 @click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Of --verify.")
 @click.option("--device", default="cpu", show_default=True, help="Of --verify.")
+@click.option("--task", metavar="NAME|FILE.py:FUNCTION",
+              help="Of --verify: what the output means; by default the run folder's.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The plan file; by default RUN/plan.json.")
 @quiet_option
 def plan(run: Path, **options: Any) -> None:
@@ -60,9 +63,13 @@ def plan(run: Path, **options: Any) -> None:
     change stands beside the measured one.
     """
     from analysis.planning.request import PlanRequest
-    from analysis.steps.plan import run_plan
+    from analysis.steps.plan_files import checked_files
 
-    run_plan(run, PlanRequest.of(options))
+    request = PlanRequest.of(options)
+    first_word(lambda: checked_files(run, request))
+    from analysis.steps.plan import run_plan  # after the check: it imports torch
+
+    run_plan(run, request)
 
 
 @click.command(name="plan-diff", short_help="Two plans site by site.")
@@ -77,6 +84,9 @@ def plan_diff(a: Path, b: Path, csv: Path | None, quiet: bool) -> None:
     Bytes of each site are there where both are run folders with cost.parquet. The exit code is 0 also where the plans
     differ; 2 where one cannot be read.
     """
-    from analysis.steps.plan_diff import run_plan_diff
+    from analysis.storage.plan_file import read_plan_file
+
+    first_word(lambda: [read_plan_file(path) for path in (a, b)])
+    from analysis.steps.plan_diff import run_plan_diff  # after the check: it imports pandas
 
     run_plan_diff(a, b, csv=csv, quiet=quiet)

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from analysis.commands.first_word import first_word
 from analysis.commands.options import (
     BitWidths,
     ListOf,
@@ -14,6 +15,7 @@ from analysis.commands.options import (
     pattern_options,
     run_option,
     seed_option,
+    task_option,
 )
 from quant.choices import (
     ESTIMATORS,
@@ -50,6 +52,7 @@ from quant.choices import (
 @click.option("--cache-mib", type=click.IntRange(min=0), default=1024, show_default=True,
               help="About how much memory kept activations may take; 0: every row is a full pass.")  # fmt: skip
 @model_options
+@task_option
 @data_options(images="256, or as before", split="train")
 @batch_size_option
 @seed_option
@@ -80,12 +83,16 @@ def sensitivity(
     --proxies compares single sites with scores that need no pass for each; run `qvw stats` before, and statistics are
     among them. Several processes share the sites: torchrun --nproc_per_node 4 -m -- analysis sensitivity ...
     """
-    from analysis.sensitivity import SweepConfig
+    from analysis.session.asked import asked
     from analysis.session.setup import Setup
+
+    setup = Setup.of(options)
+    first_word(lambda: asked(setup, needs_data=True, split="train"))
+    from analysis.sensitivity import SweepConfig  # after the check: both import torch
     from analysis.steps.sensitivity import run_sensitivity
 
     config = SweepConfig(
         bit_widths=bits, estimator=estimator, granularity=granularity, batchnorm=bn,
         protocol=protocol, groups=groups,
     )  # fmt: skip
-    run_sensitivity(Setup.of(options), config, tensors=tensors, proxies=proxies, cache_mib=cache_mib)
+    run_sensitivity(setup, config, tensors=tensors, proxies=proxies, cache_mib=cache_mib)

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from analysis.commands.first_word import first_word
 from analysis.commands.options import ListOf, common_options, data_options, model_options, pattern_options, seed_option
 from quant.choices import COMPRESSIONS
 from quant.errors import InputError
@@ -47,15 +48,24 @@ def soft_labels(run: Path | None, **options: Any) -> None:
 
     Interrupted and started again, it goes on from FILE.partial.
     """
-    from analysis.steps.soft_label_request import SoftLabelRequest
+    from analysis.steps.soft_label_request import SoftLabelRequest, check_soft_label_target
 
     names = ("out", "crops", "scale", "ratio", "flip", "compression", "top_k", "temperature", "crop_seed")
     request = SoftLabelRequest.of({name: options.pop(name) for name in names})
     if run is None and (options["model"] is None or options["data"] is None):
         what = "a teacher: MODEL" if options["model"] is None else "images: --data D"
         raise InputError(f"soft labels need {what}, or --run of a run folder that knows one.")
+    from analysis.session.asked import asked
     from analysis.session.setup import Setup
-    from analysis.steps.soft_labels import run_soft_labels  # after the check of the request: it imports torch
 
     nowhere = request.out.with_name(f"{request.out.name}.run")  # a run folder that is not there knows nothing
-    run_soft_labels(Setup.of(options | {"run": run or nowhere}), request)
+    setup = Setup.of(options | {"run": run or nowhere})
+
+    def check() -> None:
+        check_soft_label_target(request.out)
+        asked(setup, needs_data=True, split="train")
+
+    first_word(check)
+    from analysis.steps.soft_labels import run_soft_labels  # after the check: it imports torch
+
+    run_soft_labels(setup, request)

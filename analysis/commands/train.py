@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from analysis.commands.first_word import first_word
 from analysis.commands.options import (
     CommandWithSettings,
     JsonObject,
@@ -16,6 +17,7 @@ from analysis.commands.options import (
     pattern_options,
     run_option,
     seed_option,
+    task_option,
 )
 from quant.choices import ESTIMATORS
 
@@ -40,6 +42,7 @@ layout_option = click.option(
 @click.option("--bn", type=click.Choice(["stored", "re-estimate"]), default="re-estimate", show_default=True,
               help="BatchNorm statistics: the model's own, or those of the quantized network.")  # fmt: skip
 @model_options
+@task_option
 @data_options(images="all, or as before", split="val")
 @batch_size_option
 @seed_option
@@ -55,10 +58,24 @@ def evaluate(**options: Any) -> None:
 
     names = ("plan_file", "uniform", "floating", "checkpoint", "layout", "calibration_images", "estimator")
     request = EvalRequest.of({name: options.pop(name) for name in names} | {"batchnorm": options.pop("bn")})
+    from analysis.session.asked import asked
     from analysis.session.setup import Setup
-    from analysis.steps.eval import run_eval  # after the check of the request: it imports torch
+    from analysis.storage.plan_file import read_used_plan
+    from analysis.storage.trained_files import check_checkpoint
 
-    run_eval(Setup.of(options), request)
+    setup = Setup.of(options)
+
+    def check() -> None:
+        if request.plan_file is not None:
+            read_used_plan(request.plan_file)
+        if request.checkpoint is not None:
+            check_checkpoint(request.checkpoint)
+        asked(setup, needs_data=True, split="val")
+
+    first_word(check)
+    from analysis.steps.eval import run_eval  # after the check: it imports torch
+
+    run_eval(setup, request)
 
 
 @click.command(cls=CommandWithSettings, short_help="Train with a plan or uniform bits.")
@@ -83,6 +100,7 @@ def evaluate(**options: Any) -> None:
 @file_option("--soft-labels",
              help="Stored answers of a teacher (`qvw soft-labels`), in place of one that runs beside.")  # fmt: skip
 @model_options
+@task_option
 @data_options(images="all, or as before")
 @click.option("--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True,
               help="Images of a forward pass in validation and calibration; of a step: --set batch_size.")  # fmt: skip
@@ -101,7 +119,21 @@ def train(config_file: Path | None, settings: tuple[str, ...], seed: int | None,
              "teacher_kwargs", "soft_labels", "val_images")  # fmt: skip
     config = read_config(config_file, [*settings, *([] if seed is None else [f"seed={seed}"])])
     request = TrainRequest.of({name: options.pop(name) for name in names} | {"config": config})
+    from analysis.inputs.model_source import check_source
+    from analysis.session.asked import asked
     from analysis.session.setup import Setup
-    from analysis.steps.train import run_train  # after the check of the request: it imports torch
+    from analysis.storage.plan_file import own_plan, read_used_plan
 
-    run_train(Setup.of(options), request)
+    setup = Setup.of(options)
+
+    def check() -> None:
+        asked(setup, needs_data=True)
+        if not request.floating and request.uniform is None:
+            read_used_plan(request.plan_file or own_plan(setup.run))
+        if request.teacher_source is not None:
+            check_source(request.teacher_source)
+
+    first_word(check)
+    from analysis.steps.train import run_train  # after the check: it imports torch
+
+    run_train(setup, request)

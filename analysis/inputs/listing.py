@@ -1,6 +1,5 @@
 """What a data string names: all images of a split, before any are chosen, and how each is read and prepared."""
 
-import csv
 import io
 import os
 import warnings
@@ -23,10 +22,10 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from quant.errors import InputError, first_line
+from analysis.inputs.data_string import check_data, csv_table, folder_splits
+from quant.errors import InputError
 
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 _VALIDATION_NAMES = ["validation", "val", "test"]  # in timm's words, and in those of the hub's data sets
 
 
@@ -57,35 +56,11 @@ class Listing:
     note: str = ""
 
 
-def read_class_map(path: Path) -> dict[str, int]:
-    """Class name -> index, from lines `class` (numbered from 0) or `class,index`."""
-    if path.suffix not in (".txt", ".csv"):
-        raise InputError(f"The class map {path} must be a .txt or .csv file of lines `class` or `class,index`.")
-    rows = [row for row in _csv_rows(path) if row]
-    try:
-        pairs = [(row[0].strip(), int(row[1]) if len(rows[0]) == 2 else i) for i, row in enumerate(rows)]
-    except (ValueError, IndexError) as error:
-        raise InputError(
-            f"The class map {path} must have lines `class` or `class,index` throughout: {error}."
-        ) from error
-    if not pairs or len(dict(pairs)) < len(pairs) or min(index for _, index in pairs) < 0:
-        raise InputError(f"The class map {path} is empty, names a class twice or has an index below 0.")
-    return dict(pairs)
-
-
-def _csv_rows(path: Path) -> list[list[str]]:
-    """The rows of a CSV file in UTF-8."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as a CSV file: {first_line(error)}. Check the path.") from error
-
-
 def list_images(
     spec: str, split: str, images: int | None, data_root: str | Path | None, config: InputConfig, *, named: bool
 ) -> Listing:
     """All images of a split that the data string names; `named`: a class map will look the classes' names up."""
+    check_data(spec, split=split, data_root=data_root)
     kind, _, place = spec.partition(":")
     if spec == "digits":
         return _list_digits(split, config)
@@ -95,12 +70,7 @@ def list_images(
         return _list_folder(Path(place), split, config)
     if kind == "csv":
         return _list_csv(Path(place), config, named=named)
-    if spec.startswith(_TIMM_PREFIXES):
-        return _list_timm(spec, split, images, data_root, config)
-    raise InputError(
-        f"`--data` {spec!r} is unknown. It is digits, folder:PATH, csv:FILE, or a timm data set, which starts with "
-        f"{', '.join(_TIMM_PREFIXES)}."
-    )
+    return _list_timm(spec, split, images, data_root, config)
 
 
 def _list_digits(split: str, config: InputConfig) -> Listing:
@@ -131,14 +101,7 @@ def _upsample(image: Tensor, config: InputConfig) -> Tensor:
 
 def _list_folder(path: Path, split: str, config: InputConfig) -> Listing:
     """PATH/SPLIT/CLASS/*, or PATH/CLASS/* where there is neither train/ nor val/."""
-    if not path.is_dir():
-        raise InputError(f"There is no folder {path}. Check `--data folder:PATH`.")
-    splits = [name for name in ("train", "val") if (path / name).is_dir()]
-    if splits and split not in splits:
-        raise InputError(
-            f"{path} has {splits[0]}/ but no {split}/. Add it, use `--split {splits[0]}` where the "
-            f"command has that option, or let `--data folder:{path / splits[0]}` be divided in two."
-        )
+    splits = folder_splits(path, split)
     folder = path / split if splits else path
     # Both splits together: a class without images in one of them must not shift the labels there.
     found = {f.name for part in splits or ["."] for f in (path / part).iterdir() if f.is_dir() and f.name[0] != "."}
@@ -167,15 +130,7 @@ def _list_csv(path: Path, config: InputConfig, *, named: bool) -> Listing:
 
     Labels that are all whole numbers are indices, unless a class map names them.
     """
-    header, *rows = _csv_rows(path) or [[]]
-    if "file" not in header:
-        raise InputError(
-            f"{path} has the columns {', '.join(header) or 'none'}; expected `file` and `class_index` or `label`."
-        )
-    table = [dict(zip(header, row, strict=False)) for row in rows if row]
-    short = next((i for i, row in enumerate(table) if not row.get("file")), None)
-    if short is not None:
-        raise InputError(f"{path}: row {short + 2} names no file. Fill it in or remove the row.")
+    header, table = csv_table(path)
     names = [row["file"] for row in table]
     column = next((c for c in (("label", "class_index") if named else ("class_index", "label")) if c in header), None)
     if column is None:
@@ -259,8 +214,6 @@ def _eval_transform(config: InputConfig) -> Callable[[Image.Image], Tensor]:
 
 def _list_timm(spec: str, split: str, images: int | None, data_root: str | Path | None, config: InputConfig) -> Listing:
     """A data set of timm's; of a stream (webdataset and the like) the first `images` are read and kept in memory."""
-    if data_root is None and spec.startswith(("torch/", "wds/")):
-        raise InputError(f"{spec} needs `--data-root DIR`, the folder where the data set lies.")
     dataset = _create_timm(spec, split, data_root, config)
     if spec.startswith(("torch/folder", "torch/image_folder")) and Path(dataset.root) == Path(str(data_root)):
         raise InputError(f"{data_root} has no split folders; `--data folder:{data_root}` divides one split in two.")

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from analysis.inputs.model_source import check_weights_file
 from analysis.inputs.option_names import OptionNames
 from quant.errors import InputError, first_line
 
@@ -53,26 +54,23 @@ def _check_tensor(name: str, value: object, expected: Tensor, path: Path, option
 
 def _read_weights(path: Path, options: OptionNames) -> Mapping[str, object]:
     """The tensors of a weights file by name; a dictionary below `state_dict` or `model` is unwrapped."""
-    if not path.is_file():
-        raise InputError(f"There is no weights file {path}. Check `{options.weights}`.")
+    check_weights_file(path, options)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if path.suffix in (".pt", ".pth", ".bin"):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-            for key in ("state_dict", "model"):
-                if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-                    loaded = loaded[key]
-            if isinstance(loaded, Mapping):
-                return loaded
-            raise InputError(f"{path} holds a {type(loaded).__name__}, not a state_dict.")
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("state_dict", "model"):
+            if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+                loaded = loaded[key]
+        if isinstance(loaded, Mapping):
+            return loaded
+        raise InputError(f"{path} holds a {type(loaded).__name__}, not a state_dict.")
     except InputError:
         raise
     except Exception as error:  # damaged files raise whatever their reader stumbles over
         raise InputError(
-            f"{path} cannot be read ({first_line(error)}): cut short, or not a {path.suffix} file. Fetch it again."
+            f"{path} cannot be read ({first_line(error)}): cut short, or not a {path.suffix} file. Copy it again."
         ) from error
-    raise InputError(f"{path} has the suffix {path.suffix!r}. Weights are .safetensors, .pt, .pth or .bin.")
 
 
 def _nearest(name: str, names: Mapping[str, object] | list[str]) -> str:

@@ -11,7 +11,7 @@ from pyarrow import ArrowException
 
 from analysis.planning.pareto import ON_REQUEST, PARETO_COLUMNS, UNIFORM_COLUMNS
 from analysis.proxies import PROXY_COLUMNS
-from analysis.runs import Run, run_names
+from analysis.runs import Run, nothing_to_report, reportable_run, run_names
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
 from analysis.statistics.comparison import COLUMNS
 from analysis.statistics.variation_frames import CHANNEL_COLUMNS, HISTOGRAM_COLUMNS
@@ -79,11 +79,7 @@ def read_run(folder: Path, name: str) -> RunContent:
 
     A table of another version, which lacks a column that the page reads, is left out and named in `left_out`.
     """
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder} is no run folder: there is no such folder. Make one with `qvw stats --run {folder}`."
-        )
-    run, left_out = Run(folder), dict[str, str]()
+    run, left_out = reportable_run(folder), dict[str, str]()
 
     def table(name: str, columns: Sequence[str]) -> pd.DataFrame | None:
         return _table(run, name, columns, left_out)
@@ -111,8 +107,7 @@ def read_run(folder: Path, name: str) -> RunContent:
     )
     found = (content.stats, content.sweep, content.verify, content.plan, content.trainings or None)
     if all(part is None for part in found):
-        told = " ".join(left_out.values()) or f"Measure a model first: `qvw stats MODEL --run {folder}`."
-        raise InputError(f"{folder} holds nothing to report. {told}")
+        raise nothing_to_report(folder, " ".join(left_out.values()))
     return content
 
 

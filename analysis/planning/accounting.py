@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.planning.user_tables import LATENCY_COLUMNS
 from quant.bit_plan import PlannedSite, PlanTotals, check_known_sites
 from quant.errors import InputError
 from quant.site import PRODUCT, Site
@@ -18,7 +19,6 @@ FLOAT_BITS = 32  # of a tensor that the plan does not name
 FLOAT_BYTES = 4  # of a scale, an offset, and a parameter outside the plan
 PICOSECONDS = 10**9  # in a millisecond; latencies are added in whole picoseconds
 _MOST_MS = 10**6  # of a site: the sum over a network still fits into int64
-LATENCY_COLUMNS = ("module", "tensor", "bit_width", "milliseconds")
 
 
 def cost_rows(cost: pd.DataFrame) -> dict[Site, Any]:

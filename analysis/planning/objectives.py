@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from analysis.planning.request import unknown_objective
+from analysis.planning.user_tables import SCORE_COLUMNS, check_csv
 from analysis.proxies import PROXIES, PROXY_COLUMNS, PROXY_IMAGE_COLUMNS
 from analysis.runs import Run
 from analysis.terminal.console import warn
@@ -22,8 +24,6 @@ MEASURED = {
     "logit_nmse": ("logit_nmse", "", 1),
 }  # fmt: skip
 """Column of sensitivity.parquet, that of its standard error, and the sign that makes it something to minimise."""
-OBJECTIVES = (*MEASURED, *PROXIES)
-SCORE_COLUMNS = ("module", "tensor", "bit_width", "score")
 UPPER = 1.6449  # standard errors: the value that the truth exceeds once in twenty times
 Products = Mapping[tuple[Site, int], NDArray[np.float64]]
 _KEY = ["module", "tensor", "bit_width"]
@@ -44,7 +44,7 @@ def scored(run: Run, rows: pd.DataFrame, objective: str, *, robust: bool, scores
     if objective in MEASURED:
         return measured_scores(rows, objective, robust=robust)
     if objective not in PROXIES:
-        raise InputError(f"--objective {objective!r} is unknown; choose from {', '.join(OBJECTIVES)}.")
+        raise unknown_objective(objective)
     if robust:
         raise InputError(f"--robust needs a standard error, which the proxy {objective} has not; use --objective kl.")
     table = run.read_table("proxies", PROXY_COLUMNS)
@@ -115,13 +115,11 @@ def summed(sites: Sequence[PlannedSite], measured: pd.DataFrame, column: str) ->
 
 def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """A table of the user's; InputError where it cannot be read, or lacks one of `columns`."""
+    check_csv(path, columns)
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:  # pandas' errors of parsing are ValueErrors
         raise InputError(f"{path} cannot be read: {first_line(error)}. Expected a CSV file with a header.") from error
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise InputError(f"{path} has no column {missing[0]!r}; expected {', '.join(columns)}.")
     return table
 
 

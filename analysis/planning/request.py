@@ -4,17 +4,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from pydantic import TypeAdapter
 
-from analysis.planning import accounting
-from analysis.planning.baselines import uniform
 from analysis.planning.uniform import parse_uniform, parse_widths
 from quant.bit_plan import PlanBudget
-from quant.choices import Layout
+from quant.choices import ALLOWED_BIT_WIDTHS, Layout
 from quant.errors import InputError
+
+if TYPE_CHECKING:  # a request is checked without pandas
+    import pandas as pd
+
+OBJECTIVES = (
+    "divergence", "kl", "score", "metric", "loss", "top1", "logit_nmse",
+    "fisher", "fit", "output_gradient", "hessian_trace", "noise", "stats_range", "stats_kurtosis", "stats_outliers",
+)  # fmt: skip
+"""What a plan can minimise: measured changes, then proxies. Written out, because those who define them import torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,7 @@ class PlanRequest:
     batch_size: int = 64
     num_workers: int = 2
     device: str = "cpu"
+    task: str | None = None
     out: Path | None = None
     quiet: bool = False
 
@@ -55,12 +62,21 @@ class PlanRequest:
         request = TypeAdapter(cls).validate_python(dict(options))
         if request.scores is not None and request.objective is not None:
             raise InputError("--scores takes the place of --objective; leave out one of them.")
+        if request.minimised not in OBJECTIVES:
+            raise unknown_objective(request.minimised)
         if request.interactions and (
             request.scores is not None or request.minimised not in ("divergence", "kl", "fisher")
         ):
-            raise InputError("--interactions are in nats of KL: plan for --objective kl or fisher, or without them.")
+            raise InputError("interactions are in the unit of the divergence: plan for it, or without them.")
         if request.interactions and request.pareto:
             raise InputError("--pareto is of the sum over sites, without interactions: ask for one of the two.")
+        for parse, texts in (
+            (parse_pin, request.pin), (parse_bound, request.bounds), (parse_kind, request.candidates_of),
+            (parse_tie, request.tie),
+        ):  # fmt: skip
+            for text in texts:
+                parse(text)
+        request.check_budgets()
         return request
 
     @property
@@ -73,21 +89,41 @@ class PlanRequest:
         """The objective, where no scores take its place."""
         return self.objective or "divergence"
 
-    def budget(self, options: pd.DataFrame, cost: pd.DataFrame, parameters: int) -> PlanBudget:
-        """The budgets in the units of the plan file; at least one must be set."""
+    def check_budgets(self) -> None:
+        """Raise InputError for no budget, one out of range, or some that exclude each other."""
         for option, value, largest in (
             ("size_mib", self.size_mib, 2**40), ("gbitops", self.gbitops, 1e12),
             ("activation_mib", self.activation_mib, 2**40), ("size_bytes", self.size_bytes, 2**60),
         ):  # fmt: skip
             if value is not None and not 0 < value <= largest:
                 raise InputError(f"`{option}`={value:g} is no budget; give a number above 0, {largest:g} at most.")
+        if self.like is not None:
+            parse_uniform(self.like, "--like")
+            if self.weight_bits is not None or self.activation_bits is not None:
+                raise InputError("`like` sets the mean bits; leave out `weight_bits` and `activation_bits`.")
+        kinds = (
+            self.weight_bits, self.activation_bits, self.like, self.size_mib, self.size_bytes, self.gbitops,
+            self.activation_mib, self.latency_ms,
+        )  # fmt: skip
+        if all(kind is None for kind in kinds):
+            raise InputError(
+                "no budget was given; set `weight_bits`, `activation_bits`, `like`, `size_bytes`, `activation_mib`, "
+                "`gbitops` or `latency_ms`."
+            )
+        if (self.latency_ms is None) != (self.latency is None):
+            raise InputError("--latency-ms and --latency FILE.csv need each other: the budget, and what sites cost.")
+
+    def budget(self, options: "pd.DataFrame", cost: "pd.DataFrame", parameters: int) -> PlanBudget:
+        """The budgets in the units of the plan file; at least one must be set."""
+        self.check_budgets()
         weight_bits, activation_bits = self.weight_bits, self.activation_bits
         if self.like is not None:
-            if weight_bits is not None or activation_bits is not None:
-                raise InputError("`like` sets the mean bits; leave out `weight_bits` and `activation_bits`.")
+            from analysis.planning import accounting
+            from analysis.planning.baselines import uniform
+
             same = accounting.totals(uniform(options, cost, *parse_uniform(self.like, "--like")), cost, parameters)
             weight_bits, activation_bits = same.weight_bits, same.activation_bits
-        budget = PlanBudget(
+        return PlanBudget(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
             size_bytes=self.size_bytes or (None if self.size_mib is None else max(1, int(self.size_mib * 2**20))),
@@ -95,14 +131,11 @@ class PlanRequest:
             activation_bytes=None if self.activation_mib is None else max(1, int(self.activation_mib * 2**20)),
             latency_ms=self.latency_ms,
         )
-        if not budget.as_dict():
-            raise InputError(
-                "no budget was given; set `weight_bits`, `activation_bits`, `like`, `size_bytes`, `activation_mib`, "
-                "`gbitops` or `latency_ms`."
-            )
-        if (self.latency_ms is None) != (self.latency is None):
-            raise InputError("--latency-ms and --latency FILE.csv need each other: the budget, and what sites cost.")
-        return budget
+
+
+def unknown_objective(name: str) -> InputError:
+    """The error for something that a plan cannot minimise."""
+    return InputError(f"the objective {name!r} is unknown; choose from {', '.join(OBJECTIVES)}.")
 
 
 def parse_pin(text: str) -> tuple[str, int]:
@@ -110,6 +143,9 @@ def parse_pin(text: str) -> tuple[str, int]:
     pattern, _, bits = text.rpartition("=")
     if not pattern or not re.fullmatch(r"[0-9]{1,2}", bits):
         raise InputError(f"--pin {text!r} is not understood; write PATTERN=BITS, such as --pin 'head*=8'.")
+    if int(bits) not in ALLOWED_BIT_WIDTHS:
+        allowed = ", ".join(map(str, ALLOWED_BIT_WIDTHS))
+        raise InputError(f"--pin {text!r}: {bits} is not offered; choose from {allowed}.")
     return pattern, int(bits)
 
 
@@ -122,6 +158,14 @@ def parse_bound(text: str) -> tuple[str, int, int]:
     if int(found[1]) > int(found[2]):
         raise InputError(f"--bounds {text!r} goes from {found[1]} down to {found[2]}; write the lower bits first.")
     return pattern, int(found[1]), int(found[2])
+
+
+def parse_tie(text: str) -> list[str]:
+    """The patterns of `a:input,b:input`."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise InputError(f"--tie {text!r} is not understood; write PATTERN,PATTERN, or qkv, or shared.")
+    return parts
 
 
 def parse_kind(text: str) -> tuple[str, list[int]]:

@@ -5,11 +5,13 @@ from torch import nn
 
 from analysis.data import input_channels, resolve_input
 from analysis.inputs.listing import InputConfig
+from analysis.inputs.task_option import resolve_task
 from analysis.inputs.weights import weights_sha256
-from analysis.models import ModelSource, load_model
+from analysis.models import load_model
 from analysis.runs import Run
+from analysis.session.asked import asked, moved
 from analysis.session.opened import Opened, image_of_noise
-from analysis.session.setup import Setup, completed
+from analysis.session.setup import Setup
 from analysis.storage.run_record import ModelRecord
 from analysis.task import Task
 from analysis.tasks import classification
@@ -25,31 +27,12 @@ def open_run(setup: Setup, *, needs_data: bool) -> Opened:
     no logits.
     """
     run = Run(setup.run)
+    source, setup = asked(setup, needs_data=needs_data)
     known = run.record.model
-    if setup.model is None and (setup.pretrained or setup.weights is not None or setup.model_kwargs is not None):
-        raise InputError("--pretrained, --weights and --model-kwargs need MODEL before them: name the model too.")
-    if setup.model is not None:
-        weights = None if setup.weights is None else str(setup.weights.resolve())
-        source = ModelSource(
-            model=setup.model, pretrained=setup.pretrained, weights=weights, kwargs=setup.model_kwargs or {},
-            seed=setup.seed or 0,
-        )  # fmt: skip
-    elif known is not None:
-        source = ModelSource(
-            model=known.factory or known.typed, pretrained=known.pretrained, weights=known.weights,
-            kwargs=known.kwargs, seed=known.seed,
-        )  # fmt: skip
-    else:
-        raise InputError(f"{setup.run} knows no model yet. Name one: a timm name, or path/to/file.py:factory.")
-    setup = completed(setup, run)
-    if needs_data and setup.data is None:
-        raise InputError(f"{setup.run} knows no images yet. Name them: --data digits, folder:PATH or csv:FILE.")
     try:
         model = load_model(source)
     except InputError as error:
-        if setup.model is not None:
-            raise
-        raise InputError(f"{error} {setup.run} names it: where it has moved, give MODEL and --weights.") from error
+        raise moved(error, setup) from error
     if setup.model is not None and source.untrained:
         warn(f"{setup.model} has untrained weights: give --pretrained or --weights FILE for trained ones.")
     record = ModelRecord(
@@ -65,7 +48,7 @@ def open_run(setup: Setup, *, needs_data: bool) -> Opened:
         )
     input_config = _input_config(model, setup)
     _place(model, setup.device)
-    task = classification()
+    task = classification() if setup.task is None else resolve_task(setup.task)
     network = _traced(model, setup, record.name, input_config, task if needs_data else None)
     return Opened(setup=setup, run=run, record=record, input_config=input_config, network=network, task=task)
 

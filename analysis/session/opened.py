@@ -123,6 +123,8 @@ class Opened:
                 "split_note": data.note, "batch_size": setup.batch_size, "skip_broken": setup.skip_broken,
                 **asdict(self.input_config),
             }  # fmt: skip
+            if setup.task not in (None, "classification"):
+                fixed["task"] = setup.task
         return fixed
 
     def identity(self, data: ImageData | None) -> dict[str, Any]:

@@ -7,12 +7,13 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from analysis.inputs.model_source import factory_of
 from analysis.runs import Run
 from quant.errors import InputError
 
-REMEMBERED = ("data", "holdout", "seed", "class_map", "data_root", "mean", "std", "input_size", "crop_pct")
+REMEMBERED = ("data", "holdout", "seed", "class_map", "data_root", "mean", "std", "input_size", "crop_pct", "task")
 """Options that a later command takes from the run folder where it does not give them."""
-PREPROCESSING = ("mean", "std", "input_size", "crop_pct")
+OF_NETWORK = ("mean", "std", "input_size", "crop_pct", "task")
 """Those of them that belong to the network, whatever the images."""
 
 
@@ -28,6 +29,7 @@ class Setup:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     data: str | None = None
+    task: str | None = None  # the name of a ready-made task, or path/to/file.py:function
     split: str | None = None
     images: int | None = None
     batch_size: int = 64
@@ -55,20 +57,20 @@ def completed(setup: Setup, run: Run) -> Setup:
     """The options; what this command does not say of images and patterns is what the run folder knows, or default."""
     record = run.record
     if record.data:
-        names = REMEMBERED if setup.data is None else PREPROCESSING  # other images, but of the same network
+        names = REMEMBERED if setup.data is None else OF_NETWORK  # other images, but of the same network
         given = {name: getattr(setup, name) for name in names if getattr(setup, name) is not None}
         try:
             setup = Setup.of(asdict(setup) | {name: record.data.get(name) for name in names} | given)
         except ValidationError as error:
             raise InputError(
                 f"{run.path / 'run.json'} holds data options that cannot be used ({error.errors()[0]['loc'][0]}). "
-                "Mend the file, or choose another --run."
+                "Fix the file, or choose another --run."
             ) from error
     chosen = [step.inputs for step in record.steps.values() if {"include", "exclude"} <= set(step.inputs)]
     if setup.model is None and chosen and not (setup.include or setup.exclude):
         setup = replace(setup, include=tuple(chosen[-1]["include"]), exclude=tuple(chosen[-1]["exclude"]))
     return replace(
-        setup, data=_absolute(setup.data),
+        setup, data=_absolute(setup.data), task=_absolute_task(setup.task),
         class_map=None if setup.class_map is None else setup.class_map.resolve(),
         data_root=None if setup.data_root is None else setup.data_root.resolve(),
         seed=0 if setup.seed is None else setup.seed,
@@ -80,3 +82,9 @@ def _absolute(data: str | None) -> str | None:
     """A data string that holds in every working directory."""
     kind, colon, path = (data or "").partition(":")
     return f"{kind}:{Path(path).resolve()}" if path and colon and kind in ("folder", "csv") else data
+
+
+def _absolute_task(task: str | None) -> str | None:
+    """A task that holds in every working directory, where it is a function in a file."""
+    factory = None if task is None else factory_of(task)
+    return task if factory is None else f"{factory[0].resolve()}:{factory[1]}"

@@ -14,7 +14,8 @@ from analysis.figures.panels import save_figure
 from analysis.runs import Run
 from analysis.session.processes import Processes, TogetherError, work_together
 from analysis.session.setup import Setup
-from analysis.steps.ablation_arms import request_of, setup_of
+from analysis.steps.ablation_arms import request_of
+from analysis.steps.ablation_subjects import setup_of
 from analysis.steps.train import run_train
 from analysis.storage.files import write_bytes
 from analysis.terminal.console import as_text, resumable, say

@@ -21,16 +21,6 @@ CALIBRATION_IMAGES = 256
 TENSORS = ("weight", "input", "attention")
 
 
-def setup_of(run: Path, subject: Subject) -> Setup:
-    """The options that the commands share, for a network of an ablation."""
-    return Setup(
-        run=run, model=subject.model, pretrained=subject.pretrained,
-        weights=None if subject.weights is None else Path(subject.weights), model_kwargs=subject.model_kwargs,
-        include=subject.include, exclude=subject.exclude, data=subject.data, images=subject.images,
-        holdout=subject.holdout, mean=subject.mean, std=subject.std, input_size=subject.input_size,
-    )  # fmt: skip
-
-
 def request_of(setup: Setup, subject: Subject, arm: Arm, job: Job, processes: Processes) -> TrainRequest:
     """What a job trains; plan files that it needs are made in the run folder, by the process of rank 0."""
     request = TrainRequest(name=job.name, config=job.config, val_images=subject.val_images)

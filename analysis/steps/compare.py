@@ -11,7 +11,7 @@ from analysis.figures.panels import figure_files, save_figure
 from analysis.figures.variation_panels import STEMS, variation_figures
 from analysis.page.figures import picture
 from analysis.report import report_html
-from analysis.runs import Run, run_names
+from analysis.runs import run_names, run_with_stats
 from analysis.statistics.comparison import COLUMNS, Compared, compare
 from analysis.statistics.variation_frames import Measured, channel_frame
 from analysis.statistics.variation_tests import differences
@@ -28,13 +28,10 @@ def run_compare(runs: Sequence[Path], out: Path, *, modules: Sequence[str] = (),
     `modules` are shell patterns of the layers whose channels are drawn; InputError for one that matches none.
     """
     if len(runs) < 2:
-        raise InputError("one run was given; name at least two run folders to compare.")
+        raise InputError("one run was given. Name at least two run folders to compare.")
     measured: list[Measured] = []
     for path, name in zip(runs, run_names(runs, reserved=COLUMNS), strict=True):
-        run = Run(path)
-        step = run.record.steps.get("stats")
-        if step is not None and step.status != "done":
-            raise InputError(f"the statistics of {path} were not finished: run `qvw stats --run {path}` again.")
+        run = run_with_stats(path)
         measured.append(Measured.read(run, name, run.read_table("stats", STATS_COLUMNS)))
         for file in measured[-1].lacking():
             again = shlex.join(["qvw", "stats", "--run", str(path), "--overwrite"])

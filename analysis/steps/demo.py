@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analysis.data import ImageData, batches, load_data, resolve_input
-from analysis.models import ModelSource, load_model
+from analysis.inputs.model_source import ModelSource
+from analysis.models import load_model
 from analysis.planning.request import PlanRequest
 from analysis.runs import Run
 from analysis.scoring import outputs_of, scores

@@ -19,6 +19,14 @@ from analysis.session.opened import Opened
 from analysis.session.setup import Setup
 from analysis.storage.files import write_atomic
 from analysis.storage.run_record import typed_command
+from analysis.storage.trained_files import (
+    PACKED_FORMAT,
+    TRAINED,
+    check_export_target,
+    check_packed,
+    is_trained_folder,
+    packable_folder,
+)
 from analysis.terminal.console import say, warn
 from analysis.training.calibration import read_plan, uncalibrated
 from analysis.training.trained_model import load_trained_
@@ -27,31 +35,25 @@ from quant.errors import InputError, first_line
 from quant.insertion import attach_quantizers_
 from quant.pack import PARTS, load_packed_, pack
 
-FORMAT = "qvw-packed-model"
 VERSION = 1
 
 
 def run_export(setup: Setup, out: Path, *, name: str | None = None) -> None:
     """Write the trained model of RUN/qat, or of RUN/qat-NAME, to `out`, and print what it takes."""
-    _check_target(out)
-    trained = setup.run / ("qat" if name is None else f"qat-{name}")
-    if not trained.is_dir():
-        others = sorted(path.name.removeprefix("qat-") for path in setup.run.glob("qat-*") if path.is_dir())
-        hint = f"It has {', '.join(others)}: give --name" if others else "Train it first, `qvw train`"
-        raise InputError(f"{setup.run} has no trained model {trained.name}. {hint}.")
+    check_export_target(out)
+    trained = packable_folder(setup.run, name)
     opened = open_run(setup, needs_data=False)
-    if not load_trained_(opened, trained):
-        raise InputError(f"{trained} was trained in floating point: there is nothing to pack. Choose another --name.")
+    load_trained_(opened, trained)
     plan = read_plan(trained / "plan.json", opened, other_weights=True)
     tensors = pack(opened.model)
     content = {
-        "format": FORMAT, "version": VERSION,
+        "format": PACKED_FORMAT, "version": VERSION,
         "model": {"name": opened.record.typed, "kwargs": dict(opened.record.kwargs), "seed": opened.record.seed},
         "input": asdict(opened.input_config), "plan": json.loads(plan.to_json()),
     }  # fmt: skip
     # One key with one text: safetensors writes several in an order that changes from run to run.
-    metadata = {FORMAT: _sealed(content, tensors)}
-    inputs = opened.inputs(None) | {"model_sha256": hashlib.sha256((trained / _TRAINED).read_bytes()).hexdigest()}
+    metadata = {PACKED_FORMAT: _sealed(content, tensors)}
+    inputs = opened.inputs(None) | {"model_sha256": hashlib.sha256((trained / TRAINED).read_bytes()).hexdigest()}
     inside = out.resolve().is_relative_to(opened.run.path.resolve())
     with opened.run.start_step(
         "export", command=typed_command(), options={"out": str(out), "name": name}, inputs=inputs,
@@ -69,7 +71,7 @@ def load_checkpoint_(opened: Opened, path: Path) -> Sequence[PlannedSite]:
     `path` is a folder of `qvw train`, or a file of `qvw export`, from which no code is run. InputError where it is
     neither, damaged, or of another network; the weights that the opened model has do not matter.
     """
-    if not path.is_file() or (path.name == _TRAINED and not _is_packed(path)):
+    if is_trained_folder(path):
         return load_trained_(opened, path)
     name, plan, tensors = _read(path)
     try:
@@ -84,42 +86,18 @@ def load_checkpoint_(opened: Opened, path: Path) -> Sequence[PlannedSite]:
     return plan.sites
 
 
-_TRAINED = "model.safetensors"
-
-
-def _check_target(out: Path) -> None:
-    """InputError for a file that a packed model must not replace."""
-    if out.suffix != ".safetensors":
-        raise InputError(f"--out {out} is no name of a packed model: end it with .safetensors.")
-    if out.exists() and not _is_packed(out):
-        raise InputError(f"--out {out} exists, and is no packed model: it is not replaced. Choose another name.")
-
-
-def _is_packed(path: Path) -> bool:
-    """Whether the file says that `qvw export` has written it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return FORMAT in (file.metadata() or {})
-    except Exception:  # damaged files raise whatever their reader stumbles over
-        return False
-
-
 def _read(path: Path) -> tuple[str, BitPlan, dict[str, Tensor]]:
     """The model's name, the plan and the tensors of a packed file, checked against their checksum."""
+    check_packed(path)
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(FORMAT)
+            text = (file.metadata() or {})[PACKED_FORMAT]
         tensors = load_file(path)
     except Exception as error:  # damaged files raise whatever their reader stumbles over
         raise InputError(
-            f"--checkpoint {path} cannot be read ({first_line(error)}): no packed model, or cut short. Name a file of "
-            "`qvw export`, or a folder of `qvw train`."
+            f"--checkpoint {path} cannot be read ({first_line(error)}): not a packed model, or cut short. Name a file "
+            "of `qvw export`, or a folder of `qvw train`."
         ) from error
-    if text is None:
-        raise InputError(
-            f"--checkpoint {path} is no packed model. Name a file of `qvw export`, or a folder of `qvw train`; plain "
-            "weights are measured by MODEL --weights FILE --float."
-        )
     try:
         content = json.loads(text)
         version, name, plan = content["version"], content["model"]["name"], content["plan"]

@@ -12,7 +12,6 @@ from analysis.figures.panels import bits_figure, save_figure
 from analysis.figures.pareto import pareto_figure
 from analysis.planner import read_options
 from analysis.planning import accounting
-from analysis.planning.accounting import LATENCY_COLUMNS
 from analysis.planning.budget_kinds import budget_words
 from analysis.planning.interactions import FEW_IMAGES
 from analysis.planning.objectives import Products, read_csv, scored, site_products
@@ -20,17 +19,16 @@ from analysis.planning.pareto import ON_REQUEST, pareto_front, uniform_points
 from analysis.planning.plan import planned
 from analysis.planning.plan_csv import plan_frame
 from analysis.planning.request import PlanRequest
-from analysis.runs import Run
+from analysis.planning.user_tables import LATENCY_COLUMNS
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
 from analysis.session.setup import Setup
-from analysis.steps.plan_files import NAME, PlanFiles
+from analysis.steps.plan_files import PlanFiles, checked_files
 from analysis.steps.plan_words import knee_words, loose_budgets, plan_words, rising_scores, unspent_budgets
 from analysis.steps.verify import other_plans, run_verify
 from analysis.storage.files import write_bytes
 from analysis.storage.run_record import typed_command
 from analysis.terminal.console import progress, say, warn
 from quant.bit_plan import BitPlan, PlanModel
-from quant.errors import InputError
 from quant.site import Site
 
 CURVES, POINTS = 4, 17  # of the Pareto front: kinds of budget (and those of ON_REQUEST that are set), budgets of each
@@ -39,13 +37,11 @@ FRONT_SECONDS = 10.0  # for each plan of it; where that is not enough its status
 
 def run_plan(path: Path, request: PlanRequest) -> None:
     """Plan bits for the sites of a run's sensitivity.parquet and write the plan file with its figure."""
-    run = Run(path)
+    files = checked_files(path, request)
+    run = files.run
     table, cost = run.read_table("sensitivity", SENSITIVITY_COLUMNS), run.read_table("cost", COST_COLUMNS)
     model = run.record.model
-    if model is None:
-        raise InputError(f"{path}/run.json names no model; make the run with `qvw sensitivity`.")
-    files = PlanFiles(run, path / f"{NAME}.json" if request.out is None else request.out)
-    files.check()
+    assert model is not None
     rows = preferred_rows(table)
     scores = scored(run, rows, request.minimised, robust=request.robust, scores=request.scores)
     latency = None if request.latency is None else read_csv(request.latency, LATENCY_COLUMNS)
@@ -101,7 +97,7 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     if request.verify:  # afterwards, for the plan is to be there whatever becomes of the images
         setup = Setup(
             run=path, images=request.images, batch_size=request.batch_size, num_workers=request.num_workers,
-            device=request.device, overwrite=True, quiet=request.quiet,
+            device=request.device, task=request.task, overwrite=True, quiet=request.quiet,
             skip_broken=bool(run.record.steps["sensitivity"].inputs.get("skip_broken")),
         )  # fmt: skip
         others = other_plans(

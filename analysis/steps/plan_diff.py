@@ -11,9 +11,9 @@ from analysis.cost import COST_COLUMNS
 from analysis.planning import accounting
 from analysis.runs import Run
 from analysis.storage.files import write_bytes
+from analysis.storage.plan_file import read_plan_file
 from analysis.terminal.console import as_text, say, warn
 from quant.bit_plan import BitPlan, PlannedSite
-from quant.errors import InputError
 from quant.site import Site
 
 DIFF_COLUMNS = ("module", "tensor", "bits_a", "bits_b", "change", "bytes_a", "bytes_b", "bytes_change", "note")
@@ -51,16 +51,6 @@ def run_plan_diff(a: Path, b: Path, *, csv: Path | None = None, quiet: bool = Fa
         say(f"... and {len(differs) - _SHOWN} more; --csv FILE writes all.", quiet=quiet)
     if csv is not None:
         say(f"\nall sites in {csv}", quiet=quiet)
-
-
-def read_plan_file(path: Path) -> BitPlan:
-    """The plan in a file, or in plan.json of a run folder; InputError says which could not be read."""
-    file = path / "plan.json" if path.is_dir() else path
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the plan {file} cannot be read: {error}. Make one with `qvw plan`.") from error
-    return BitPlan.from_json(text, source=str(file))
 
 
 def plan_diff(

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.figures.panels import figure_files
+from analysis.inputs.task_option import check_task
+from analysis.planning.request import PlanRequest
+from analysis.planning.user_tables import LATENCY_COLUMNS, SCORE_COLUMNS, check_csv
 from analysis.runs import Run
+from analysis.session.asked import check_device
 from quant.bit_plan import BitPlan
 from quant.errors import InputError
 
@@ -42,6 +45,8 @@ class PlanFiles:
     @property
     def files(self) -> list[str]:
         """All that planning may write into the run folder."""
+        from analysis.figures.panels import figure_files  # here: it brings matplotlib, which `check` does not need
+
         inside = self.out.resolve().parent == self.run.path.resolve()
         tables = ("pareto.parquet", "pareto_uniform.parquet", *figure_files("pareto"))
         return [*(path.name for path in self.beside if inside), *map(self.in_run, tables)]
@@ -51,7 +56,7 @@ class PlanFiles:
         out, run = self.out, self.run
         if out.suffix != ".json":
             raise InputError(
-                f"--out {out} is no name of a plan; its table and figure lie beside it: end it with .json."
+                f"--out {out} is not the name of a plan: end it with .json. Its table and figure lie beside it."
             )
         inside = out.resolve().parent == run.path.resolve()
         if not inside and (out.parent / "run.json").exists():
@@ -62,3 +67,28 @@ class PlanFiles:
             raise InputError(f"--out {out} would replace {sorted(taken)[0]} of the run; choose another name.")
         if out.is_file():  # nothing but a plan is replaced
             BitPlan.from_json(out.read_text(encoding="utf-8", errors="replace"), source=str(out))
+
+
+def checked_files(run: Path, request: PlanRequest) -> PlanFiles:
+    """The files of the plan that is asked for; InputError for what is wrong by names, paths and heads of files alone.
+
+    That is: a run folder without a sweep or model, tables of the user's that cannot be read, a plan file that must not
+    be replaced, an unknown device.
+    """
+    folder = Run(run)
+    for table in ("sensitivity", "cost"):
+        folder.existing(f"{table}.parquet")
+    if folder.record.model is None:
+        raise InputError(f"No model is recorded in {run / 'run.json'}. Make the run with `qvw sensitivity`.")
+    if request.interactions:
+        folder.existing("proxy_images.parquet")
+    for path, columns in ((request.latency, LATENCY_COLUMNS), (request.scores, SCORE_COLUMNS)):
+        if path is not None:
+            check_csv(path, columns)
+    if request.verify:
+        check_device(request.device)
+    if request.task is not None:
+        check_task(request.task)
+    files = PlanFiles(folder, run / f"{NAME}.json" if request.out is None else request.out)
+    files.check()
+    return files

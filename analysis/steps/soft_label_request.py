@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from quant.choices import Compression
 from quant.errors import InputError
+from quant.soft_label_format import START, start_of
 
 TOP_K = 5
 LARGEST_RATIO = 1000
@@ -53,3 +54,9 @@ class SoftLabelRequest:
         if request.out.is_dir():
             raise InputError(f"--out {request.out} is a folder. Name a file, such as {request.out / 'labels.soft'}.")
         return request
+
+
+def check_soft_label_target(out: Path) -> None:
+    """Raise InputError for a file that soft labels must not replace."""
+    if out.exists() and not start_of(out).startswith(START):
+        raise InputError(f"{out} exists and is not a file of soft labels. Choose another --out.")

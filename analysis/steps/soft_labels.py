@@ -17,7 +17,7 @@ from analysis.session.open_run import open_run
 from analysis.session.opened import Opened, warn_of_skipped
 from analysis.session.processes import Processes, work_together
 from analysis.session.setup import Setup
-from analysis.steps.soft_label_request import TOP_K, SoftLabelRequest
+from analysis.steps.soft_label_request import TOP_K, SoftLabelRequest, check_soft_label_target
 from analysis.storage.files import writing
 from analysis.storage.locks import exclusive
 from analysis.terminal.console import progress, resumable, say
@@ -25,7 +25,7 @@ from quant.errors import InputError
 from quant.label_compression import compress
 from quant.soft_label_format import UNREADABLE, Crop, SoftLabelHeader, header_changes
 from quant.soft_label_writer import SoftLabelWriter, partial_of
-from quant.soft_labels import SoftLabels, is_soft_labels
+from quant.soft_labels import SoftLabels
 
 
 def run_soft_labels(setup: Setup, request: SoftLabelRequest) -> None:
@@ -65,8 +65,7 @@ def _opened(setup: Setup, request: SoftLabelRequest) -> tuple[Opened, ImageData,
 
 def _writer(header: SoftLabelHeader, out: Path, held: ExitStack, *, overwrite: bool) -> SoftLabelWriter | None:
     """What goes on with the file, locked until `held` ends; None where the file is there already."""
-    if out.exists() and not is_soft_labels(out):
-        raise InputError(f"{out} exists and is no file of soft labels. Choose another --out.")
+    check_soft_label_target(out)
     held.enter_context(exclusive(out.with_name(f".{out.name}.lock"), f"the making of {out}", instead="--out"))
     if overwrite:
         with writing(out):

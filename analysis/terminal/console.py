@@ -3,12 +3,15 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
 import click
-import pandas as pd
 from tqdm import tqdm
 
 from quant.errors import InputError
+
+if TYPE_CHECKING:  # a warning needs no pandas
+    import pandas as pd
 
 
 class _Lines(tqdm):
@@ -59,6 +62,6 @@ def resumable(kept: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def as_text(frame: pd.DataFrame) -> str:
+def as_text(frame: "pd.DataFrame") -> str:
     """A table for a terminal, figures with four digits."""
     return frame.to_string(index=False, float_format=lambda value: f"{value:.4g}")

@@ -16,13 +16,14 @@ from analysis.planning.budget_kinds import amount
 from analysis.planning.options import uniform_bits
 from analysis.planning.uniform import parse_uniform
 from analysis.session.opened import Opened
+from analysis.storage.plan_file import read_used_plan
 from analysis.terminal.console import warn
 from quant.batches import samples
 from quant.batchnorm import batchnorm_reestimated, batchnorms
 from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
 from quant.calibrate import calibrate, check_planned, planned_sites, scheme_of
 from quant.choices import Estimator, Layout
-from quant.errors import InputError, first_line
+from quant.errors import InputError
 from quant.insertion import quantized
 from quant.network import Forward, Network
 from quant.quantizer import Quantizer
@@ -107,13 +108,7 @@ def read_plan(path: Path, opened: Opened, *, other_weights: bool = False) -> Bit
 
     Weights that it was not made for are told in a warning, unless `other_weights` are what is expected.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the plan {path} cannot be read: {first_line(error)}. Make one with `qvw plan`.") from error
-    plan = BitPlan.from_json(text, source=str(path))
-    if not plan.sites:
-        raise InputError(f"{path} plans no site: nothing would be quantized. Use --float for the model as it is.")
+    plan = read_used_plan(path)
     check_planned(opened.network, plan.sites, what=str(path))
     _check_shapes(plan, opened, path)
     theirs, ours = plan.model.weights_sha256, opened.record.weights_sha256
@@ -134,5 +129,5 @@ def _check_shapes(plan: BitPlan, opened: Opened, path: Path) -> None:
             raise InputError(
                 f"{path} says that it takes {amount(name, said, 6)}, but of {opened.name} it takes "
                 f"{amount(name, found, 6)}: it was made for other shapes or heads, or edited. Plan again for this "
-                "model, or mend its totals."
+                "model, or fix its totals."
             )

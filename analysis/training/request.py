@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from analysis.inputs.model_source import ModelSource
+from analysis.inputs.option_names import TEACHER_OPTIONS
 from analysis.planning.uniform import parse_uniform
 from quant.choices import Layout
 from quant.config import QATConfig
@@ -54,6 +56,17 @@ class TrainRequest:
             if not request.config.kd_weight:
                 raise InputError("--soft-labels was given, but kd_weight is 0: nothing is distilled. Leave out one.")
         return request
+
+    @property
+    def teacher_source(self) -> ModelSource | None:
+        """Where the teacher comes from; None where the floating-point model itself is distilled."""
+        if self.teacher is None:
+            return None
+        return ModelSource(
+            model=self.teacher, pretrained=self.teacher_pretrained, kwargs=self.teacher_kwargs or {},
+            weights=None if self.teacher_weights is None else str(self.teacher_weights), seed=0,
+            options=TEACHER_OPTIONS,
+        )  # fmt: skip
 
     @property
     def folder(self) -> str:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from analysis.data import ImageData
-from analysis.inputs.option_names import TEACHER_OPTIONS
 from analysis.inputs.weights import weights_sha256
-from analysis.models import ModelSource, load_model
+from analysis.models import load_model
 from analysis.session.opened import Opened
+from analysis.storage.plan_file import own_plan
 from analysis.terminal.console import warn
 from analysis.training.calibration import read_plan
 from analysis.training.request import TrainRequest
@@ -87,25 +87,18 @@ def _plan(opened: Opened, request: TrainRequest) -> BitPlan | str | None:
         return None
     if request.uniform is not None:
         return request.uniform
-    own = opened.run.path / "plan.json"
-    if request.plan_file is None and not own.exists():
-        raise InputError(f"{own} does not exist: make it with `qvw plan`, or give --plan, --uniform w4a4 or --float.")
-    return read_plan(request.plan_file or own, opened)
+    return read_plan(request.plan_file or own_plan(opened.run.path), opened)
 
 
 def _teacher(opened: Opened, request: TrainRequest) -> tuple[nn.Module | None, str | None]:
     """The network whose logits are distilled, and its hash; checked against the student on one image."""
     if not request.config.kd_weight or request.soft_labels is not None:
         return None, None
-    if request.teacher is None:
+    source = request.teacher_source
+    if source is None:
         teacher, name = copy.deepcopy(opened.model), opened.name
     else:
-        source = ModelSource(
-            model=request.teacher, pretrained=request.teacher_pretrained, kwargs=request.teacher_kwargs or {},
-            weights=None if request.teacher_weights is None else str(request.teacher_weights), seed=0,
-            options=TEACHER_OPTIONS,
-        )  # fmt: skip
-        teacher, name = load_model(source).to(opened.setup.device), request.teacher
+        teacher, name = load_model(source).to(opened.setup.device), source.model
         if source.untrained:
             warn(f"the teacher {name} has untrained weights: give --teacher-pretrained or --teacher-weights FILE.")
     image, size = opened.probe_image(), opened.input_config.input_size

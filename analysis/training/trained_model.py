@@ -8,6 +8,7 @@ from safetensors.torch import load_model, save_model
 
 from analysis.session.opened import Opened
 from analysis.storage.files import write_atomic, write_bytes
+from analysis.storage.trained_files import trained_weights
 from analysis.training.calibration import read_plan, uncalibrated
 from quant.bit_plan import BitPlan, PlannedSite
 from quant.errors import InputError, first_line
@@ -30,15 +31,8 @@ def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
 
     Raises InputError where the folder is none of `qvw train`, damaged, or of another network.
     """
-    folder = folder.parent if folder.name == "model.safetensors" else folder
-    weights = folder / "model.safetensors"
-    if (folder / "checkpoints").is_dir() and not weights.is_file():
-        raise InputError(f"the training in {folder} has not ended: run the same `qvw train` again, and it goes on.")
-    if not weights.is_file():
-        raise InputError(
-            f"{folder} has no model.safetensors: name a folder that `qvw train` has finished, such as RUN/qat, or a "
-            "file of `qvw export`."
-        )
+    weights = trained_weights(folder)
+    folder = weights.parent
     sites: Sequence[PlannedSite] = ()
     plan = None
     if (folder / "plan.json").exists():
