@@ -24,11 +24,13 @@ class Source:
 
     read: Callable[[int, int], Iterator[tuple[Any, Sequence[str]]]]
     batches: int
-    samples: int | None  # None where they are not counted before they are read
     unit: str
+    samples: int | None = None  # None where they are not counted before they are read
+    batch_size: int | None = None  # of all batches but the last
     names: Collection[str] = ()  # of samples that may be skipped
     skipped: list[str] = field(default_factory=list)
     nothing: str = "`data` holds no sample."  # what is told where not one can be read
+    at_end: Callable[[], None] = lambda: None  # warns of what was skipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ class Session:
         self._note_skipped(name, before)
 
     def _note_skipped(self, name: str, before: StepRecord | None) -> None:
-        """Name in run.json the samples that a step left out, if any; `before` is its record as it stood at the start."""
+        """Name in run.json the samples that a step left out; `before` is its record as it stood at the start."""
         step = self.run.record.steps[name]
         # A resumed step has rows of earlier passes, which skipped what they could not read.
         earlier = before is not None and not self.overwrite and before.inputs == step.inputs
@@ -102,13 +104,3 @@ class Session:
         skipped += [path for path in ([] if self.source is None else self.source.skipped) if path not in skipped]
         if skipped:
             self.run.note_step(name, replace(step, options={**step.options, "skipped_images": skipped}))
-
-    def warn_of_skipped(self) -> None:
-        """Warn of samples that were left out because they cannot be read, if any were."""
-        skipped = [] if self.source is None else self.source.skipped
-        if self.source is not None and skipped:
-            others = " and others" if len(skipped) > 1 else ""
-            self.warn(
-                f"{len(skipped)} of {self.source.samples} {self.source.unit}s cannot be read and were left out: "
-                f"{skipped[0]}{others}."
-            )
