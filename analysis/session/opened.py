@@ -184,11 +184,11 @@ class Opened:
     def _source(self, data: ImageData) -> Source:
         setup = self.setup
 
-        def read(first: int, every: int) -> Iterator[tuple[Tensor, Sequence[str]]]:
-            for images, _, paths in shared_batches(
+        def read(first: int, every: int) -> Iterator[tuple[tuple[Tensor, Tensor], Sequence[str]]]:
+            for images, labels, paths in shared_batches(
                 data, batch_size=setup.batch_size, num_workers=setup.num_workers, first=first, every=every
             ):
-                yield images.to(setup.device), paths
+                yield (images.to(setup.device), labels), paths
 
         return Source(
             read=read, batches=-(-data.images // setup.batch_size), batch_size=setup.batch_size, samples=data.images,
