@@ -189,7 +189,7 @@ def _batches(session: Session) -> list[Any]:
     return found
 
 
-def _share(keys: Sequence[dict], processes: Processes) -> list[dict]:
+def _share(keys: Sequence[Mapping[str, Any]], processes: Processes) -> list[Mapping[str, Any]]:
     """The keys of every `world`-th site or group: all rows of one are entered at the same place of the network."""
     names = list(dict.fromkeys((key["module"], key["tensor"], key["group"]) for key in keys))
     own = set(names[processes.rank :: processes.world])
@@ -200,7 +200,7 @@ def _measured(
     session: Session,
     sites: Sequence[SiteInfo],
     batches: Sequence[Any],
-    todo: Sequence[dict],
+    todo: Sequence[Mapping[str, Any]],
     processes: Processes,
     cache_mib: int,
     time_limit: float | None,
@@ -268,7 +268,8 @@ def _is_row(row: Any, images: int | None) -> bool:
     """Whether a row of a log is what a sweep of so many images writes."""
     if not isinstance(row, dict) or not set(SENSITIVITY_COLUMNS) <= set(row):
         return False
-    numbers = [row[name] for name in ("bit_width", "order", "images", "divergence", "divergence_se", "loss")]
+    figures = SENSITIVITY_COLUMNS[SENSITIVITY_COLUMNS.index("images") : -1]  # the last is the note
+    numbers = [row[name] for name in ("bit_width", "order", *figures)]
     values = [row.get(name) for name in IMAGE_COLUMNS]
     lists = all(isinstance(value, list) and len(value) == row["images"] for value in values)
     return (

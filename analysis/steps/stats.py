@@ -10,7 +10,9 @@ from typing import Any
 import pandas as pd
 
 from analysis.figures.panels import distribution_figure, figure_files, save_figure
+from analysis.results import Stats
 from analysis.running_stats import RunningStats
+from analysis.runs import Run
 from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.processes import Processes, work_together
@@ -182,6 +184,13 @@ def _merged(measured: dict[Site, RunningStats], processes: Processes) -> dict[Si
         for stats in others:
             merged[site].merge(stats)
     return merged
+
+
+def read_stats(run: Run, name: str) -> Stats:
+    """The statistics that a run folder holds, as `measure_stats` returns them."""
+    table, channels, histograms = (run.read_table(sort) for sort in ("stats", "channels", "histograms"))
+    table["shape"] = [list(shape) for shape in table["shape"]]
+    return Stats(name=name, table=table, channels=channels, histograms=histograms)
 
 
 def _write(session: Session, tables: StatsTables) -> None:
