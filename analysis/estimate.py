@@ -67,11 +67,11 @@ def estimated_rows(
                 "module": info.site.module, "tensor": info.site.tensor, "group": "", "bit_width": bits,
                 "protocol": "single", "granularity": scheme.granularity, "estimator": estimator, "batchnorm": batchnorm,
             }  # fmt: skip
-            found = scores.get((info.site, bits))
+            found, note = scores.get((info.site, bits)), "; ".join(filter(None, (info.note, how)))
             rows.append(
                 {**identity, "model": net.name, "kind": info.kind, "order": info.order, "signed": scheme.signed,
                  "offset": scheme.offset, "source": SOURCE, "task": task.name, "images": count,
-                 **_figures(found, "; ".join(filter(None, (info.note, how))), classification=task.name == "classification")}
+                 **_figures(found, note, classification=task.name == "classification")}
             )  # fmt: skip
             if found is not None:
                 products.append({**{name: identity[name] for name in PRODUCT_COLUMNS[:-1]}, "products": found.products})

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ def live_session(
 def _source(net: Network, task: Task, data: Iterable[Any]) -> Source:
     """The batches of `data`, counted; of a list the samples too."""
     known = isinstance(data, (list, tuple))
-    batches = len(data) if hasattr(data, "__len__") else sum(1 for _ in checked_data(data))
+    batches = len(data) if isinstance(data, Sized) else sum(1 for _ in checked_data(data))
     if not batches:
         raise InputError("`data` holds no batch. Give at least one.")
 

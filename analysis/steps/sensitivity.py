@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from analysis.cost import cost_table
 from analysis.figures.panels import figure_files, save_figure
 from analysis.figures.sensitivity_panels import STEMS, sensitivity_figures
@@ -260,8 +262,13 @@ def written_rows(run: Run) -> list[dict[str, Any]]:
     if not (run.path / "sensitivity_images.parquet").exists():
         return written
     images = run.read_table("sensitivity_images", (*ROW_KEY, *IMAGE_COLUMNS)).to_dict("records")
-    by_key = {row_key(row): {name: list(row[name]) for name in IMAGE_COLUMNS} for row in images}
+    by_key = {row_key(row): {name: _floats(row[name]) for name in IMAGE_COLUMNS} for row in images}
     return [row | by_key.get(row_key(row), {}) for row in written]
+
+
+def _floats(values: Any) -> list[float]:
+    """The values of a cell; a column of NaN alone comes back from Parquet as None."""
+    return np.asarray(values, dtype=np.float64).tolist()
 
 
 def _is_row(row: Any, images: int | None) -> bool:
