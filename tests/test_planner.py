@@ -181,7 +181,7 @@ def test_sites_without_a_budget_take_their_least_score():
     ],
 )
 def test_an_unreachable_budget_names_the_cheapest_plan(budget, message):
-    """A budget below every plan is an InputError with what the cheapest and the most expensive plan have, in its own unit."""
+    """A budget below every plan is an InputError with the least and the most that a plan can have."""
     options, cost, parameters = chain(3)
     with pytest.raises(InputError, match=message):
         plan_bits(options, cost, budget=PlanBudget(**budget), parameters=parameters)
