@@ -291,7 +291,8 @@ def test_an_attention_that_is_called_twice_is_one_set_of_sites():
 
         def forward(self, x):
             x = self.attention(x, x, x)[0]
-            return self.head(self.attention(x, x[:, :2], x[:, :2])[0].mean(1))
+            memory = x[:, :2]
+            return self.head(self.attention(x, memory, memory)[0].mean(1))
 
     _, sites = find_sites(Twice().eval(), torch.randn(1, 6, 16))
     found = {info.site.tensor: info for info in sites if info.site.module == "attention"}
