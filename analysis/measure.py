@@ -84,10 +84,10 @@ def measure_sensitivity(
     over module names; selectors of one sort add up, those of different sorts restrict each other. `bits` are of 1 to 8
     and 16. `protocol="leave_one_out"` quantizes everything but the site; `groups` (kind, block, stage, module) takes
     sites together. With BatchNorm each row is measured with the statistics of the quantized network (`batchnorm`:
-    re_estimate; stored keeps the model's own, both measures both). Scales are those of `estimator` (mse, minmax, percentile) on the
-    same batches. All batches are kept in memory, with about `cache_mib` MiB of activations, so that each row starts at
-    the quantized layer. `time_limit` (seconds) stops at the end of a row, the fewest bits first: what is missing is NaN
-    with a note.
+    re_estimate; stored keeps the model's own, both measures both). Scales are those of `estimator` (mse, minmax,
+    percentile) on the same batches. All batches are kept in memory, with about `cache_mib` MiB of activations, so that
+    each row starts at the quantized layer. `time_limit` (seconds) stops at the end of a row, the fewest bits first:
+    what is missing is NaN with a note.
 
     The divergence is the task's (in classification the KL of the softmax, in nats); `_se` columns are standard errors
     over samples, paired with the float network. The model is left bit for bit as it was, also after an interrupt.
@@ -125,7 +125,7 @@ def measure_sensitivity(
     done = {row_key(row) for row in rows}
     reason = f"not measured: the time limit of {time_limit} s was reached"
     rows += [unmeasured_row(net, chosen, key, task, reason) for key in keys if row_key(key) not in done]
-    return Sensitivity(name=net.name, table=sensitivity_table(rows), per_sample=images_table(rows))
+    return Sensitivity(name=net.name, table=sensitivity_table(rows), per_sample=images_table(rows), network=net)
 
 
 def estimate_sensitivity(
@@ -171,7 +171,7 @@ def estimate_sensitivity(
             raise InputError(
                 f"no sensitivity can be estimated: {first_line(error)}. Measure it instead: measure_sensitivity."
             ) from error
-    return Sensitivity(name=net.name, table=table, per_sample=per_sample, products=products)
+    return Sensitivity(name=net.name, table=table, per_sample=per_sample, products=products, network=net)
 
 
 def network(model: nn.Module | Network, data: Iterable[Any] | None, task: Task | None) -> Network:

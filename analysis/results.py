@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from analysis.statistics.variation_frames import Measured
+    from quant.network import Network
 
 _HEAD = 8
 
@@ -70,6 +71,7 @@ class Sensitivity(_Shown):
     table: pd.DataFrame
     per_sample: pd.DataFrame
     products: pd.DataFrame | None = field(default=None, compare=False)
+    network: "Network | None" = field(default=None, compare=False)
 
     def plot(self) -> "Figure":
         """Heatmap of the divergence, one row per site and one column per bit-width."""

@@ -161,7 +161,7 @@ def _user(model: nn.Module, name: str, trace: Trace) -> nn.Module | None:
     """The module whose forward multiplies by the weight of a layer that is never called; None for one that is."""
     if name in trace.in_proj:
         return model.get_submodule(name)
-    return model.get_submodule(name.rpartition(".")[0]) if name in trace.functional else None
+    return model.get_submodule(trace.users[name]) if name in trace.functional else None
 
 
 def _open(module: nn.Module, trace: Trace, name: str, inside: Mapping[str, LSQQuantizer]) -> None:

@@ -131,6 +131,15 @@ class _QuantizedLayer(Mixed):
         return super().forward(*args, **kwargs)
 
 
+class _QuantizedByName(_QuantizedLayer):
+    """The same of a module that calls its weight otherwise, as code that gives torch's own attention its parameters."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("weight_parameters", {}).values():
+            return self._quantized_parameter(name)
+        return super().__getattr__(name)
+
+
 def quantize_layer_(
     module: nn.Module,
     weights: Mapping[str, tuple[Rows, LSQQuantizer]],
@@ -151,7 +160,8 @@ def quantize_layer_(
     layer.weight_rows = {tensor: rows for tensor, (rows, _) in ordered}
     layer.input_quantizer, layer.called = input_quantizer, user is None
     layer.weight_parameters = dict(parameters or {})
-    mix_in_(module, _QuantizedLayer)
+    by_name = any(name not in vars(_QuantizedLayer) for name in layer.weight_parameters.values())
+    mix_in_(module, _QuantizedByName if by_name else _QuantizedLayer)
     if user is not None and not isinstance(user, _WeightUser):
         mix_in_(user, _WeightUser)
 
@@ -169,12 +179,12 @@ def share_quantizer_(
     The quantizer is no submodule here: its scale is in the state dict once. `parameter` is the weight's name in this
     module.
     """
-    if parameter not in vars(_QuantizedLayer):
-        raise InputError(
-            f"{type(module).__name__} has a planned weight as its parameter {parameter!r}, which cannot be quantized "
-            "there. Leave the layer that shares it out with `exclude`."
-        )
     layer: Any = module
+    if is_quantized(module) and parameter not in vars(_QuantizedLayer) and not isinstance(module, _QuantizedByName):
+        raise InputError(
+            f"{type(module).__name__} has a planned weight as its parameter {parameter!r} beside another one. Leave "
+            "the layer that shares it out with `exclude`."
+        )
     if not is_quantized(module):
         quantize_layer_(module, {}, None, user=user, parameters={tensor: parameter})
     shared = dict(layer.weight_quantizers.items())
@@ -188,7 +198,8 @@ def restore_layer_(module: nn.Module) -> None:
     if isinstance(module, _QuantizedLayer):
         del module.weight_quantizers, module.weight_rows, module.weight_parameters
         del module.input_quantizer, module.called
-        take_out_(module, _QuantizedLayer)
+        for mixin in (_QuantizedLayer, _QuantizedByName):
+            take_out_(module, mixin)
     take_out_(module, _WeightUser)
 
 

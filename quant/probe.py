@@ -1,5 +1,6 @@
 """Watches one forward pass: which functions of torch make sites, attention, and products that belong to none."""
 
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,7 +143,9 @@ class Probe(AttentionFollower, TorchFunctionMode):
         name = running[-1] if running else names[0]
         in_proj = name in self.trace.in_proj
         if not running:
+            user = self.frames[-1].name if self.frames else ""
             self.trace.functional.add(name)
+            self.trace.users[name] = _around(self.trace.users.get(name, user), user)
             self.trace.calls[name] = self.trace.calls.get(name, 0) + 1
         if in_proj or not running:
             self.record(name, "input", x)
@@ -190,7 +193,7 @@ class Probe(AttentionFollower, TorchFunctionMode):
             by_module.setdefault(product.module, []).append(product)
         trace = self.trace
         for name, products in by_module.items():
-            more = f" (so do {len(products) - 1} more products)" if len(products) > 1 else ""
+            more = f" ({len(products) - 1} more in this module)" if len(products) > 1 else ""
             trace.unobserved.setdefault(name, products[0].reason + more)
             trace.unplanned[name] = trace.unplanned.get(name, 0) + sum(product.macs for product in products)
             taking_part = [parameter for product in products for parameter in product.parameters]
@@ -200,3 +203,9 @@ class Probe(AttentionFollower, TorchFunctionMode):
 
 def _argument(args: Any, kwargs: Any, place: int, name: str) -> Any:
     return args[place] if len(args) > place else kwargs.get(name)
+
+
+def _around(first: str, second: str) -> str:
+    """The innermost module that both are, or are in."""
+    parts = zip(first.split("."), second.split("."), strict=False)
+    return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], parts))

@@ -32,8 +32,9 @@ class Trace:
     attention x value at `attention`. `unplanned` are those of products that are of no site, by the module that executes
     them, and `unplanned_parameters` the elements of the parameters that take part in these, by their name.
     `unobserved` are the modules with such products, or that multiply an activation by a softmax's result where no
-    attention is handed over, each with the reason. `functional` are layers whose weight is used without calling them;
-    `in_proj` has for modules with torch's own attention the parameter, and its rows, that makes query, key and value.
+    attention is handed over, each with the reason. `functional` are layers whose weight is used without calling them,
+    `users` the modules whose forward does so, by the layer; `in_proj` has for modules with torch's own attention the
+    parameter, and its rows, that makes query, key and value.
     `qkv_parts` maps a fused qkv linear to the rows of its query, key and value, found by comparing its output with the
     operands. `same` maps the input of a layer to the earlier one that is the very same tensor, as of the two branches
     of a residual block. `layers` are the modules whose weight multiplies, call after call; None stands for a parameter
@@ -49,6 +50,7 @@ class Trace:
     attention: dict[str, AttentionForm] = field(default_factory=dict)
     unobserved: dict[str, str] = field(default_factory=dict)
     functional: set[str] = field(default_factory=set)
+    users: dict[str, str] = field(default_factory=dict)
     in_proj: dict[str, dict[str, Part]] = field(default_factory=dict)
     qkv_parts: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     notes: dict[Site, str] = field(default_factory=dict)

@@ -59,10 +59,44 @@ class Encoder(nn.Module):
         return self.head(self.encoder(x, src_key_padding_mask=mask if self.padded else None).mean(1))
 
 
+class Own(nn.Module):
+    """torch's function of attention with parameters of a module that is no nn.MultiheadAttention."""
+
+    def __init__(self):
+        super().__init__()
+        self.packed, self.out, self.head = nn.Parameter(torch.randn(48, 16)), nn.Linear(16, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        """Two numbers of images, whose rows are tokens."""
+        x = x.flatten(2).transpose(1, 2)[:, :, :1].expand(-1, -1, 16).transpose(0, 1)[:7] * torch.linspace(1, 2, 16)
+        x = F.multi_head_attention_forward(x, x, x, 16, 2, self.packed, None, None, None, False, 0.0,
+                                           self.out.weight, self.out.bias, need_weights=False)[0]  # fmt: skip
+        return self.head(x.mean(0))
+
+
+class Pool(nn.Module):
+    """Pooling by attention as CLIP's: torch's function gets the weights of four linears, each a site of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.c = (nn.Linear(3, 3) for _ in range(4))
+
+    def forward(self, x):
+        """Three numbers of images."""
+        x = x.flatten(2).permute(2, 0, 1)[:9]
+        bias = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+        return F.multi_head_attention_forward(
+            x[:1], x, x, 3, 1, None, bias, None, None, False, 0.0, self.c.weight, self.c.bias,
+            use_separate_proj_weight=True, q_proj_weight=self.q.weight, k_proj_weight=self.k.weight,
+            v_proj_weight=self.v.weight, need_weights=False,
+        )[0][0]  # fmt: skip
+
+
 NETWORKS = {
     "self": lambda: Fusion(), "extra": lambda: Fusion(bias=False, add_bias_kv=True, add_zero_attn=True),
     "cross": lambda: Fusion("cross"), "widths": lambda: Fusion("cross", kdim=10, vdim=10),
-    "three": lambda: Fusion("three"), "encoder": lambda: Encoder(), "padded": lambda: Encoder(padded=True),
+    "three": lambda: Fusion("three"), "own": Own, "pool": Pool,
+    "encoder": lambda: Encoder(), "padded": lambda: Encoder(padded=True),
 }  # fmt: skip
 
 
@@ -137,10 +171,11 @@ def test_every_tensor_of_it_is_a_site(model):
     found = {info.site for info in sites if info.quantizable}
     assert trace.attention
     assert not trace.unobserved
-    for name in trace.attention:
+    for name in trace.in_proj:
         own = {Site(name, f"weight.{part}") for part in ("query", "key", "value")} | {Site(name, "input")}
         inside = {Site(name, tensor) for tensor in ATTENTION_TENSORS}
-        assert own | inside | {Site(f"{name}.out_proj", "weight"), Site(f"{name}.out_proj", "input")} <= found
+        out = f"{name}.out_proj".lstrip(".") if name else "out"
+        assert own | inside | {Site(out, "weight"), Site(out, "input")} <= found
     before, elements = answer(model), dict.fromkeys(trace.shapes, 0)
 
     def keep(site):
@@ -220,25 +255,21 @@ def _stopped(model, trace):
 
 def test_parameters_of_ones_own_are_sites_too():
     """F.multi_head_attention_forward with parameters of a module that is no nn.MultiheadAttention."""
-
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.packed, self.out, self.head = nn.Parameter(torch.randn(48, 16)), nn.Linear(16, 16), nn.Linear(16, 2)
-
-        def forward(self, x):
-            x = x.transpose(0, 1)
-            x = F.multi_head_attention_forward(x, x, x, 16, 2, self.packed, None, None, None, False, 0.0,
-                                               self.out.weight, self.out.bias, need_weights=False)[0]  # fmt: skip
-            return self.head(x.mean(0))
-
-    model = nn.Sequential(Own()).eval()
-    trace, sites = find_sites(model, torch.randn(2, 5, 16))
+    trace, sites = find_sites(nn.Sequential(Own()).eval(), IMAGES)
     parts = [info for info in sites if info.site.module == "0" and info.site.is_weight]
     assert [(info.parameter, info.rows) for info in parts] == [("packed", (i, i + 16)) for i in (0, 16, 32)]
     assert list(trace.attention) == ["0"]
-    assert trace.shapes[Site("0", "query")] == (2, 2, 5, 8)
-    assert trace.shapes[Site("0", "input")] == (2, 5, 16)
+    assert trace.shapes[Site("0", "query")] == (4, 2, 7, 8)
+    assert trace.shapes[Site("0", "input")] == (4, 7, 16)
+
+
+def test_pooling_by_attention_uses_its_linears_without_calling_them():
+    """Query, key and value weights are those of the linears, each with the MACs of what it meets."""
+    trace, sites = find_sites(nn.Sequential(Pool()).eval(), IMAGES)
+    assert trace.functional == {"0.q", "0.k", "0.v", "0.c"}
+    assert list(trace.attention) == ["0"]
+    assert {i.site.module: i.macs for i in sites if i.site.is_weight} == {"0.q": 9, "0.k": 81, "0.v": 81, "0.c": 9}
+    assert not trace.unplanned
 
 
 def test_torchvisions_transformer_is_seen_inside():

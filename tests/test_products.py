@@ -1,5 +1,7 @@
 """The books: every product of a forward pass is counted, whoever makes it, and what belongs to no site is named."""
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -12,7 +14,11 @@ from analysis.cost import cost_table
 from analysis.planning import accounting
 from analysis.storage.table_checks import checked
 from analysis.storage.tables import TABLES
+from quant.calibrate import default_scheme
+from quant.errors import InputError
 from quant.multihead import without_fast_path
+from quant.network import Network
+from quant.scheme import axis_and_groups
 from quant.site import Site
 from quant.sites import find_sites
 
@@ -175,3 +181,50 @@ def test_functional_transposed_convolutions_are_sites(dimensions):
     assert trace.functional == {"up"}
     macs = next(i for i in sites if i.site == Site("up", "weight")).macs
     assert macs == 3 * 5**dimensions * 4 * 3**dimensions
+
+
+def test_a_site_without_channels_alone_has_one_scale():
+    """Asked for a scale a channel, or for nothing, the grouped convolution falls back, and no other layer."""
+    model = UNet().eval()
+    _, sites = find_sites(model, torch.rand(1, 3, 16, 16))
+    for asked in (None, "per_channel"):
+        found = {}
+        for info in sites:
+            if info.site.is_weight:
+                scheme = default_scheme(model, info, 4, sample=None, granularity=asked)
+                found[info.site.module] = scheme.granularity
+                axis_and_groups(info, scheme.granularity)
+        assert {name for name, granularity in found.items() if granularity == "per_tensor"} == {"grouped"}
+
+
+def test_a_network_says_once_what_is_not_observed():
+    """One warning with the share and the first names; none where all is observed; nothing to quantize is an error."""
+    with pytest.warns(UserWarning, match="kernel") as told:
+        net = Network(Functional(), torch.rand(2, 3, 16, 16))
+    assert len(told) == 1
+    assert list(net.unobserved) == [""]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Network(UNet(), torch.rand(2, 3, 16, 16))
+    with pytest.raises(InputError, match="nothing to quantize"):
+        Network(nn.LSTM(4, 8), torch.rand(2, 5, 4))
+
+
+def test_a_module_that_is_called_several_times_keeps_its_reason():
+    """A cell of a recurrent network is called once a step: its products of all steps are counted."""
+
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.LSTMCell(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            h = c = x.new_zeros(len(x), 8)
+            for step in x.unbind(1):
+                h, c = self.cell(step, (h, c))
+            return self.head(h)
+
+    trace, sites = find_sites(Steps().eval(), torch.rand(2, 5, 4))
+    assert "LSTM" in trace.unobserved["cell"]
+    assert trace.unplanned == {"cell": 5 * 32 * (4 + 8)}
+    assert {i.site.module for i in sites if i.pinned} == {"head"}

@@ -1,7 +1,7 @@
 """What a plan is to keep small: a measured change, its upper confidence bound, a proxy, or the user's own scores."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ MEASURED = {
 }  # fmt: skip
 """Column of sensitivity.parquet, that of its standard error, and the sign that makes it something to minimise."""
 UPPER = 1.6449  # standard errors: the value that the truth exceeds once in twenty times
+Products = Mapping[tuple[Site, int], NDArray[np.float64]]
 _KEY = ["module", "tensor", "bit_width"]
 _SCHEME = ["granularity", "estimator"]
 
@@ -41,15 +42,7 @@ def scored(run: Run, rows: pd.DataFrame, objective: str, *, robust: bool, scores
             raise InputError("--robust needs a standard error, which --scores has not; leave out one of them.")
         return _own(rows, scores)
     if objective in MEASURED:
-        column, error, sign = MEASURED[objective]
-        if rows[column].isna().all():
-            raise InputError(f"{column} was not measured (images without labels?); use --objective kl.")
-        if not robust:
-            return rows.assign(score=sign * rows[column])
-        if not error or rows[error].isna().any():
-            raise InputError(f"{objective} has no standard error to be robust against; use --objective kl with labels "
-                             "or without, and two images at least.")  # fmt: skip
-        return rows.assign(score=sign * rows[column] + UPPER * rows[error])
+        return measured_scores(rows, objective, robust=robust)
     if objective not in PROXIES:
         raise unknown_objective(objective)
     if robust:
@@ -58,7 +51,9 @@ def scored(run: Run, rows: pd.DataFrame, objective: str, *, robust: bool, scores
     table = table[table["proxy"] == objective]
     if table.empty:
         raise InputError(f"proxies.parquet has no scores of {objective} (it may need labels, or `qvw stats` before).")
-    found = rows.merge(table[[*_KEY, *_SCHEME, "score"]].dropna(subset="score"), on=[*_KEY, *_SCHEME])
+    found = rows.drop(columns="score", errors="ignore").merge(
+        table[[*_KEY, *_SCHEME, "score"]].dropna(subset="score"), on=[*_KEY, *_SCHEME]
+    )
     lacking = sorted(set(rows["bit_width"]) - set(found["bit_width"]))
     if lacking:
         bits = ",".join(map(str, lacking))
@@ -68,7 +63,31 @@ def scored(run: Run, rows: pd.DataFrame, objective: str, *, robust: bool, scores
     return found
 
 
-def site_products(run: Run, options: pd.DataFrame) -> dict[tuple[Site, int], NDArray[np.float64]]:
+def measured_scores(rows: pd.DataFrame, objective: str, *, robust: bool) -> pd.DataFrame:
+    """`rows` with a column `score`: a column of the table, made something to minimise (`scored`)."""
+    if objective not in MEASURED:
+        raise InputError(f"the objective {objective!r} is unknown; choose from {', '.join(MEASURED)}.")
+    column, error, sign = MEASURED[objective]
+    if rows[column].isna().all():
+        raise InputError(f"{column} was not measured (samples without labels?); use the objective divergence.")
+    if not robust:
+        return rows.assign(score=sign * rows[column])
+    if not error or rows[error].isna().any():
+        raise InputError(f"{objective} has no standard error to be robust against; use the objective divergence, "
+                         "and two samples at least.")  # fmt: skip
+    return rows.assign(score=sign * rows[column] + UPPER * rows[error])
+
+
+def products_of(table: pd.DataFrame, options: pd.DataFrame) -> Products:
+    """Gradient times error of every sample, (samples,), for each site and bit-width of `options` that has them."""
+    kept = options[[*_KEY, *_SCHEME]].merge(table, on=[*_KEY, *_SCHEME])
+    return {
+        (Site(row.module, row.tensor), int(row.bit_width)): np.asarray(row.products, dtype=np.float64)
+        for row in kept.itertuples(index=False)
+    }
+
+
+def site_products(run: Run, options: pd.DataFrame) -> Products:
     """Gradient times error of every image, (images,), for each site and bit-width of `options` that has them.
 
     InputError for a network whose BatchNorm was re-estimated in the sweep: the products are those of stored statistics,
@@ -80,11 +99,7 @@ def site_products(run: Run, options: pd.DataFrame) -> dict[tuple[Site, int], NDA
             "Plan without them."
         )
     table = run.read_table("proxy_images", PROXY_IMAGE_COLUMNS)
-    kept = options[[*_KEY, *_SCHEME]].merge(table, on=[*_KEY, *_SCHEME])
-    return {
-        (Site(row.module, row.tensor), int(row.bit_width)): np.asarray(row.products, dtype=np.float64)
-        for row in kept.itertuples(index=False)
-    }
+    return products_of(table, options)
 
 
 def summed(sites: Sequence[PlannedSite], measured: pd.DataFrame, column: str) -> float:

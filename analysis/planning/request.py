@@ -30,6 +30,7 @@ class PlanRequest:
     weight_bits: float | None = None
     activation_bits: float | None = None
     size_mib: float | None = None
+    size_bytes: int | None = None
     gbitops: float | None = None
     activation_mib: float | None = None
     latency_ms: float | None = None
@@ -66,7 +67,7 @@ class PlanRequest:
         if request.interactions and (
             request.scores is not None or request.minimised not in ("divergence", "kl", "fisher")
         ):
-            raise InputError("--interactions are in nats of KL: plan for --objective kl or fisher, or without them.")
+            raise InputError("interactions are in the unit of the divergence: plan for it, or without them.")
         if request.interactions and request.pareto:
             raise InputError("--pareto is of the sum over sites, without interactions: ask for one of the two.")
         for parse, texts in (
@@ -91,23 +92,23 @@ class PlanRequest:
     def check_budgets(self) -> None:
         """Raise InputError for no budget, one out of range, or some that exclude each other."""
         for option, value, largest in (
-            ("--size-mib", self.size_mib, 2**40), ("--gbitops", self.gbitops, 1e12),
-            ("--activation-mib", self.activation_mib, 2**40),
+            ("size_mib", self.size_mib, 2**40), ("gbitops", self.gbitops, 1e12),
+            ("activation_mib", self.activation_mib, 2**40), ("size_bytes", self.size_bytes, 2**60),
         ):  # fmt: skip
             if value is not None and not 0 < value <= largest:
-                raise InputError(f"{option} {value:g} is no budget; give a number above 0, {largest:g} at most.")
+                raise InputError(f"`{option}`={value:g} is no budget; give a number above 0, {largest:g} at most.")
         if self.like is not None:
             parse_uniform(self.like, "--like")
             if self.weight_bits is not None or self.activation_bits is not None:
-                raise InputError("--like sets the mean bits; leave out --weight-bits and --activation-bits.")
+                raise InputError("`like` sets the mean bits; leave out `weight_bits` and `activation_bits`.")
         kinds = (
-            self.weight_bits, self.activation_bits, self.like, self.size_mib, self.gbitops, self.activation_mib,
-            self.latency_ms,
+            self.weight_bits, self.activation_bits, self.like, self.size_mib, self.size_bytes, self.gbitops,
+            self.activation_mib, self.latency_ms,
         )  # fmt: skip
         if all(kind is None for kind in kinds):
             raise InputError(
-                "no budget was given; set --weight-bits, --activation-bits, --like, --size-mib, --activation-mib, "
-                "--gbitops or --latency-ms."
+                "no budget was given; set `weight_bits`, `activation_bits`, `like`, `size_bytes`, `activation_mib`, "
+                "`gbitops` or `latency_ms`."
             )
         if (self.latency_ms is None) != (self.latency is None):
             raise InputError("--latency-ms and --latency FILE.csv need each other: the budget, and what sites cost.")
@@ -125,7 +126,7 @@ class PlanRequest:
         return PlanBudget(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
-            size_bytes=None if self.size_mib is None else max(1, int(self.size_mib * 2**20)),
+            size_bytes=self.size_bytes or (None if self.size_mib is None else max(1, int(self.size_mib * 2**20))),
             bitops=None if self.gbitops is None else max(1, int(self.gbitops * 1e9)),
             activation_bytes=None if self.activation_mib is None else max(1, int(self.activation_mib * 2**20)),
             latency_ms=self.latency_ms,
@@ -134,7 +135,7 @@ class PlanRequest:
 
 def unknown_objective(name: str) -> InputError:
     """The error for something that a plan cannot minimise."""
-    return InputError(f"--objective {name!r} is unknown; choose from {', '.join(OBJECTIVES)}.")
+    return InputError(f"the objective {name!r} is unknown; choose from {', '.join(OBJECTIVES)}.")
 
 
 def parse_pin(text: str) -> tuple[str, int]:

@@ -1,7 +1,6 @@
 """`qvw plan`: from the measured sensitivity of a run folder to its plan.json."""
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,13 +10,13 @@ import pandas as pd
 from analysis.cost import COST_COLUMNS
 from analysis.figures.panels import bits_figure, save_figure
 from analysis.figures.pareto import pareto_figure
-from analysis.planner import plan_bits, read_options
+from analysis.planner import read_options
 from analysis.planning import accounting
 from analysis.planning.budget_kinds import budget_words
 from analysis.planning.interactions import FEW_IMAGES
-from analysis.planning.objectives import MEASURED, read_csv, site_products, summed
-from analysis.planning.offer import offered, tied
+from analysis.planning.objectives import Products, read_csv, scored, site_products
 from analysis.planning.pareto import ON_REQUEST, pareto_front, uniform_points
+from analysis.planning.plan import planned
 from analysis.planning.plan_csv import plan_frame
 from analysis.planning.request import PlanRequest
 from analysis.planning.user_tables import LATENCY_COLUMNS
@@ -29,7 +28,7 @@ from analysis.steps.verify import other_plans, run_verify
 from analysis.storage.files import write_bytes
 from analysis.storage.run_record import typed_command
 from analysis.terminal.console import progress, say, warn
-from quant.bit_plan import BitPlan, PlanModel, PlanSolver
+from quant.bit_plan import BitPlan, PlanModel
 from quant.site import Site
 
 CURVES, POINTS = 4, 17  # of the Pareto front: kinds of budget (and those of ON_REQUEST that are set), budgets of each
@@ -44,41 +43,34 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     model = run.record.model
     assert model is not None
     rows = preferred_rows(table)
-    options = offered(run, rows, cost, request)
-    budget = request.budget(options, cost, model.parameters)
-    ties = tied(request.tie, options, cost)
+    scores = scored(run, rows, request.minimised, robust=request.robust, scores=request.scores)
     latency = None if request.latency is None else read_csv(request.latency, LATENCY_COLUMNS)
-    products = site_products(run, options) if request.interactions else None
-    if products and len(next(iter(products.values()))) < FEW_IMAGES:
-        warn(
-            f"interactions from fewer than {FEW_IMAGES} images are mostly noise: `qvw sensitivity --proxies --images`."
-        )
-    solution = plan_bits(
-        options, cost, budget=budget, parameters=model.parameters, ties=ties, latency=latency, products=products
-    )
-    loss = summed(solution.sites, rows, "delta_loss")
-    plan = BitPlan(
+    products: Products | None = None
+
+    def of_run(options: pd.DataFrame) -> Products:
+        nonlocal products
+        products = site_products(run, options)
+        if products and len(next(iter(products.values()))) < FEW_IMAGES:
+            warn(
+                f"interactions from fewer than {FEW_IMAGES} images are mostly noise: `qvw sensitivity --proxies "
+                "--images`."
+            )
+        return products
+
+    made = planned(
+        scores, rows, cost, request, parameters=model.parameters, latency=latency,
         model=PlanModel(name=model.typed, kwargs=dict(model.kwargs), weights_sha256=model.weights_sha256),
-        layout=request.layout,
-        budget=budget,
-        sites=solution.sites,
-        totals=solution.totals,
-        predicted_delta_loss=None if math.isnan(loss) else loss,
-        solver=PlanSolver(
-            name="highs",
-            status=solution.status,
-            gap=None if math.isnan(solution.gap) else solution.gap,
-            lower_bound=None if math.isnan(solution.lower_bound) else solution.lower_bound,
-            objective=_column(request),
-        ),
-    )
+        products=of_run if request.interactions else None,
+    )  # fmt: skip
+    plan, solution, options, ties = made.plan, made.solution, made.options, made.ties
+    budget = plan.budget
     inputs = {
         "weights_sha256": model.weights_sha256,
         "sensitivity_sha256": hashlib.sha256((path / "sensitivity.parquet").read_bytes()).hexdigest(),
     }
-    planned = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(request).items()}
+    asked = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(request).items()}
     with run.start_step(
-        files.name, command=typed_command(), options=planned, inputs=inputs, seed=0, device="cpu",
+        files.name, command=typed_command(), options=asked, inputs=inputs, seed=0, device="cpu",
         files=files.files, renew=True,
     ):  # fmt: skip
         json_file, csv_file, *_ = files.beside
@@ -162,18 +154,6 @@ def _tell_loose_budgets(
         warn(line)
     for line in () if loose else unspent_budgets(plan):
         say(line, quiet=request.quiet)
-
-
-def _column(request: PlanRequest) -> str:
-    """What the plan file says was minimised."""
-    if request.scores is not None:
-        return f"scores of {request.scores.name}"
-    objective = request.minimised
-    name = MEASURED[objective][0] if objective in MEASURED else objective
-    if objective in MEASURED and MEASURED[objective][2] < 0:
-        name = f"-{name}"
-    name = f"{name}, upper 95 % bound" if request.robust else name
-    return f"{name}, with interactions" if request.interactions else name
 
 
 def bits_frame(plan_sites: pd.DataFrame, stats: pd.DataFrame) -> pd.DataFrame:

@@ -58,9 +58,11 @@ _CLASSES = {
 def measured_beside(proxies: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """The rows of sensitivity.parquet that the proxies are compared with: single sites, by the same quantizers.
 
-    With BatchNorm as stored where it was measured so: proxies know of no other.
+    With BatchNorm as stored where it was measured so: proxies know of no other. Without the task's own column `score`,
+    which is what proxies call theirs.
     """
-    known = table.merge(proxies[SITE_KEY].drop_duplicates(), on=SITE_KEY)
+    own = table.drop(columns="score", errors="ignore")
+    known = own.merge(proxies[SITE_KEY].drop_duplicates(), on=SITE_KEY)
     return stored_rows(known)
 
 

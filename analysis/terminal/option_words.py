@@ -8,7 +8,10 @@ _SETTINGS = (
 )
 _WORDS = (
     (rf"`({_SETTINGS})`", r"--set \1"),
-    (r"`(exclude|include)`", r"--\1"),
+    (
+        r"`(exclude|include|like|weight_bits|activation_bits|size_bytes|gbitops|activation_mib|latency_ms|objective)`",
+        lambda found: "--" + found[1].replace("_bytes", "").replace("_", "-"),
+    ),
     (r"`path`", "--out"),
     (r"from scratch(?! with)", "from scratch with --overwrite"),
     (r"\bplan_bits\b", "`qvw plan`"),
