@@ -82,7 +82,8 @@ def plan_bits(
     rows = _rows(table)
     scores = measured_scores(rows, objective, robust=robust)
     made = planned(
-        scores, rows, cost_table(net.infos), request, model=plan_model(net), parameters=parameter_count(net.model),
+        scores, rows, cost_table(net.infos, net.trace.unplanned), request, model=plan_model(net),
+        parameters=parameter_count(net.model),
         products=products, time_limit=time_limit, tell=_warn,
     )  # fmt: skip
     return made.plan
@@ -125,7 +126,7 @@ def pareto_front(
         raise InputError(f"`budget` is {unknown[0] if unknown else budget!r}; choose from {known}.")
     request = _request(candidates=candidates, pins=pins, bounds=bounds, ties=ties, layout=layout, objective=objective,
                        robust=robust)  # fmt: skip
-    rows, cost = _rows(table), cost_table(net.infos)
+    rows, cost = _rows(table), cost_table(net.infos, net.trace.unplanned)
     options = offered(measured_scores(rows, objective, robust=robust), rows, cost, request, _warn)
     shared = tied(request.tie, options, cost)
     parameters = parameter_count(net.model)

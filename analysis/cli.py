@@ -19,6 +19,7 @@ from analysis.commands.stats import stats
 from analysis.commands.train import evaluate, train
 from analysis.memory import reuse_freed_memory
 from analysis.terminal.interrupts import catch_interrupts
+from analysis.terminal.library_warnings import own_warnings_alone
 from analysis.terminal.option_words import as_options
 from quant.errors import InputError
 
@@ -131,8 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `qvw`; wrong input ends with exit code 2, an interrupt with 130, a defect with its traceback and 1."""
     catch_interrupts()
     reuse_freed_memory()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: its remarks, such as on sockets
     try:
-        code = cli.main(list(arguments) if arguments is not None else None, prog_name="qvw", standalone_mode=False)
+        with own_warnings_alone():
+            code = cli.main(list(arguments) if arguments is not None else None, prog_name="qvw", standalone_mode=False)
     except InputError as error:
         code = _complain(f"qvw: error: {as_options(str(error))}")
     except click.exceptions.NoArgsIsHelpError as error:
@@ -142,7 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = error.ctx.command_path if error.ctx else "qvw"
         code = _complain(f"qvw: error: {error.format_message()} See `{path} --help`.")
     except (KeyboardInterrupt, click.Abort) as error:
-        click.echo(f"qvw: interrupted. {_kept(error, sys.argv[1:] if arguments is None else arguments)}", err=True)
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
+            click.echo(f"qvw: interrupted. {_kept(error, sys.argv[1:] if arguments is None else arguments)}", err=True)
         code = 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stdout = None  # or Python complains of the pipe once more at exit

@@ -192,14 +192,14 @@ def _running(
             yield entry, None, "a model of its own: its costs are not known here"
         return
     if entry is None:
-        yield net.model, accounting.totals((), cost_table(net.infos), parameters), ""
+        yield net.model, accounting.totals((), cost_table(net.infos, net.trace.unplanned), parameters), ""
         return
     made = calibrated(
         net, entry, calibration.get(), model=plan_model(net), parameters=parameters, layout=layout,
         estimator=estimator, forward=task.forward,
     )  # fmt: skip
     with running_quantized(net, made, batchnorm, task.forward) if made else nullcontext():
-        yield net.model, accounting.totals(made.plan.sites, cost_table(net.infos), parameters), ""
+        yield net.model, accounting.totals(made.plan.sites, cost_table(net.infos, net.trace.unplanned), parameters), ""
 
 
 def _costs(totals: PlanTotals | None, net: Network) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def activation_row(
         axis, groups = -1, 0
         notes.append(f"its calls have different shapes: {', '.join(map(str, sorted({shape, *others})[:3]))}")
     row.update(zip(names, (axis, groups), strict=True))
-    if any(notes) and not note and trace.calls.get(site.module, 1) > 1:
+    if not note and trace.calls.get(site.module, 1) > 1:
         notes.append(f"called {trace.calls[site.module]} times in one forward pass: over all calls")
     row["note"] = "; ".join(filter(None, notes))
     return row

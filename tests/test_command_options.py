@@ -31,7 +31,7 @@ def test_other_texts_are_refused(text):
     """Nothing is guessed from a text that is not a list or range of allowed bit-widths."""
     with pytest.raises(click.BadParameter):
         BitWidths().convert(text, None, None)
-    with pytest.raises(InputError, match="candidates-of"):
+    with pytest.raises(InputError, match="candidates"):
         parse_kind(f"mlp.*={text}")
 
 

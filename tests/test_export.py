@@ -183,7 +183,7 @@ def test_no_flipped_bit_and_no_cut_goes_unseen(vit, tmp_path_factory, data):
     else:
         del damaged[place:]
     path.write_bytes(damaged)
-    with pytest.raises(InputError, match=r"damaged\.safetensors (cannot be read|is damaged or was|is no packed)"):
+    with pytest.raises(InputError, match=r"damaged\.safetensors (cannot be read|is damaged or was|is not a packed)"):
         load_checkpoint_(it, path)
 
 
@@ -222,7 +222,7 @@ DAMAGE = {
                         "packed.safetensors: version is 2, expected 1. Export it again with this qvw"),
     "a table": (lambda run: shutil.copy(run / "verify.parquet", run / "packed.safetensors"), "cannot be read"),
     "a trained model": (lambda run: shutil.copy(run / "qat" / "model.safetensors", run / "packed.safetensors"),
-                        "is no packed model. Name a file of `qvw export`, or a folder of `qvw train`"),
+                        "is not a packed model. Name a file of `qvw export`, or a folder of `qvw train`"),
     "nothing": (lambda run: (run / "packed.safetensors").unlink(), "packed.safetensors' does not exist"),
 }  # fmt: skip
 
@@ -261,11 +261,11 @@ WRONG = {
     "no training at all": (lambda run: [shutil.rmtree(path) for path in run.glob("qat*")], [],
                            "vit has no trained model qat. Train it first, `qvw train`"),
     "an unknown name": (lambda run: None, ["--name", "w9"], "has no trained model qat-w9. It has float, w2"),
-    "a training that has not ended": (unfinished, ["--name", "w4"], "has not ended: run the same `qvw train` again"),
+    "a training that has not ended": (unfinished, ["--name", "w4"], "has not finished. Run the same `qvw train` again"),
     "a float training": (lambda run: None, ["--name", "float"], "was trained in floating point: there is nothing to p"),
-    "another suffix": (lambda run: None, ["--out", "x.bin"], "x.bin is no name of a packed model: end it with .safet"),
+    "another suffix": (lambda run: None, ["--out", "x.bin"], "x.bin is not the name of a packed model: end it with .safet"),
     "another file in its place": (lambda run: (run / "mine.safetensors").write_text("mine"), [],
-                                  "mine.safetensors exists, and is no packed model: it is not replaced"),
+                                  "mine.safetensors exists and is not a packed model: it is not replaced"),
     "a folder in its place": (lambda run: (run / "mine.safetensors").mkdir(), [], "mine.safetensors' is a directory"),
     "no name of a file": (lambda run: None, [], "Missing option '--out'"),
 }  # fmt: skip

@@ -122,7 +122,7 @@ def test_a_product_of_two_tied_sites_grows_with_the_square_of_their_bits():
 
     assert plan(1040) == dict.fromkeys(tie, 4)
     assert plan(1039) == plan(1028) == dict.fromkeys(tie, 2)
-    with pytest.raises(InputError, match="the cheapest has 1028, the dearest 1040"):
+    with pytest.raises(InputError, match="the cheapest has 1028, the most expensive 1040"):
         plan(1027)
 
 

@@ -279,3 +279,25 @@ def test_torchvisions_transformer_is_seen_inside():
     assert len(trace.attention) == 12
     assert not trace.unobserved
     assert {info.heads for info in sites if info.site.is_attention} == {12}
+
+
+def test_an_attention_that_is_called_twice_is_one_set_of_sites():
+    """Self and cross attention by the same module: every tensor over both calls, and said so."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 2)
+
+        def forward(self, x):
+            x = self.attention(x, x, x)[0]
+            memory = x[:, :2]
+            return self.head(self.attention(x, memory, memory)[0].mean(1))
+
+    _, sites = find_sites(Twice().eval(), torch.randn(1, 6, 16))
+    found = {info.site.tensor: info for info in sites if info.site.module == "attention"}
+    assert all("called 2 times" in info.note for info in found.values())
+    assert found["attention"].numel == 4 * (6 * 6 + 6 * 2)
+    assert found["input"].numel == 16 * (6 + 6 + 2)
+    assert found["weight.query"].macs == 16 * 16 * (6 + 6)
+    assert found["weight.key"].macs == 16 * 16 * (6 + 2)

@@ -105,7 +105,7 @@ def test_a_proxy_or_own_scores_can_be_minimised(run, tmp_path, capfd):
         (["--objective", "speed"], "choose from"),
         (["--scores", "none.csv"], "cannot be read"),
         (["--interactions", "--pareto"], "--pareto is of the sum over sites"),
-        (["--interactions", "--objective", "loss"], "--interactions are in nats of KL"),
+        (["--interactions", "--objective", "loss"], "interactions are in"),
         (["--scores", "none.csv", "--objective", "loss"], "--scores takes the place of --objective"),
     ],
 )

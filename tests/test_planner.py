@@ -169,16 +169,19 @@ def test_sites_without_a_budget_take_their_least_score():
     [
         (
             {"weight_bits": 1.5},
-            r"within 1\.5 mean weight bits: the cheapest has 2, the dearest 8, with these pins",
+            r"within 1\.5 mean weight bits: the cheapest has 2, the most expensive 8, with these pins",
         ),
-        ({"activation_bits": 1}, r"within 1 mean activation bits: the cheapest has 2, the dearest 8"),
-        ({"size_bytes": 1024}, r"within 0\.0009765625 MiB: the cheapest has [\d.]+, the dearest [\d.]+, "),
-        ({"activation_bytes": 1}, r"within [\d.e-]+ MiB of activations: the cheapest has [\d.]+, the dearest [\d.]+, "),
+        ({"activation_bits": 1}, r"within 1 mean activation bits: the cheapest has 2, the most expensive 8"),
+        ({"size_bytes": 1024}, r"within 0\.0009765625 MiB: the cheapest has [\d.]+, the most expensive [\d.]+, "),
+        (
+            {"activation_bytes": 1},
+            r"within [\d.e-]+ MiB of activations: the cheapest has [\d.]+, the most expensive [\d.]+, ",
+        ),
         ({"bitops": 10**6}, r"within 0\.001 GBitOps: the cheapest has .*Raise the budget, offer a smaller bit-width"),
     ],
 )
 def test_an_unreachable_budget_names_the_cheapest_plan(budget, message):
-    """A budget below every plan is an InputError with what the cheapest and the dearest plan have, in its own unit."""
+    """A budget below every plan is an InputError with the least and the most that a plan can have."""
     options, cost, parameters = chain(3)
     with pytest.raises(InputError, match=message):
         plan_bits(options, cost, budget=PlanBudget(**budget), parameters=parameters)

@@ -172,7 +172,7 @@ def frames(kl, scores, *, tensors=None, bits=4, proxy="fisher"):
     tensors = tensors or ["weight"] * len(kl)
     key = {"group": "", "protocol": "single", "granularity": "per_tensor", "estimator": "mse", "batchnorm": "none"}
     sites = [{"module": f"m{i}", "tensor": tensor, "bit_width": bits, **SCHEME} for i, tensor in enumerate(tensors)]
-    measured = pd.DataFrame([{**s, **key, "kl": x.mean()} for s, x in zip(sites, kl, strict=True)])
+    measured = pd.DataFrame([{**s, **key, "divergence": x.mean()} for s, x in zip(sites, kl, strict=True)])
     images = pd.DataFrame([{**s, **key, "image_divergence": list(x), "image_delta_loss": list(x)}
                            for s, x in zip(sites, kl, strict=True)])  # fmt: skip
     proxies = pd.DataFrame([{**s, "proxy": proxy, "score": x} for s, x in zip(sites, scores, strict=True)])

@@ -375,7 +375,7 @@ def test_wrong_folders_are_refused(run, tmp_path):
         read_runs([])
     with pytest.raises(InputError, match="no such folder"):
         read_runs([tmp_path / "nowhere"])
-    with pytest.raises(InputError, match="is no run folder"):
+    with pytest.raises(InputError, match="is not a run folder"):
         read_runs([run / "run.json"])
     with pytest.raises(InputError, match="holds nothing to report"):
         read_runs([empty])

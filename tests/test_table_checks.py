@@ -99,8 +99,10 @@ def measured() -> Measured:
     }
     stats = collect_stats(net_of(model, trace, every, "vit"), every, [IMAGES])
     frames |= {"stats": stats.stats, "channels": stats.channels, "histograms": stats.histograms}
-    proxies, products = proxy_table(net_of(model, trace, sites), sites, BATCHES, (2, 4), task=classification(), estimator="mse", granularity=None,
-                                    stats=stats.stats)  # fmt: skip
+    proxies, products = proxy_table(
+        net_of(model, trace, sites), sites, BATCHES, (2, 4), task=classification(), estimator="mse", granularity=None,
+        stats=stats.stats,
+    )  # fmt: skip
     beside = measured_beside(proxies, frames["sensitivity"])
     frames |= {"proxies": proxies, "proxy_images": products,
                "proxy_correlation": proxy_correlations(proxies, beside, frames["sensitivity_images"])}  # fmt: skip
@@ -174,8 +176,10 @@ def with_value(frame: pd.DataFrame, column: str, value: object, tensor: str = "i
     [
         ("sensitivity", "bit_width", 0, r"bit_width is 0, expected one of 1, 2, 3, 4, 5, 6, 7, 8, 16\."),
         ("sensitivity", "bit_width", 2.5, r"bit_width is 2\.5, expected one of 1, 2"),
-        ("sensitivity", "kl", math.nan, r"kl is missing, expected a number from -1e-06\."),
-        ("sensitivity", "kl", -2.0, r"kl is -2\.0, expected a number from -1e-06\."),
+        ("sensitivity", "kl", math.nan, r"kl is missing, expected a number"),
+        ("sensitivity", "divergence", math.nan, r"divergence is missing, expected a number"),
+        ("sensitivity", "divergence", -2.0, r"divergence is -2\.0, expected a number from -1e-06"),
+        ("sensitivity", "kl", -2.0, r"kl is -2\.0, expected a number from -1e-06"),
         ("sensitivity", "kl", math.inf, r"kl is inf, expected"),
         ("sensitivity", "signed", None, r"signed is (missing|None), expected True or False for a row of one site"),
         ("sensitivity", "offset", None, r"offset is missing, expected True or False"),

@@ -34,8 +34,8 @@ MARKERS = dict(zip(TENSOR_CLASSES, "o^s", strict=True))
 def plot_proxy(frame: pd.DataFrame, *, proxy: str, ax: Axes | None = None) -> Axes:
     """A score against the measured KL of each site, a colour and shape for each class of tensor.
 
-    `frame` has tensor, kl and score, one row a site. Logarithmic scales; a score that can be negative has one that is
-    linear about 0. For `fisher`, which foretells the KL itself, the line of equality.
+    `frame` has tensor, divergence and score, one row a site. Logarithmic scales; a score that can be negative has
+    one that is linear about 0. For `fisher`, which foretells the KL itself, the line of equality.
     """
     ax = new_axes(ax, (PAGE / 4, PAGE / 4))
     frame = frame[(frame["divergence"] > 0) & frame["score"].notna()]

@@ -93,8 +93,8 @@ def binding_limits(
         if one.costs.room < cheapest:
             raise InputError(
                 f"No plan is within {one.words}: the cheapest has {one.figure(cheapest)}, "
-                f"the dearest {one.figure(one.costs.dearest)}, with these pins, bounds, ties and candidates. "
-                "Raise the budget, offer a smaller bit-width, or narrow the choice less (--layout strict)."
+                f"the most expensive {one.figure(one.costs.dearest)}, with these pins, bounds, ties and candidates. "
+                "Raise the budget, offer a smaller bit-width, or narrow the choice less (layout='strict')."
             )
     return [one for one in limits if one.costs.room < one.costs.dearest]
 

@@ -59,8 +59,8 @@ def interactions(units: Sequence[Unit], scores: Scores, products: Products, *, s
         rows.append(together)
     if sum(map(len, rows)) > MOST_OPTIONS:
         raise InputError(
-            f"{sum(map(len, rows))} options are too many for --interactions, which weighs every pair: at most "
-            f"{MOST_OPTIONS}. Offer fewer bit-widths (--candidates), or plan without."
+            f"{sum(map(len, rows))} options are too many for interactions, which weighs every pair: at most "
+            f"{MOST_OPTIONS}. Offer fewer bit-widths (`candidates`), or plan without."
         )
     table = np.concatenate(rows)
     pairs = share * (table @ table.T) / table.shape[1]
@@ -81,7 +81,7 @@ def _scaled(site: Site, bits: int, scores: Scores, products: Products) -> NDArra
     if found is None or not np.isfinite(found).all():
         raise InputError(
             f"proxy_images.parquet has no finite products of {site} at {bits} bits. Make them with the estimator of "
-            f"the sweep, `qvw sensitivity --bits {bits} --proxies`, or offer fewer bit-widths with --candidates."
+            f"the sweep at {bits} bits (`qvw sensitivity --proxies`), or offer fewer bit-widths (`candidates`)."
         )
     power = float((found**2).mean())
     return found * (2 * max(scores[site, bits], 0.0) / power) ** 0.5 if power > 0 else found

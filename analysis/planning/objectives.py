@@ -51,9 +51,8 @@ def scored(run: Run, rows: pd.DataFrame, objective: str, *, robust: bool, scores
     table = table[table["proxy"] == objective]
     if table.empty:
         raise InputError(f"proxies.parquet has no scores of {objective} (it may need labels, or `qvw stats` before).")
-    found = rows.drop(columns="score", errors="ignore").merge(
-        table[[*_KEY, *_SCHEME, "score"]].dropna(subset="score"), on=[*_KEY, *_SCHEME]
-    )
+    scores_of = table[[*_KEY, *_SCHEME, "score"]].dropna(subset="score")
+    found = rows.drop(columns="score", errors="ignore").merge(scores_of, on=[*_KEY, *_SCHEME])  # not the task's score
     lacking = sorted(set(rows["bit_width"]) - set(found["bit_width"]))
     if lacking:
         bits = ",".join(map(str, lacking))

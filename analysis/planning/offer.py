@@ -41,7 +41,7 @@ def offered(
         site for site, bits in layout.items() for pattern, other in pins if matches(pattern, site) and other != bits
     ]
     if moved:
-        tell(f"--pin takes {moved[0]} from the {layout[moved[0]]} bits of the layout ({len(set(moved))} such sites).")
+        tell(f"the pin takes {moved[0]} from the {layout[moved[0]]} bits of the layout ({len(set(moved))} such sites).")
     sites = {Site(m, t) for m, t in options[["module", "tensor"]].drop_duplicates().to_numpy()}
     unscored = [site for site in map(Site._make, rows[["module", "tensor"]].drop_duplicates().to_numpy())
                 if site not in sites]  # fmt: skip
@@ -52,8 +52,8 @@ def offered(
     outside = [site for site in layout if site in kept & sites for pattern, low, high in bounds
                if matches(pattern, site) and not low <= layout[site] <= high]  # fmt: skip
     if outside:
-        tell(f"{outside[0]} keeps the {layout[outside[0]]} bits of the layout, outside --bounds ({len(outside)} such "
-             "sites); --pin or --layout strict changes that.")  # fmt: skip
+        tell(f"{outside[0]} keeps the {layout[outside[0]]} bits of the layout, outside its bounds ({len(outside)} such "
+             "sites); a pin or the layout strict changes that.")  # fmt: skip
     return restrict(options, bounds, map(parse_kind, request.candidates_of), kept=kept)
 
 

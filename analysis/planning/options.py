@@ -132,7 +132,7 @@ def restrict(
         offered = sorted(int(b) for b, site in zip(bits, sites, strict=True) if site == empty)
         raise InputError(
             f"no bit-width of {empty} is left by bounds and candidates; candidates and pins leave it {offered}. Widen "
-            "them, or measure more with `qvw sensitivity --bits`."
+            "them, or measure more bit-widths with measure_sensitivity."
         )
     return options[keep]
 
@@ -191,10 +191,9 @@ def _advice(who: str, bits: int) -> str:
     """What to do about bits that were not measured, by who asks for them."""
     if who == "the layout":
         return (
-            f"Measure these with `qvw sensitivity --run RUN --bits {bits}`, or plan without this exception: "
-            "--layout strict."
+            f"Measure these with measure_sensitivity at {bits} bits, or plan without this exception: layout='strict'."
         )
-    return "Measure it with `qvw sensitivity --run RUN --bits ...`, or choose a bit-width that was measured."
+    return "Measure it with measure_sensitivity, or choose a bit-width that was measured."
 
 
 def _no_match(what: str, pattern: str, names: Sequence[str]) -> InputError:

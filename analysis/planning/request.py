@@ -98,7 +98,7 @@ class PlanRequest:
             if value is not None and not 0 < value <= largest:
                 raise InputError(f"`{option}`={value:g} is no budget; give a number above 0, {largest:g} at most.")
         if self.like is not None:
-            parse_uniform(self.like, "--like")
+            parse_uniform(self.like, "`like`")
             if self.weight_bits is not None or self.activation_bits is not None:
                 raise InputError("`like` sets the mean bits; leave out `weight_bits` and `activation_bits`.")
         kinds = (
@@ -121,7 +121,7 @@ class PlanRequest:
             from analysis.planning import accounting
             from analysis.planning.baselines import uniform
 
-            same = accounting.totals(uniform(options, cost, *parse_uniform(self.like, "--like")), cost, parameters)
+            same = accounting.totals(uniform(options, cost, *parse_uniform(self.like, "`like`")), cost, parameters)
             weight_bits, activation_bits = same.weight_bits, same.activation_bits
         return PlanBudget(
             weight_bits=weight_bits,
@@ -142,10 +142,10 @@ def parse_pin(text: str) -> tuple[str, int]:
     """Pattern and bits of `head*=8`."""
     pattern, _, bits = text.rpartition("=")
     if not pattern or not re.fullmatch(r"[0-9]{1,2}", bits):
-        raise InputError(f"--pin {text!r} is not understood; write PATTERN=BITS, such as --pin 'head*=8'.")
+        raise InputError(f"`pin` {text!r} is not understood; write PATTERN=BITS, such as 'head*=8'.")
     if int(bits) not in ALLOWED_BIT_WIDTHS:
         allowed = ", ".join(map(str, ALLOWED_BIT_WIDTHS))
-        raise InputError(f"--pin {text!r}: {bits} is not offered; choose from {allowed}.")
+        raise InputError(f"`pin` {text!r}: {bits} is not offered; choose from {allowed}.")
     return pattern, int(bits)
 
 
@@ -154,9 +154,9 @@ def parse_bound(text: str) -> tuple[str, int, int]:
     pattern, _, bits = text.rpartition("=")
     found = re.fullmatch(r"([0-9]{1,2})-([0-9]{1,2})", bits)
     if not pattern or found is None:
-        raise InputError(f"--bounds {text!r} is not understood; write PATTERN=LOW-HIGH, such as 'blocks.0.*=4-8'.")
+        raise InputError(f"`bounds` {text!r} is not understood; write PATTERN=LOW-HIGH, such as 'blocks.0.*=4-8'.")
     if int(found[1]) > int(found[2]):
-        raise InputError(f"--bounds {text!r} goes from {found[1]} down to {found[2]}; write the lower bits first.")
+        raise InputError(f"`bounds` {text!r} goes from {found[1]} down to {found[2]}; write the lower bits first.")
     return pattern, int(found[1]), int(found[2])
 
 
@@ -164,7 +164,7 @@ def parse_tie(text: str) -> list[str]:
     """The patterns of `a:input,b:input`."""
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
-        raise InputError(f"--tie {text!r} is not understood; write PATTERN,PATTERN, or qkv, or shared.")
+        raise InputError(f"`tie` {text!r} is not understood; write PATTERN,PATTERN, or qkv, or shared.")
     return parts
 
 
@@ -178,5 +178,5 @@ def parse_kind(text: str) -> tuple[str, list[int]]:
     except ValueError as error:
         reason = str(error).rstrip(".")
     raise InputError(
-        f"--candidates-of {text!r} is not understood ({reason}); write KIND=BITS, such as 'mlp.fc2=4,8' or 'mlp.*=2-8'."
+        f"`candidates_of` {text!r} is not understood ({reason}); write KIND=BITS, such as 'mlp.fc2=4,8' or 'mlp.*=2-8'."
     )

@@ -6,7 +6,7 @@ from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
 
 
-def parse_uniform(text: str, option: str = "--uniform") -> tuple[int, int]:
+def parse_uniform(text: str, option: str = "uniform bits") -> tuple[int, int]:
     """Weight and activation bits of `w3a4`; `option` is where it was given. InputError for anything else.
 
     >>> parse_uniform("w3a4")

@@ -35,5 +35,5 @@ class EvalRequest:
                 "give one of --plan FILE, --uniform wXaY, --checkpoint PATH and --float, to say what is evaluated."
             )
         if request.uniform is not None:
-            parse_uniform(request.uniform)
+            parse_uniform(request.uniform, "--uniform")
         return request

@@ -104,7 +104,7 @@ def _summary(table: pd.DataFrame, correlation: pd.DataFrame, measured: pd.DataFr
     if not sure and not perhaps:
         lines.append(f"No proxy reaches {GOOD} here: use the sweep.")
     lines += [f"  {proxy}: {DEFINITIONS[proxy]}" for proxy in PROXIES if (shown["proxy"] == proxy).any()]
-    foretold = table[table["proxy"] == "fisher"].merge(measured, on=SITE_KEY)
+    foretold = table[table["proxy"] == "fisher"].merge(measured[[*SITE_KEY, "divergence"]], on=SITE_KEY)
     ratios = (
         (foretold["score"] / foretold["divergence"])[foretold["divergence"] > 0].groupby(foretold["bit_width"]).median()
     )

@@ -42,9 +42,6 @@ _SITE = {"module": _MODULE, "tensor": Column(sort="text", allowed=QUANTIZABLE)}
 _GRANULARITY, _ESTIMATOR = Column(sort="text", allowed=GRANULARITIES), Column(sort="text", allowed=ESTIMATORS)
 _BATCHNORM = Column(sort="text", allowed=("stored", "re_estimated", "none"))
 _GROUP_GRANULARITY = Column(sort="text", allowed=(*GRANULARITIES, "default"))
-# Without labels, and the errors with a single image, figures are missing in all rows: all are of the same images.
-_TOGETHER = Column(sort="number", missing="together")
-_ERROR = Column(sort="number", least=0, missing="together")
 _DIVERGENCE = Column(sort="number", least=-1e-6, missing="anywhere")  # 0, but for rounding of large logits
 
 _SWEEP_ROW = {
@@ -85,6 +82,39 @@ _SWEEP_RULES = (
 )  # fmt: skip
 
 
+def _measured(table: pd.DataFrame) -> pd.Series:
+    """The rows of which a figure was measured: not those that a limit of time left out, and no estimates."""
+    return (table["source"] == "measured") & (table["images"] > 0)
+
+
+def _classified(table: pd.DataFrame) -> pd.Series:
+    """Measured rows of classification, whose figures are all of the same labels; other tasks define their own."""
+    return _measured(table) & (table["task"] == "classification")
+
+
+def _together(name: str) -> Rule:
+    """What these images cannot tell, without labels or an error of one image, is missing in all rows."""
+
+    def broken(table: pd.DataFrame) -> pd.Series:
+        rows = _classified(table)
+        return rows & table[name].isna() & table.loc[rows, name].notna().any()
+
+    return Rule(
+        column=name, needs=("source", "images", "task", name), broken=broken,
+        expected="a number, or none in any row of classification",
+    )  # fmt: skip
+
+
+_SWEEP_FIGURES = (
+    Rule(column="divergence", needs=("source", "images", "divergence"), expected="a number in every row measured",
+         broken=lambda table: _measured(table) & table["divergence"].isna()),
+    Rule(column="kl", needs=("source", "images", "task", "kl"), expected="a number in every row of classification",
+         broken=lambda table: _classified(table) & table["kl"].isna()),
+    *map(_together, ("divergence_se", "loss", "delta_loss", "delta_loss_se", "score", "delta_score", "score_se",
+                     "top1", "delta_top1", "top1_se", "kl_se")),
+)  # fmt: skip
+
+
 def _unequal_lengths(name: str) -> Rule:
     return Rule(
         column=name, needs=(name,), expected="as many values as in row 0, one an image",
@@ -122,7 +152,7 @@ _SENSITIVITY = Table(
     },
     key=tuple(_SWEEP_ROW),
     rules=(
-        *_SWEEP_RULES, _without_scheme("signed"), _without_scheme("offset"),
+        *_SWEEP_RULES, _without_scheme("signed"), _without_scheme("offset"), *_SWEEP_FIGURES,
         Rule(column="rank_high", needs=("rank_low", "rank_high"), expected="rank_low or more",
              broken=lambda table: table["rank_high"] < table["rank_low"]),
     ),

@@ -1,18 +1,17 @@
 """Fisher's information at every site from one backward pass, and what it predicts of a quantization error."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from analysis.sweeps.layer_products import parameter_met, product, weight_gradients
 from analysis.sweeps.noise import power
 from analysis.task import Task
-from quant.attention import closed_forward
 from quant.batches import mapped
 from quant.errors import InputError
 from quant.insertion import weight_of
@@ -20,7 +19,6 @@ from quant.intercept import intercept
 from quant.network import Network
 from quant.quantizer import Quantizer
 from quant.site import Site, SiteInfo
-from quant.trace import Trace
 
 
 class ErrorScores(NamedTuple):
@@ -220,11 +218,11 @@ class _GradientPass:
     def _layer(self, module: str, gradient: Tensor) -> None:
         """Scores of the layer's weight, and the output gradient's of its input; layers are linear in both."""
         layer, x = self.model.get_submodule(module), _unchanged(self._inputs[module], module)
-        parameter = _parameter(module, self.trace)
+        parameter = parameter_met(module, self.trace)
         weight = layer.get_parameter(parameter).detach()
         with torch.no_grad():
             for bits, quantizer in self.quantizers.get(Site(module, "input"), {}).items():
-                change = _product(layer, parameter, weight, quantizer(x) - x)
+                change = product(layer, parameter, weight, quantizer(x) - x)
                 self.sums[Site(module, "input")].output[bits] += power(gradient * change)
             for info in self._weights.get(module, ()):
                 sums, rows = self.sums[info.site], _rows(info)
@@ -232,13 +230,11 @@ class _GradientPass:
                 for bits in self.quantizers[info.site]:
                     error = torch.zeros_like(weight)
                     error[rows] = self._errors[info.site, bits]
-                    weighed = gradient * _product(layer, parameter, error, x)
+                    weighed = gradient * product(layer, parameter, error, x)
                     sums.output[bits] += power(weighed)
                     sums.products[bits] += weighed.reshape(self.images, -1).sum(dim=1, dtype=torch.float64).tolist()
         if module in self._weights:
-            for image_gradient in _weight_gradients(
-                layer, parameter, x.chunk(self.images), gradient.chunk(self.images)
-            ):
+            for image_gradient in weight_gradients(layer, parameter, x.chunk(self.images), gradient.chunk(self.images)):
                 for info in self._weights[module]:
                     self.sums[info.site].gradient += power(image_gradient[_rows(info)])
 
@@ -254,53 +250,6 @@ def _can_be_seen(site: Site, net: Network) -> bool:
     if net.by_site[site].shared_with or (parts and several and not site.is_attention):
         return False
     return net.trace.calls.get(site.module, 0) == 1
-
-
-def _parameter(module: str, trace: Trace) -> str:
-    """The name of the parameter that the module's input meets."""
-    return next((parameter for parameter, _ in trace.in_proj.get(module, {}).values()), "weight")
-
-
-def _applied(layer: nn.Module, parameter: str, x: Tensor) -> Tensor:
-    """What the layer gives for `x`, without its bias where torch's own attention projects."""
-    if parameter != "weight":
-        return F.linear(x, layer._parameters[parameter])  # type: ignore[arg-type]  # it has one
-    return closed_forward(layer, x)
-
-
-def _product(layer: nn.Module, parameter: str, weight: Tensor, x: Tensor) -> Tensor:
-    """What the layer gives for `x` with another weight and no bias."""
-    bias = layer._parameters.get("bias")
-    try:
-        if bias is not None:
-            layer._parameters["bias"] = None
-        with _weight_of(layer, parameter, weight):
-            return _applied(layer, parameter, x)
-    finally:
-        if bias is not None:
-            layer._parameters["bias"] = bias
-
-
-def _weight_gradients(
-    layer: nn.Module, parameter: str, x: Sequence[Tensor], gradient: Sequence[Tensor]
-) -> Iterator[Tensor]:
-    """The gradient of the layer's weight from each part of its input and the gradient of that part's output."""
-    weight = layer.get_parameter(parameter).detach().requires_grad_()
-    with _weight_of(layer, parameter, weight):
-        for x_part, gradient_part in zip(x, gradient, strict=True):
-            with torch.enable_grad():
-                y = _applied(layer, parameter, x_part)
-            yield torch.autograd.grad(y, weight, gradient_part)[0]
-
-
-@contextmanager
-def _weight_of(layer: nn.Module, parameter: str, weight: Tensor) -> Iterator[None]:
-    own = layer._parameters[parameter]
-    layer._parameters[parameter] = weight  # type: ignore[assignment]  # a plain tensor serves as well
-    try:
-        yield
-    finally:
-        layer._parameters[parameter] = own
 
 
 @contextmanager

@@ -19,7 +19,7 @@ RESAMPLES = 1000
 
 
 def proxy_correlations(proxies: pd.DataFrame, measured: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's and Kendall's correlation of each proxy with the measured KL, for each bit-width and class of tensor.
+    """Spearman's and Kendall's correlation of each proxy with what was measured, by bit-width and class of tensor.
 
     `measured` are single-site rows of sensitivity.parquet in one treatment, `images` the frame of
     sensitivity_images.parquet. `tensors` is weight, input, attention (all four inside attention) or `all`;
@@ -27,7 +27,8 @@ def proxy_correlations(proxies: pd.DataFrame, measured: pd.DataFrame, images: pd
     Sites that a proxy cannot score are left out, and `sites` says how many remain; fewer than five give no row.
     `ceiling` is the Spearman correlation that a proxy of the true values would reach (`noise_ceiling`).
     """
-    values = images.merge(measured, on=[name for name in images.columns if name not in IMAGE_COLUMNS])
+    key = [name for name in images.columns if name not in IMAGE_COLUMNS]
+    values = images.merge(measured[[*key, "divergence"]], on=key)
     rows = []
     for bits, at_bits in values.groupby("bit_width", sort=True):
         for name, holds in _CLASSES.items():

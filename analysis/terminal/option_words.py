@@ -9,11 +9,13 @@ _SETTINGS = (
 _WORDS = (
     (rf"`({_SETTINGS})`", r"--set \1"),
     (
-        r"`(exclude|include|like|weight_bits|activation_bits|size_bytes|gbitops|activation_mib|latency_ms|objective)`",
+        r"`(exclude|include|like|weight_bits|activation_bits|size_bytes|gbitops|activation_mib|latency_ms|objective|pin|bounds|tie|candidates_of|candidates)`",
         lambda found: "--" + found[1].replace("_bytes", "").replace("_", "-"),
     ),
     (r"`path`", "--out"),
     (r"from scratch(?! with)", "from scratch with --overwrite"),
+    (r"layout='strict'", "--layout strict"),
+    (r"\bmeasure_sensitivity\b", "`qvw sensitivity`"),
     (r"\bplan_bits\b", "`qvw plan`"),
     (r"\bmeasure_stats\b", "`qvw stats`"),
     (r"\(mean and deviation\)", "(--mean, --std)"),

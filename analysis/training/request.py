@@ -41,7 +41,7 @@ class TrainRequest:
         if sum(choice is not None for choice in given) > 1:
             raise InputError("give at most one of --plan FILE, --uniform wXaY and --float.")
         if request.uniform is not None:
-            parse_uniform(request.uniform)
+            parse_uniform(request.uniform, "--uniform")
         if request.name is not None and not re.fullmatch(r"[A-Za-z0-9_.+-]{1,64}", request.name):
             raise InputError(f"--name {request.name!r} is no name of a folder; use letters, digits, - and _.")
         if request.teacher is None and (
