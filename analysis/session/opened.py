@@ -153,7 +153,7 @@ class Opened:
         *,
         seed: int | None = None,
         temporary: Sequence[str] = (),
-        instead: str = "--run",
+        instead: str = "run",
         renew: bool = False,
     ) -> Iterator[None]:
         """Note in run.json the model, the images and that a step runs; the context notes how it ended.

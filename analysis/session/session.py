@@ -72,7 +72,7 @@ class Session:
         *,
         seed: int | None = None,
         temporary: Sequence[str] = (),
-        instead: str = "--run",
+        instead: str = "run",
         renew: bool = False,
     ) -> Iterator[None]:
         """Note in run.json the model, the data and that a step runs; the context notes how it ended.
