@@ -243,9 +243,10 @@ def placed(net: Network, device: torch.device | str | None) -> Iterator[None]:
     """The model on `device` (None: where it is), in evaluation mode; afterwards where and as it was."""
     home = net.device
     try:
-        if device is not None and torch.device(device) != home:
+        if device is not None:
             try:
-                net.model.to(device)
+                if torch.device(device) != home:
+                    net.model.to(device)
             except Exception as error:  # torch raises by device: RuntimeError, AssertionError, NotImplementedError
                 raise InputError(f"device {str(device)!r} cannot be used: {first_line(error)}.") from error
         with unchanged(net.model):
