@@ -25,7 +25,7 @@ QUANT_MAY_IMPORT = {
     "bit_plan": {"pydantic", "pandas"},  # validation of a file that a person may have edited
     "config": {"pydantic"},  # the same
 }
-ANALYSIS_MAY_IMPORT_TIMM = {"models", "data", "listing", "training_data", "timm_names"}
+ANALYSIS_MAY_IMPORT_TIMM = {"models", "data", "listing", "training_data", "timm_names", "digits_models"}
 
 # The folders of analysis, each of which may import those before it; and the files beside them: each belongs to one.
 FOLDERS = (
