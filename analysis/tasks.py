@@ -63,7 +63,8 @@ def multilabel() -> Task:
     """Labels that do not exclude each other, also a single logit: sum of the KLs of the sigmoids; exact match.
 
     Outputs are logits (samples, labels) or (samples,), targets 0 or 1 of the same shape. Loss is binary cross-entropy
-    summed over the labels, the score is the share of labels that are right.
+    summed over the labels, the score is the share of labels that are right. Class indices (samples,) beside several
+    logits are no such targets: loss and score are NaN.
     """
 
     def logits(output: Any) -> Tensor:
@@ -78,7 +79,15 @@ def multilabel() -> Task:
 
     def targets(output: Any, batch: Any) -> Tensor | None:
         y = inputs_and_targets(batch)[1]
-        return None if y is None else y.to(logits(output)).reshape_as(logits(output))
+        x = logits(output)
+        if y is None or (y.ndim == 1 and x.shape[1] > 1 and len(y) == len(x)):
+            return None
+        if y.numel() != x.numel():
+            raise InputError(
+                f"tasks.multilabel() expects targets of the shape of the logits, {tuple(x.shape)}, "
+                f"got {tuple(y.shape)}."
+            )
+        return y.to(x).reshape_as(x)
 
     def loss(output: Any, batch: Any) -> Tensor:
         x, y = logits(output), targets(output, batch)
@@ -300,7 +309,14 @@ def language_modeling(ignore_index: int = -100) -> Task:
         x = logits(output)
         return (x * _softmax_probe(x.detach(), generator, axis=-1) / x.shape[1] ** 0.5).sum()
 
-    return Task(name="language_modeling", divergence=divergence, loss=loss, score=score, probe=probe)
+    def check(output: Any, batch: Any) -> None:
+        x = logits(output)
+        if x.ndim != 3:
+            raise InputError(
+                f"tasks.language_modeling() expects logits (samples, tokens, vocabulary), got {tuple(x.shape)}."
+            )
+
+    return Task(name="language_modeling", divergence=divergence, loss=loss, score=score, probe=probe, check=check)
 
 
 def why_not_classification(model: nn.Module, output: Any, batch: Any) -> str:

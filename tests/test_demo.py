@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from analysis.steps.demo import measure_demo
+from quant.errors import InputError
 
 BUDGETS = ["weight_bits", "activation_bits"]
 pytestmark = pytest.mark.timeout(900)  # the first test that asks for the demo waits for it: minutes on a busy machine
@@ -89,3 +90,26 @@ def test_what_is_missing_is_measured(demonstrated, tmp_path):
     measure_demo(tmp_path / "demo", quiet=True)
     assert (folder / "cost.parquet").exists()
     pd.testing.assert_frame_equal(pd.read_parquet(folder / "sensitivity.parquet"), whole)
+
+
+@pytest.mark.parametrize("name", ["resnet", "swin"])
+def test_the_networks_are_called_what_they_are(demonstrated, name):
+    """Record, tables, plan and page name digits_resnet and digits_swin, and no network of ImageNet's size."""
+    folder, called = demonstrated / name, f"digits_{name}"
+    assert json.loads((folder / "run.json").read_text())["model"]["name"] == called
+    assert set(pd.read_parquet(folder / "stats.parquet")["model"]) == {called}
+    assert set(pd.read_parquet(folder / "sensitivity.parquet")["model"]) == {called}
+    assert json.loads((folder / "plan.json").read_text())["model"]["name"].endswith(f":{called}")
+    page = (demonstrated / "report" / "index.html").read_text(encoding="utf-8")
+    assert called in page
+    assert not re.search("resnet18|swin_tiny", page)
+
+
+def test_a_folder_of_another_network_is_refused(tmp_path):
+    """What an earlier version left under other names is not mixed with what this one makes, and nothing is trained."""
+    record = {"typed": "resnet18", "name": "resnet18", "weights_sha256": "0", "parameters": 1}
+    (tmp_path / "resnet").mkdir()
+    (tmp_path / "resnet" / "run.json").write_text(json.dumps({"model": record}))
+    with pytest.raises(InputError, match="holds results of resnet18"):
+        measure_demo(tmp_path, quiet=True)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["run.json"]

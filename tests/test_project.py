@@ -19,12 +19,13 @@ QUANT_MAY_IMPORT = {
     "optimizer": {"timm"},  # optimizers and schedules
     "train": {"accelerate"},  # devices and processes
     "checkpoints": {"accelerate", "safetensors"},  # processes; weights without running code
+    "packed_file": {"safetensors"},  # the file itself
     "network": {"pandas"},  # the frame of sites
     "own_loop": {"pandas"},  # the frame of oscillations
     "bit_plan": {"pydantic", "pandas"},  # validation of a file that a person may have edited
     "config": {"pydantic"},  # the same
 }
-ANALYSIS_MAY_IMPORT_TIMM = {"models", "data", "listing", "training_data", "timm_names"}
+ANALYSIS_MAY_IMPORT_TIMM = {"models", "data", "listing", "training_data", "timm_names", "digits_models"}
 
 # The folders of analysis, each of which may import those before it; and the files beside them: each belongs to one.
 FOLDERS = (

@@ -1,11 +1,10 @@
 """`qvw demo`: a ResNet and a Swin on scikit-learn's digits: trained, measured, planned, trained again with few bits."""
 
-import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analysis.data import ImageData, batches, load_data, resolve_input
+from analysis.inputs import digits_models
 from analysis.inputs.model_source import ModelSource
 from analysis.models import load_model
 from analysis.planning.request import PlanRequest
@@ -38,6 +38,7 @@ from analysis.tasks import classification
 from analysis.terminal.console import resumable
 from analysis.training.request import TrainRequest
 from quant.config import QATConfig
+from quant.errors import InputError
 
 WEIGHT_DECAY, WARM_UP = 0.05, 0.1
 SWEEP, TENSORS = SweepConfig(), ("weight", "input", "attention")
@@ -48,11 +49,11 @@ TRAINING = QATConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A small timm model and how it is trained on the digits; the batch is 32 images."""
+    """A small network and how it is trained on the digits; the batch is 32 images."""
 
-    name: str
-    model: str
-    kwargs: dict[str, Any]
+    name: str  # of its run folder
+    model: str  # file.py:function
+    kwargs: dict[str, Any] = field(default_factory=dict)
     learning_rate: float
     epochs: int
     least_top1: float
@@ -60,16 +61,10 @@ class Recipe:
 
 RECIPES = (
     Recipe(
-        name="resnet", model="resnet18", learning_rate=2e-3, epochs=6, least_top1=0.97,
-        kwargs={"layers": [2, 2, 1, 1], "num_classes": 10, "in_chans": 1, "stem_width": 16,
-                "channels": [16, 32, 48, 64], "zero_init_last": False},
+        name="resnet", model=f"{digits_models.__file__}:digits_resnet", learning_rate=2e-3, epochs=6, least_top1=0.97
     ),
-    Recipe(
-        name="swin", model="swin_tiny_patch4_window7_224", learning_rate=1e-3, epochs=14, least_top1=0.96,
-        kwargs={"img_size": 32, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 48, "depths": [2, 2],
-                "num_heads": [3, 6], "window_size": 4, "drop_path_rate": 0.0, "weight_init": "jax"},
-    ),
-)  # fmt: skip
+    Recipe(name="swin", model=f"{digits_models.__file__}:digits_swin", learning_rate=1e-3, epochs=14, least_top1=0.96),
+)
 
 
 @contextmanager
@@ -91,7 +86,7 @@ def measure_demo(path: Path, *, quiet: bool = False) -> list[Path]:
     the same weights and images is kept as it is, so that a second call takes seconds and writes nothing.
     """
     for recipe in RECIPES:
-        Run(path / recipe.name).record  # noqa: B018  # a damaged record is told before any training
+        _check_earlier(Run(path / recipe.name), recipe)
     for recipe in RECIPES:
         _headline(f"{recipe.name}: train in floating point, measure", quiet)
         setup = _setup(path, recipe, quiet=quiet)
@@ -105,6 +100,16 @@ def measure_demo(path: Path, *, quiet: bool = False) -> list[Path]:
         run_stats(setup)
         run_sensitivity(setup, SWEEP, tensors=TENSORS)
     return [path / recipe.name for recipe in RECIPES]
+
+
+def _check_earlier(run: Run, recipe: Recipe) -> None:
+    """Raise InputError for a damaged record, before any training, and for one of another network."""
+    model = run.record.model
+    if model is not None and model.name != recipe.model.rpartition(":")[2]:
+        raise InputError(
+            f"{run.path} holds results of {model.name}, perhaps of an earlier version of the demo. Delete the folder, "
+            "or choose another --run."
+        )
 
 
 @_one_thread()
@@ -188,7 +193,7 @@ def _train(recipe: Recipe, weights: Path, *, quiet: bool) -> float:
     top1 = _top1(model, val)
     if top1 < recipe.least_top1:
         raise RuntimeError(f"{recipe.name} reached {top1:.3f} of the validation digits, expected {recipe.least_top1}.")
-    metadata = {"recipe": json.dumps(recipe.kwargs)}
+    metadata = {"recipe": recipe.model.rpartition(":")[2]}
     write_atomic(weights, lambda path: save_file(model.state_dict(), path, metadata=metadata))
     return top1
 
