@@ -239,9 +239,7 @@ def test_an_unfinished_step_without_its_record_is_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     (tmp_path / "run.json").unlink()
-    with pytest.raises(
-        InputError, match=r"an unfinished qat \(qat/checkpoints\), but run.json has no"
-    ):
+    with pytest.raises(InputError, match=r"an unfinished qat \(qat/checkpoints\), but run.json has no"):
         step(inputs={"images": 5}).__enter__()
     assert (tmp_path / "qat" / "checkpoints" / "step_1").exists()
     with step(inputs={"images": 5}, overwrite=True):

@@ -94,7 +94,8 @@ class Opened:
         assert setup.holdout is not None
         return load_data(
             setup.data, split=split, images=at_most if count is None else count, at_most=count is None,
-            seed=setup.seed, input_config=self.input_config, num_classes=num_classes(self.model),
+            seed=setup.seed, input_config=self.input_config,
+            num_classes=num_classes(self.model) if self.task.name == "classification" else None,
             holdout=setup.holdout, class_map=setup.class_map, data_root=setup.data_root,
             skip_broken=setup.skip_broken,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from analysis.inputs.weights import weights_sha256
 from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.setup import Setup
-from analysis.steps.eval_log import evaluated, log_name, log_names
+from analysis.steps.eval_log import evaluated, floating_outputs, log_name, log_names
 from analysis.steps.eval_request import EvalRequest
 from analysis.steps.export import load_checkpoint_
 from analysis.steps.verify_rows import keep_row, show_rows, verify_row, verify_rows
@@ -55,12 +55,16 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
             warn_of_fewer(made, request.calibration_images, "--calibration-images")
             sites, calibration = made.plan.sites, [images for images, _ in made.data]
             running = running_quantized(opened.network, made, request.batchnorm)
+        without_labels = plan is not None and opened.task.name != "classification"
+        references = floating_outputs(opened, data) if without_labels else None
         with running:
-            per_image = evaluated(opened, data, asked, calibration)
+            per_image, divergence = evaluated(opened, data, asked, calibration, references)
         kind = _kind(request, opened.run.path)
         how = request.estimator if plan is not None else "learned" if sites else "none"
         batchnorm = "stored" if plan is None else request.batchnorm
-        row = verify_row(kind, opened, sites, per_image, estimator=how, batchnorm=batchnorm)
+        row = verify_row(
+            kind, opened, sites, per_image, estimator=how, batchnorm=batchnorm, divergence=divergence
+        )  # fmt: skip
         what = keep_row(opened, row)
     show_rows(opened, f"{kind} is {what}")
 

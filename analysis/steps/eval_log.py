@@ -10,7 +10,7 @@ from torch import Tensor
 
 from analysis.data import ImageData, none_readable, shared_batches
 from analysis.runs import Run
-from analysis.scoring import Scores, checked_output, scores
+from analysis.scoring import Scores, checked_output, divergences, scores
 from analysis.session.opened import Opened, warn_of_skipped
 from analysis.storage.own_rows import OwnRows, json_sha256
 from analysis.terminal.console import progress, resumable, warn
@@ -26,8 +26,33 @@ def log_names(run: Run) -> list[str]:
     return sorted(path.name for path in run.path.glob("eval-*.partial.jsonl"))
 
 
-def evaluated(opened: Opened, data: ImageData, asked: Mapping[str, Any], calibration: Sequence[Tensor]) -> Scores:
+def floating_outputs(opened: Opened, data: ImageData) -> list[Any]:
+    """The model's outputs for each batch of images, None for one of which no image can be read."""
+    setup, outputs, seen = opened.setup, list[Any](), 0
+    with (
+        progress(data.images, "floating point", "image", quiet=setup.quiet) as bar,
+        torch.inference_mode(),
+    ):
+        for batch in shared_batches(data, batch_size=setup.batch_size, num_workers=setup.num_workers):
+            pair = (batch.images.to(setup.device), batch.labels)
+            count = len(batch.labels)
+            run = opened.task.forward
+            outputs.append(checked_output(run(opened.model, pair), count, seen=seen) if count else None)
+            seen += count
+            bar.update(count)
+    return outputs
+
+
+def evaluated(
+    opened: Opened,
+    data: ImageData,
+    asked: Mapping[str, Any],
+    calibration: Sequence[Tensor],
+    references: Sequence[Any] | None = None,
+) -> tuple[Scores, Tensor | None]:
     """The scores of all images that can be read, in order, by the opened model as it runs now.
+
+    With the `floating_outputs` as `references` the divergences from them too, else None.
 
     Batches that the log of what was `asked` holds are neither read nor run again; those that follow are added to it. It
     is gone on with only where model, images, versions and the same `calibration`, batches of images that set the
@@ -35,6 +60,11 @@ def evaluated(opened: Opened, data: ImageData, asked: Mapping[str, Any], calibra
     """
     setup, size = opened.setup, opened.setup.batch_size
     owner = opened.identity(data) | {"asked": asked, "calibration": [_content(images) for images in calibration]}
+    task, names = opened.task, [*Scores._fields]
+    if references is not None:
+        task = task.prepared([output for output in references if output is not None])
+        names.append("divergence")
+        owner["figures"] = names
     log = OwnRows(opened.run.path / log_name(asked), owner)
     own, others = log.read()
     if others:
@@ -54,12 +84,18 @@ def evaluated(opened: Opened, data: ImageData, asked: Mapping[str, Any], calibra
     ):
         seen, skipped = sum(len(row["loss"]) for row in rows), len(data.skipped)
         for batch in shared_batches(data, batch_size=size, num_workers=setup.num_workers, first=len(rows)):
-            row: dict[str, Any] = {"batch": len(rows), "loss": [], "score": [], "skipped": data.skipped[skipped:]}
+            row: dict[str, Any] = {
+                "batch": len(rows),
+                "skipped": data.skipped[skipped:],
+                **{name: [] for name in names},
+            }
             if len(batch.labels):
                 pair = (batch.images.to(setup.device), batch.labels)
-                output = checked_output(opened.task.forward(opened.model, pair), len(batch.labels), seen=seen)
-                figures = scores(opened.task, [output], [pair])
+                output = checked_output(task.forward(opened.model, pair), len(batch.labels), seen=seen)
+                figures = scores(task, [output], [pair])
                 row |= {name: values.tolist() for name, values in figures._asdict().items()}
+                if references is not None:
+                    row["divergence"] = divergences(task, [output], [references[len(rows)]], [pair]).tolist()
             log.append(row)
             rows.append(row)
             seen, skipped = seen + len(batch.labels), len(data.skipped)
@@ -67,8 +103,8 @@ def evaluated(opened: Opened, data: ImageData, asked: Mapping[str, Any], calibra
     warn_of_skipped(data)
     if not seen:
         raise none_readable(data)
-    loss, score = ([x for row in rows for x in row[name]] for name in Scores._fields)
-    return Scores(torch.tensor(loss, dtype=torch.float64), torch.tensor(score, dtype=torch.float64))
+    loss, score, *more = (torch.tensor([x for row in rows for x in row[name]], dtype=torch.float64) for name in names)
+    return Scores(loss, score), more[0] if more else None
 
 
 def _from_the_first_on(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

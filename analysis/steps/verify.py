@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -21,7 +21,7 @@ from analysis.planning.baselines import greedy, largest_uniform, lowered, random
 from analysis.planning.interactions import Products
 from analysis.planning.interactions import predicted as with_interactions
 from analysis.planning.objectives import summed
-from analysis.scoring import Reference, compare, outputs_of, reference_of, scores
+from analysis.scoring import Reference, compare, divergences, jackknife, outputs_of, reference_of, scores
 from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.setup import Setup
@@ -30,7 +30,7 @@ from analysis.steps.verification_words import verification_words
 from analysis.steps.verify_rows import keep_row, verify_row
 from analysis.storage.columns import VERIFICATION_COLUMNS, VERIFY_COLUMNS
 from analysis.storage.own_rows import OwnRows
-from analysis.task import mean_and_error
+from analysis.task import Task, mean_and_error
 from analysis.terminal.console import progress, resumable
 from analysis.training.calibration import Calibrated, calibrated, running_quantized
 from quant.batchnorm import batchnorm_reestimated, batchnorms
@@ -115,7 +115,7 @@ def run_verify(
         resumable(lambda: _kept(log)),
     ):
         known = {row["bits"]: row for row in log.read()[0]}
-        clean: Reference | None = None
+        clean: _Floating | None = None
         rows = []
         for kind, each in ((kind, each) for kind, some in plans.items() for each in some):
             if _bits(each) not in known:
@@ -124,10 +124,8 @@ def run_verify(
                     model=opened.plan_model, parameters=opened.record.parameters,
                 )  # fmt: skip
                 if clean is None:
-                    outputs = _outputs(opened, batches.get())
-                    figures_of_float = scores(opened.task, outputs, batches.get())
-                    keep_row(opened, verify_row("float", opened, (), figures_of_float, estimator="none"))
-                    clean = _reference(opened, made.data, sweep_batches.get(), treatment)
+                    clean = _floating(opened, made.data, batches.get(), sweep_batches.get(), treatment)
+                    keep_row(opened, clean.row)
                 with running_quantized(opened.network, made, treatment):
                     figures = _measured(
                         opened, made, kind, batches.get(), sweep_batches.get(), clean, estimator, treatment
@@ -180,6 +178,11 @@ def _opened(setup: Setup) -> Opened:
 def _sweep_images(opened: Opened) -> ImageData:
     """The images on which the sensitivities were measured; InputError where they are not those any more."""
     swept = opened.run.record.steps["sensitivity"].inputs
+    if "split" not in swept:
+        raise InputError(
+            "the sensitivities were measured by a program on data of its own: predictions cannot be compared on the "
+            "same images. The plan itself is written; `evaluate` measures it."
+        )
     data = opened.images(str(swept["split"]), None, at_most=int(swept["images"]))
     if data.sha256 != swept["images_sha256"]:
         raise InputError(
@@ -209,11 +212,31 @@ def _outputs(opened: Opened, batches: Sequence[Any]) -> list[Any]:
     return outputs_of(partial(opened.task.forward, opened.model), batches, opened.task)
 
 
-def _reference(opened: Opened, calibration: Sequence[Any], batches: Sequence[Any], treatment: str) -> Reference:
-    """The network in floating point; BatchNorm re-estimated on the same images as that of the plans."""
+class _Floating(NamedTuple):
+    """The network in floating point: its row of verify.parquet, its outputs, and what the sweep compared with."""
+
+    row: dict[str, Any]
+    outputs: list[Any]
+    task: Task  # with what it takes from the outputs
+    swept: Reference
+    swept_task: Task
+
+
+def _floating(
+    opened: Opened, calibration: Sequence[Any], batches: Sequence[Any], sweep_batches: Sequence[Any], treatment: str
+) -> _Floating:
+    """The network as it is on the validation images; on those of the sweep with BatchNorm as the plans have it."""
+    outputs = _outputs(opened, batches)
+    task = opened.task.prepared(outputs)
+    row = verify_row(
+        "float", opened, (), scores(task, outputs, batches), estimator="none", metric=jackknife(task, outputs, batches),
+        divergence=divergences(task, outputs, outputs, batches),
+    )  # fmt: skip
     anew = treatment == "re-estimate" and bool(batchnorms(opened.model))
     with batchnorm_reestimated(opened.model, calibration) if anew else nullcontext():
-        return reference_of(opened.task, _outputs(opened, batches), batches)
+        swept = _outputs(opened, sweep_batches)
+    swept_task = opened.task.prepared(swept)
+    return _Floating(row, outputs, task, reference_of(swept_task, swept, sweep_batches), swept_task)
 
 
 def _measured(
@@ -222,15 +245,20 @@ def _measured(
     kind: str,
     batches: Sequence[Any],
     sweep_batches: Sequence[Any],
-    clean: Reference,
+    clean: _Floating,
     estimator: Estimator,
     treatment: str,
 ) -> dict[str, Any]:
     """Figures of one plan, in which the model runs: its row of verify.parquet, the changes, and those of images."""
-    per_image = scores(opened.task, _outputs(opened, batches), batches)
-    figures, images = compare(opened.task, _outputs(opened, sweep_batches), clean, sweep_batches)
+    outputs = _outputs(opened, batches)
+    per_image = scores(clean.task, outputs, batches)
+    figures, images = compare(clean.swept_task, _outputs(opened, sweep_batches), clean.swept, sweep_batches)
     return {
-        "verify": verify_row(kind, opened, made.plan.sites, per_image, estimator=estimator, batchnorm=treatment),
+        "verify": verify_row(
+            kind, opened, made.plan.sites, per_image, estimator=estimator, batchnorm=treatment,
+            divergence=divergences(clean.task, outputs, clean.outputs, batches),
+            metric=jackknife(clean.task, outputs, batches),
+        ),
         "figures": figures,
         "hit": per_image.score.tolist(), "kl": images.divergence.tolist(),
     }  # fmt: skip

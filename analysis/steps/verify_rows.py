@@ -1,14 +1,16 @@
 """Rows of verify.parquet: what a network costs and how it scores, kept, replaced and shown."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+from torch import Tensor
 
 from analysis.cost import cost_table
 from analysis.planning import accounting
 from analysis.planning.verdicts import ONLY_COMPARED
-from analysis.scoring import Scores
+from analysis.scoring import Scores, jackknife_error
 from analysis.session.opened import Opened
 from analysis.storage.columns import VERIFY_COLUMNS
 from analysis.task import mean_and_error
@@ -25,15 +27,20 @@ def verify_row(
     *,
     estimator: str,
     batchnorm: str = "stored",
+    divergence: Tensor | None = None,
+    metric: Sequence[float] = (),
 ) -> dict[str, Any]:
     """A row of verify.parquet: what the quantization of `sites` costs, and the mean scores of the images.
 
-    `estimator` set the scales: one of `ESTIMATORS`, `learned` or, in floating point, `none`. `batchnorm` is `stored` or
-    `re-estimate`.
+    `divergence` (images,) is from the float network, `metric` is what `jackknife` returns. Each figure is NaN where it
+    was not measured, loss and score without labels, top-1 of another task than classification. `estimator` set the
+    scales: one of `ESTIMATORS`, `learned` or, in floating point, `none`. `batchnorm` is `stored` or `re-estimate`.
     """
     treated = {"stored": "stored", "re-estimate": "re_estimated"}[batchnorm] if batchnorms(opened.model) else "none"
     loss, loss_se = mean_and_error(per_image.loss)
-    top1, top1_se = mean_and_error(per_image.score)
+    score, score_se = mean_and_error(per_image.score)
+    change, change_se = (math.nan, math.nan) if divergence is None else mean_and_error(divergence)
+    classes = opened.task.name == "classification"
     totals = accounting.totals(sites, cost_table(opened.sites, opened.trace.unplanned), opened.record.parameters)
     floating = float(accounting.FLOAT_BITS)
     return {
@@ -44,8 +51,14 @@ def verify_row(
         "bitops": totals.bitops,
         "loss": loss,
         "loss_se": loss_se,
-        "top1": top1,
-        "top1_se": top1_se,
+        "score": score,
+        "score_se": score_se,
+        "divergence": change,
+        "divergence_se": change_se,
+        "metric": metric[0] if metric else math.nan,
+        "metric_se": jackknife_error(metric) if metric else math.nan,
+        "top1": score if classes else math.nan,
+        "top1_se": score_se if classes else math.nan,
         "images": len(per_image.loss),
         "estimator": estimator,
         "batchnorm": treated,
@@ -70,12 +83,14 @@ def keep_row(opened: Opened, row: Mapping[str, Any]) -> str:
         opened.run.write_table("verify", pd.DataFrame(rows, columns=list(VERIFY_COLUMNS)))
     if before is None:
         return "new"
-    if all(before[name] == row[name] for name in ("loss", "top1", "images")):
+    figures = ("loss", "score", "divergence", "metric", "images")
+    if all(before[name] == row[name] or before[name] != before[name] for name in figures):
         return "the same to the last digit as the row that was there"
-    return (
-        f"measured anew, in place of top-1 {100 * before['top1']:.2f} %, loss {before['loss']:.4g} on "
-        f"{before['images']:,} images"
-    )
+    if before["top1"] == before["top1"]:
+        was = f"top-1 {100 * before['top1']:.2f} %, loss {before['loss']:.4g}"
+    else:
+        was = f"loss {before['loss']:.4g}, score {before['score']:.4g}, divergence {before['divergence']:.4g}"
+    return f"measured anew, in place of {was} on {before['images']:,} images"
 
 
 def drop_rows(opened: Opened, kind: str) -> None:
@@ -101,9 +116,15 @@ def show_rows(opened: Opened, what: str) -> None:
         loss_se=rows["loss_se"],
         top1_percent=100 * rows["top1"],
         top1_se=100 * rows["top1_se"],
+        **({} if rows["top1"].notna().any() else _of_other_tasks(rows)),
         images=rows["images"],
         estimator=rows["estimator"],
         batchnorm=rows["batchnorm"],
     )
-    say(as_text(shown), quiet=opened.setup.quiet)
+    say(as_text(shown.dropna(axis=1, how="all")), quiet=opened.setup.quiet)
     say(f"{what}, in {opened.run.path / 'verify.parquet'}", quiet=opened.setup.quiet)
+
+
+def _of_other_tasks(rows: pd.DataFrame) -> dict[str, pd.Series]:
+    names = ("score", "score_se", "divergence", "divergence_se", "metric", "metric_se")
+    return {name: rows[name] for name in names}

@@ -3,8 +3,8 @@
 from quant.loss_terms import TERMS
 
 VERIFY_COLUMNS = (
-    "plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "loss", "loss_se", "top1", "top1_se", "images",
-    "estimator", "batchnorm",
+    "plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "loss", "loss_se", "score", "score_se",
+    "divergence", "divergence_se", "metric", "metric_se", "top1", "top1_se", "images", "estimator", "batchnorm",
 )  # fmt: skip
 VERIFICATION_COLUMNS = (
     "plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "predicted_kl", "predicted_kl_pairs",

@@ -232,7 +232,9 @@ TABLES: Mapping[str, Table] = {
     ),
     "verify": Table(
         columns={
-            "plan": _TEXT, **_COSTS, "loss": _SIZE, "loss_se": _SIZE, "top1": _SHARE, "top1_se": _SIZE,
+            "plan": _TEXT, **_COSTS, "loss": _NUMBER, "loss_se": _SIZE, "score": _NUMBER, "score_se": _SIZE,
+            "divergence": _DIVERGENCE, "divergence_se": _SIZE, "metric": _NUMBER, "metric_se": _SIZE,
+            "top1": _SHARE, "top1_se": _SIZE,
             "images": Column(sort="whole", least=1, most=COUNTABLE),
             "estimator": Column(sort="text", allowed=(*ESTIMATORS, "learned", "none")), "batchnorm": _BATCHNORM,
         },

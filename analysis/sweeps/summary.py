@@ -39,9 +39,12 @@ def sensitivity_summary(table: pd.DataFrame, rows: Sequence[dict]) -> str:
     text = f"Most sensitive at {bits} bit"
     if out.any():
         text = f"What helps most when it is left in floating point, all else at {bits} bit"
-    text += f" (KL of the logits, ranks in 95 % of resampled images):\n{as_text(worst[columns])}"
+    task = table["task"].iloc[0]
+    what = "KL of the logits" if task == "classification" else f"divergence of {task}"
+    shown = worst[columns].dropna(axis=1, how="all")
+    text += f" ({what}, ranks in 95 % of resampled images):\n{as_text(shown)}"
     if len(everything):
-        text += f"\nEverything at {bits} bit: KL {everything['kl'].iloc[0]:.3g}."
+        text += f"\nEverything at {bits} bit: {what.split()[0]} {everything['divergence'].iloc[0]:.3g}."
     return "\n".join([text, *_doubts(rows, table)])
 
 
@@ -53,7 +56,9 @@ def _doubts(rows: Sequence[dict], table: pd.DataFrame) -> list[str]:
     if (table["divergence"] == 0).all():
         doubts.append("Every change is 0: are residual branches zero-initialised (timm: zero_init_last)?")
     elif (table["delta_loss"].abs() < 2 * table["delta_loss_se"]).all():
-        doubts.append("No change of the loss is larger than twice its standard error: use the KL, or more images.")
+        doubts.append(
+            "No change of the loss is larger than twice its standard error: use the divergence, or more images."
+        )
     shown = {tuple(key) for key in table[list(ROW_KEY)].itertuples(index=False)}
     values = [
         row["image_divergence"] for row in rows if row_key(row) in shown and row.get("image_divergence") is not None

@@ -12,6 +12,8 @@ _WORDS = (
         r"`(exclude|include|like|weight_bits|activation_bits|size_bytes|gbitops|activation_mib|latency_ms|objective|pin|bounds|tie|candidates_of|candidates)`",
         lambda found: "--" + found[1].replace("_bytes", "").replace("_", "-"),
     ),
+    (r"tasks\.(\w+)\(\)", r"--task \1"),
+    (r"tasks\.(\w+)\((.+?)\)", r"--task FILE.py:FUNCTION, where the function returns tasks.\1(\2),"),
     (r"`path`", "--out"),
     (r"from scratch(?! with|: `overwrite)", "from scratch with --overwrite"),
     (r"`run`", "`--run`"),
