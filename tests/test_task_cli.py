@@ -113,11 +113,13 @@ def test_the_divergence_of_eval_is_that_of_evaluate(folder, tmp_path):
     config = InputConfig(
         input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=1.0, interpolation="bilinear"
     )
-    splits = {
-        split: list(batches(load_data(f"folder:{folder / 'data'}", split=split, images=None, seed=0, input_config=config,
-                                      num_classes=None, holdout=0.5), batch_size=64))
-        for split in ("train", "val")
-    }  # fmt: skip
+    splits = {}
+    for split in ("train", "val"):
+        data = load_data(
+            f"folder:{folder / 'data'}", split=split, images=None, seed=0, input_config=config, num_classes=None,
+            holdout=0.5,
+        )  # fmt: skip
+        splits[split] = list(batches(data, batch_size=64))
     scope: dict = {}
     exec(NETWORKS, scope)
     table = evaluate(scope["embedding_net"](), splits["val"], {"w4a4": "w4a4"}, calibration=splits["train"],
@@ -133,7 +135,8 @@ def test_old_verify_tables_are_read(tmp_path):
     from analysis.storage.columns import VERIFY_COLUMNS
 
     row = {"plan": "float", "weight_bits": 32.0, "activation_bits": 32.0, "size_bytes": 10, "bitops": 10, "loss": 1.0,
-           "loss_se": 0.1, "top1": 0.5, "top1_se": 0.1, "images": 4, "estimator": "none", "batchnorm": "none"}  # fmt: skip
+           "loss_se": 0.1, "top1": 0.5, "top1_se": 0.1, "images": 4, "estimator": "none",
+           "batchnorm": "none"}  # fmt: skip
     run = Run(tmp_path)
     run.write_table("verify", pd.DataFrame([row]))
     table = run.read_table("verify", VERIFY_COLUMNS)
