@@ -121,18 +121,14 @@ class Run:
             if changes and not (overwrite or renew):
                 raise InputError(
                     f"{self.path} holds {name} with other inputs ({changes}). "
-<<<<<<< HEAD
-                    f"Choose another `{instead}`, or start the step from scratch: `overwrite=True` removes its results."
-=======
                     f"Choose another `{instead}`, or start the step from scratch with `overwrite=True`, which removes "
                     "its results."
->>>>>>> main
                 )
             unknown = [file for file in temporary if old is None and (self.path / file).exists()]
             if unknown and not (overwrite or renew):
                 raise InputError(
                     f"{self.path} holds an unfinished {name} ({', '.join(unknown)}), but run.json has no record of the "
-                    "inputs that it began with. Put run.json back, or start anew with `overwrite=True`."
+                    "inputs that it began with. Put run.json back, or start from scratch with `overwrite=True`."
                 )
             remove_unfinished(self.path)
             files = [*files, *temporary]

@@ -15,7 +15,7 @@ _WORDS = (
     (r"tasks\.(\w+)\(\)", r"--task \1"),
     (r"tasks\.(\w+)\((.+?)\)", r"--task FILE.py:FUNCTION, where the function returns tasks.\1(\2),"),
     (r"`path`", "--out"),
-    (r"from scratch(?! with|: `overwrite)", "from scratch with --overwrite"),
+    (r"from scratch(?! with)", "from scratch with --overwrite"),
     (r"`run`", "`--run`"),
     (r"`overwrite=True`", "`--overwrite`"),
     (r"layout='strict'", "--layout strict"),

@@ -38,6 +38,11 @@ class TrainingTask:
 def training_task(opened: Opened, request: TrainRequest, processes: int) -> TrainingTask:
     """The task of a request; InputError where a part of it is missing or does not fit the others."""
     config, run = request.config, opened.run
+    if opened.task.name != "classification":
+        raise InputError(
+            f"the included training learns class indices, not the task {opened.task.name!r}. Write a loop of your own: "
+            "quant.prepare_qat_, parameter_groups and attach_."
+        )
     plan = _plan(opened, request)
     before = run.record.steps.get(request.folder)
     known = before.inputs if before is not None and not opened.setup.overwrite else {}
