@@ -115,7 +115,8 @@ def measured() -> Measured:
         "size_bytes": [4000, 500], "bitops": [10**9, 10**7], "top1": [0.5, 0.4], "top1_se": [0.01, 0.01],
     }  # fmt: skip
     how = {"estimator": ["none", "mse"], "batchnorm": ["stored", "re_estimated"]}
-    frames["verify"] = pd.DataFrame({**costs, "loss": 1.0, "loss_se": 0.1, "images": 6, **how})[list(VERIFY_COLUMNS)]
+    frames["verify"] = pd.DataFrame({**costs, "loss": 1.0, "loss_se": 0.1, "images": 6, **how})
+    frames["verify"] = frames["verify"].reindex(columns=list(VERIFY_COLUMNS))
     names = (name for name in VERIFICATION_COLUMNS if name not in (*costs, "plan_sha256"))
     frames["verification"] = pd.DataFrame({**costs, **dict.fromkeys(names, 0.1), "plan_sha256": "ab"})
     history = {"step": [1, 2, 2], "epoch": 0, "images": [6, 12, 12], "lr": [0.1, 0.1, math.nan], "seconds": 1.0,
