@@ -1,5 +1,6 @@
 """What `qvw plan --verify` says in the terminal."""
 
+import textwrap
 from collections.abc import Sequence
 from statistics import mode
 
@@ -31,12 +32,19 @@ def verification_words(table: pd.DataFrame, plan: BitPlan, others: Sequence[BitP
     )
     shown = shown.dropna(axis=1, how="all")  # no labels, or no interactions
     beside = table.assign(name=plan_names(table)).iloc[1:]
-    told = (verdict(what, beside, column) for what, column in (("accuracy", "planned_ahead"), ("KL", "kl_excess")))
+    accuracy, what = table["top1"].notna().any(), "KL"
+    if not accuracy:  # no labels, or another task than classification
+        what = "divergence"
+        shown = shown.rename(columns=lambda name: name.replace("kl", what))
+    told = (verdict(figure, beside, column) for figure, column in (("accuracy", "planned_ahead"), (what, "kl_excess")))
+    before = "Accuracy on validation images without training (points; the difference is paired over images), and the "
     return "\n".join(
         [
-            "Accuracy on validation images without training (points; the difference is paired over images), and the",
-            "KL on the images of the sweep: predicted as a sum over sites, measured of the whole plan, and its excess",
-            "over that of the plan (paired too).",
+            *textwrap.wrap(
+                f"{before if accuracy else 'The '}{what} on the images of the sweep: predicted as a sum over sites, "
+                "measured of the whole plan, and its excess over that of the plan (paired too).",
+                104,
+            ),
             as_text(shown),
             *filter(None, told),
             *_uniform_words(plan, others),
