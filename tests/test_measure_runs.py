@@ -244,3 +244,25 @@ def test_without_a_run_nothing_touches_the_disk(digits, tmp_path, monkeypatch):
     analysis.measure_sensitivity(conv(), digits, bits=(2,), sites=("weight",))
     analysis.estimate_sensitivity(conv(), digits, bits=(2,), sites=("weight",))
     assert not list(tmp_path.iterdir())
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Images one by one, of which nobody knows how many there are."""
+
+    def __init__(self, pairs):
+        self.images = torch.cat([images for images, _ in pairs])
+
+    def __iter__(self):
+        """Always the same."""
+        return iter(self.images)
+
+
+def test_streams_and_weights_alone(digits, tmp_path):
+    """A loader without a length is counted; a Network without data has its weights in the folder."""
+    loader = torch.utils.data.DataLoader(Stream(digits), batch_size=BATCH)
+    net = analysis.Network(conv(), digits)
+    streamed = analysis.measure_stats(net, loader, run=tmp_path / "stream")
+    assert_same(streamed.table, analysis.measure_stats(net, digits).table)
+    weights = analysis.measure_stats(net, run=tmp_path / "weights")
+    assert set(weights.table["tensor"]) == {"weight"}
+    assert_same(weights.table, analysis.measure_stats(net).table)

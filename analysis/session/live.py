@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,10 @@ def live_session(
 def _source(net: Network, task: Task, data: Iterable[Any]) -> Source:
     """The batches of `data`, counted; of a list the samples too."""
     known = isinstance(data, (list, tuple))
-    batches = len(data) if isinstance(data, Sized) else sum(1 for _ in checked_data(data))
+    try:
+        batches = len(data)  # type: ignore[arg-type]
+    except TypeError:  # a loader of a stream has the method, and no length
+        batches = sum(1 for _ in checked_data(data))
     if not batches:
         raise InputError("`data` holds no batch. Give at least one.")
 

@@ -8,7 +8,8 @@ from typing import Any
 from analysis.storage.files import json_scalar
 
 _HASH = re.compile(r'"[0-9a-f]{64}"')  # in JSON
-_OTHER = {"weights_sha256": "other weights", "images_sha256": "other images", "val_sha256": "other validation images",
+_OTHER = {"weights_sha256": "other weights", "images_sha256": "other images",
+          "data_sha256": "other data, or in another order", "val_sha256": "other validation images",
           "soft_labels_sha256": "other soft labels", "model_sha256": "another trained model"}  # fmt: skip
 """Words for inputs that are hashes, which say nothing to a person."""
 
