@@ -82,6 +82,8 @@ def multilabel() -> Task:
         x = logits(output)
         if y is None or (y.ndim == 1 and x.shape[1] > 1 and len(y) == len(x)):
             return None
+        if not y.is_floating_point() and bool(((y < 0) | (y > 1)).any()):
+            return None  # class indices
         if y.numel() != x.numel():
             raise InputError(
                 f"tasks.multilabel() expects targets of the shape of the logits, {tuple(x.shape)}, "
@@ -171,7 +173,15 @@ def _mask(output: Any, batch: Any) -> Tensor | None:
     mask = inputs_and_targets(batch)[1]
     if isinstance(mask, Mapping):
         mask = mask.get("masks", mask.get("mask"))
-    return mask.long().to(_main(output, "out").device) if isinstance(mask, Tensor) else None
+    if not isinstance(mask, Tensor):
+        return None
+    x = _main(output, "out")
+    if mask.shape != (len(x), *x.shape[2:]):
+        raise InputError(
+            f"tasks.segmentation() expects a class index for each pixel, {(len(x), *x.shape[2:])}, got targets of "
+            f"shape {tuple(mask.shape)}. Leave them out where there are none: loss, score and mIoU are NaN then."
+        )
+    return mask.long().to(x.device)
 
 
 def regression() -> Task:

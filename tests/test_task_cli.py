@@ -33,6 +33,7 @@ def logits(): return make(10)
 def softmax(): return make(10, nn.Softmax(dim=1))
 def sigmoid(): return make(10, nn.Sigmoid())
 def embedding_net(): return make(6)
+def segmenter(): return nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
 """
 PREPROCESSING = ["--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25", "--input-size", "3,16,16", "--num-workers", 0]
 
@@ -99,6 +100,23 @@ def test_an_embedding_goes_through_every_command(folder, tmp_path):
     assert qvw("report", run, "--out", tmp_path / "report") == 0
     record = json.loads((run / "run.json").read_text())
     assert {record["steps"][step]["inputs"]["task"] for step in ("stats", "sensitivity", "eval")} == {"embedding"}
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("segmenter", "segmentation"), ("one", "regression"), ("embedding_net", "multilabel"), ("one", "multilabel"),
+     ("embedding_net", "detection")],
+)  # fmt: skip
+def test_class_indices_are_no_targets_of_other_tasks(folder, tmp_path, name, task):
+    """Folders bring class indices: no loss or score is made of them, and the divergence is measured."""
+    run = tmp_path / "run"
+    assert measured(folder, run, name, "--task", task) == 0
+    table = pd.read_parquet(run / "sensitivity.parquet")
+    assert table[["loss", "score", "metric"]].isna().all(axis=None)
+    assert (table["divergence"] > 0).all()
+    assert table["note"].str.contains("no labels").all() == (task != "detection")  # which has no loss at all
+    assert qvw("eval", "--run", run, "--uniform", "w4a4", "--num-workers", 0, "--quiet") == 0
+    assert pd.read_parquet(run / "verify.parquet")["divergence"].item() > 0
 
 
 def test_the_divergence_of_eval_is_that_of_evaluate(folder, tmp_path):

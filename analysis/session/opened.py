@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from analysis.data import ImageData, batches, load_data, none_readable, shared_batches
 from analysis.inputs.listing import InputConfig
+from analysis.inputs.model_source import factory_of
 from analysis.models import num_classes
 from analysis.runs import Run
 from analysis.session.session import Session, Source
@@ -104,12 +105,17 @@ class Opened:
         """One image of noise (1, channels, height, width) on the device, always the same."""
         return image_of_noise(self.input_config, self.setup.device)
 
-    def stream(self, data: ImageData, what: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of (images on the device, labels), with a progress bar that counts images."""
+    def targets(self, labels: Tensor) -> Tensor | None:
+        """The labels of images, class indices, where the task may make something of them; else None."""
+        task = self.setup.task
+        return labels if task in (None, "classification", "multilabel") or factory_of(task) is not None else None
+
+    def stream(self, data: ImageData, what: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Batches of (images on the device, targets), with a progress bar that counts images."""
         setup = self.setup
         with progress(data.images, what, "image", quiet=setup.quiet) as bar:
             for images, labels in batches(data, batch_size=setup.batch_size, num_workers=setup.num_workers):
-                yield images.to(setup.device), labels
+                yield images.to(setup.device), self.targets(labels)
                 bar.update(len(images))
         warn_of_skipped(data)
 
@@ -185,11 +191,11 @@ class Opened:
     def _source(self, data: ImageData) -> Source:
         setup = self.setup
 
-        def read(first: int, every: int) -> Iterator[tuple[tuple[Tensor, Tensor], Sequence[str]]]:
+        def read(first: int, every: int) -> Iterator[tuple[tuple[Tensor, Tensor | None], Sequence[str]]]:
             for images, labels, paths in shared_batches(
                 data, batch_size=setup.batch_size, num_workers=setup.num_workers, first=first, every=every
             ):
-                yield (images.to(setup.device), labels), paths
+                yield (images.to(setup.device), self.targets(labels)), paths
 
         return Source(
             read=read, batches=-(-data.images // setup.batch_size), batch_size=setup.batch_size, samples=data.images,

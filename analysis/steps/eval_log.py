@@ -34,7 +34,7 @@ def floating_outputs(opened: Opened, data: ImageData) -> list[Any]:
         torch.inference_mode(),
     ):
         for batch in shared_batches(data, batch_size=setup.batch_size, num_workers=setup.num_workers):
-            pair = (batch.images.to(setup.device), batch.labels)
+            pair = (batch.images.to(setup.device), opened.targets(batch.labels))
             count = len(batch.labels)
             run = opened.task.forward
             outputs.append(checked_output(run(opened.model, pair), count, seen=seen) if count else None)
@@ -90,7 +90,7 @@ def evaluated(
                 **{name: [] for name in names},
             }
             if len(batch.labels):
-                pair = (batch.images.to(setup.device), batch.labels)
+                pair = (batch.images.to(setup.device), opened.targets(batch.labels))
                 output = checked_output(task.forward(opened.model, pair), len(batch.labels), seen=seen)
                 figures = scores(task, [output], [pair])
                 row |= {name: values.tolist() for name, values in figures._asdict().items()}

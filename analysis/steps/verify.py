@@ -157,9 +157,9 @@ class _Batches:
 
     def __init__(self, opened: Opened, data: ImageData, what: str) -> None:
         self._opened, self._data, self._what = opened, data, what
-        self._read: list[tuple[Tensor, Tensor]] = []
+        self._read: list[tuple[Tensor, Tensor | None]] = []
 
-    def get(self) -> list[tuple[Tensor, Tensor]]:
+    def get(self) -> list[tuple[Tensor, Tensor | None]]:
         if not self._read:
             self._read = list(self._opened.stream(self._data, self._what))
         return self._read
