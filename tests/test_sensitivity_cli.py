@@ -46,7 +46,7 @@ def test_correlations_are_those_of_the_two_tables(run):
     proxies, swept = pd.read_parquet(run / "proxies.parquet"), pd.read_parquet(run / "sensitivity.parquet")
     found = pd.read_parquet(run / "proxy_correlation.parquet")
     assert set(found["tensors"]) == {"all", "weight", "input", "attention"}
-    both = proxies.merge(swept, on=SITE_KEY)
+    both = proxies.merge(swept.drop(columns="score"), on=SITE_KEY)
     for row in found[found["tensors"] == "all"].itertuples():
         rows = both[(both["proxy"] == row.proxy) & (both["bit_width"] == row.bit_width)]
         if rows["score"].nunique() > 1:
@@ -94,7 +94,7 @@ def test_without_labels_there_is_no_trace_of_the_hessian(tmp_path):
 def test_the_figure_draws_every_site(run):
     """As many points as sites in each panel; the line of equality in that of `fisher` alone."""
     proxies, swept = pd.read_parquet(run / "proxies.parquet"), pd.read_parquet(run / "sensitivity.parquet")
-    frame = proxies.merge(swept, on=SITE_KEY)
+    frame = proxies.merge(swept.drop(columns="score"), on=SITE_KEY)
     frame = frame[frame["bit_width"] == 2]
     for proxy in PROXIES:
         rows = frame[frame["proxy"] == proxy]
@@ -186,7 +186,7 @@ class Odd(nn.Module):
                 return self.head(self.first(x).relu())
         if self.way == "overflow":
             return self.head(torch.sqrt(torch.relu(self.first(x)) * 0) + self.first(x).relu())
-        return self.head(self.first(x).relu()) * 0
+        return self.head(self.first(x).relu()) * 0 - 1
 
 def no_grad(): return Odd()
 def overflow(): return Odd("overflow")
