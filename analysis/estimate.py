@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.proxies import small_batches
 from analysis.scoring import outputs_of
-from analysis.sensitivity import ROW_KEY, images_table, sensitivity_table
+from analysis.sensitivity import ROW_KEY
 from analysis.sweeps.fisher import ErrorScores, fisher_scores
 from analysis.sweeps.sweep import sample_activations, site_quantizer
 from analysis.task import Task
@@ -25,9 +25,10 @@ _NO_GRADIENT = (
     "not estimated: no gradient of each sample (the module is called more than once, does not depend on the input, or "
     "overflows); measure_sensitivity measures it"
 )
+_AS_STORED = "BatchNorm keeps its stored statistics; a plan re-estimates them"
 
 
-def estimated_tables(
+def estimated_rows(
     net: Network,
     sites: Sequence[SiteInfo],
     data: Sequence[Any],
@@ -36,8 +37,8 @@ def estimated_tables(
     task: Task,
     estimator: Estimator,
     granularity: Granularity | None,
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """The frame of sensitivity.parquet, that of its samples, and the products of every sample (PRODUCT_COLUMNS).
+) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+    """Rows as a sweep makes them, and the products of every sample (PRODUCT_COLUMNS).
 
     The divergence is 1/2 (gradient . error)^2 of the task's probe, mean over samples: the divergence to second order
     (FIT: Zandonati et al. 2022, arXiv:2210.08502; Martens, JMLR 2020, arXiv:1412.1193). BatchNorm keeps its stored
@@ -57,6 +58,7 @@ def estimated_tables(
     scores = fisher_scores(net, quantizers, small, task)
     count = sum(task.samples(batch) for batch in data)
     batchnorm = "stored" if batchnorms(net.model) else "none"
+    how = _AS_STORED if batchnorm == "stored" else ""
     rows, products = [], []
     for info in sites:
         for bits, quantizer in quantizers[info.site].items():
@@ -65,15 +67,15 @@ def estimated_tables(
                 "module": info.site.module, "tensor": info.site.tensor, "group": "", "bit_width": bits,
                 "protocol": "single", "granularity": scheme.granularity, "estimator": estimator, "batchnorm": batchnorm,
             }  # fmt: skip
-            found = scores.get((info.site, bits))
+            found, note = scores.get((info.site, bits)), "; ".join(filter(None, (info.note, how)))
             rows.append(
                 {**identity, "model": net.name, "kind": info.kind, "order": info.order, "signed": scheme.signed,
                  "offset": scheme.offset, "source": SOURCE, "task": task.name, "images": count,
-                 **_figures(found, info.note, classification=task.name == "classification")}
+                 **_figures(found, note, classification=task.name == "classification")}
             )  # fmt: skip
             if found is not None:
                 products.append({**{name: identity[name] for name in PRODUCT_COLUMNS[:-1]}, "products": found.products})
-    return sensitivity_table(rows), images_table(rows), pd.DataFrame(products, columns=list(PRODUCT_COLUMNS))
+    return rows, pd.DataFrame(products, columns=list(PRODUCT_COLUMNS))
 
 
 def _figures(found: ErrorScores | None, note: str, *, classification: bool) -> dict[str, Any]:

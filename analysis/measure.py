@@ -1,17 +1,21 @@
 """Measurements of a live network: statistics, sensitivity, and sensitivity estimated from gradients."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from analysis.estimate import estimated_tables
+from analysis import tasks
+from analysis.estimate import estimated_rows
 from analysis.memory import reuse_freed_memory
 from analysis.results import Sensitivity, Stats
+from analysis.runs import Run
 from analysis.sensitivity import SweepConfig, images_table, row_key, sensitivity_table, sweep_keys
 from analysis.sweeps.rows import informative_first, is_out_of_memory, measured_rows, unmeasured_row, within
 from analysis.sweeps.sweep import CACHE_MIB
@@ -24,6 +28,9 @@ from quant.network import Network, unchanged
 from quant.site import SiteInfo
 from quant.sites import KINDS, TENSOR_GROUPS, check_plain_weights, select_sites
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 BITS = (2, 3, 4, 8)
 SITES = ("weight", "input", "attention")
 
@@ -33,6 +40,8 @@ def measure_stats(
     data: Iterable[Any] | None = None,
     *,
     task: Task | None = None,
+    run: Run | str | Path | None = None,
+    overwrite: bool = False,
     progress: bool = False,
     device: torch.device | str | None = None,
 ) -> Stats:
@@ -42,6 +51,10 @@ def measure_stats(
     are streamed, so memory does not grow with the data; the model is left bit for bit as it was. Figures are in the
     unit of the tensors; `excess_kurtosis` is 0 for a Gaussian, outlier fractions count values beyond 3 and 6 standard
     deviations (`RunningStats` states the errors). `task` matters only for how the model is called.
+
+    `run` is a folder that gets stats, channels and histograms (Parquet), variation.json and a figure. A call that was
+    interrupted resumes there, one that was finished is read back; other weights or data are an error, or with
+    `overwrite` start from scratch.
 
     Raises InputError for data that can be read only once, and for NaN or Inf, with the first site and sample.
 
@@ -56,6 +69,15 @@ def measure_stats(
     net = network(model, data, task)
     sites = [info for info in net.infos if not info.excluded]
     with placed(net, device):
+        if run is not None:
+            from analysis.session.live import live_session
+            from analysis.session.processes import Processes
+            from analysis.steps.stats import measure_stats_in, read_stats
+
+            calling = task or replace(tasks.classification(), forward=net.forward, samples=net.samples)
+            session = live_session(net, calling, run, data, overwrite=overwrite, progress=progress)
+            measure_stats_in(session, Processes())
+            return read_stats(session.run, net.name)
         batches = None if data is None else read(net, data, task, "statistics", progress)
         tables = collect_stats(net, sites, batches, None if task is None else task.forward)
     return Stats(name=net.name, table=tables.stats, channels=tables.channels, histograms=tables.histograms)
@@ -75,6 +97,8 @@ def measure_sensitivity(
     batchnorm: str = "re_estimate",
     cache_mib: int = CACHE_MIB,
     time_limit: float | None = None,
+    run: Run | str | Path | None = None,
+    overwrite: bool = False,
     progress: bool = False,
     device: torch.device | str | None = None,
 ) -> Sensitivity:
@@ -88,6 +112,10 @@ def measure_sensitivity(
     percentile) on the same batches. All batches are kept in memory, with about `cache_mib` MiB of activations, so that
     each row starts at the quantized layer. `time_limit` (seconds) stops at the end of a row, the fewest bits first:
     what is missing is NaN with a note.
+
+    `run` is a folder that gets sensitivity, sensitivity_images and cost (Parquet) with figures. Each row is kept there
+    when it is measured, and never measured twice; other weights, data or tasks are an error, or with `overwrite` start
+    from scratch.
 
     The divergence is the task's (in classification the KL of the softmax, in nats); `_se` columns are standard errors
     over samples, paired with the float network. The model is left bit for bit as it was, also after an interrupt.
@@ -110,18 +138,29 @@ def measure_sensitivity(
     with placed(net, device):
         batches = kept(net, data, task, progress)
         task = suitable_task(net, batches, task)
-        keys: list[Any] = list(sweep_keys(net.model, chosen, config, blocks=net.blocks))
+        keys: Sequence[Mapping[str, Any]] = sweep_keys(net.model, chosen, config, blocks=net.blocks)
         if not keys:
             raise InputError("every group holds all the sites: nothing would be quantized. Choose other `groups`.")
         if time_limit is not None:
             keys = informative_first(keys)
-        rows = []
-        with tqdm(total=len(keys), desc="sensitivity", unit="row", disable=not progress) as bar:
-            for row in within(
-                measured_rows(net, chosen, batches, keys, task=task, cache_mib=cache_mib), time_limit
-            ):  # fmt: skip
-                rows.append(row)
-                bar.update()
+        if run is None:
+            with tqdm(total=len(keys), desc="sensitivity", unit="row", disable=not progress) as bar:
+                rows = []
+                for row in within(
+                    measured_rows(net, chosen, batches, keys, task=task, cache_mib=cache_mib), time_limit
+                ):
+                    rows.append(row)
+                    bar.update()
+        else:
+            from analysis.session.live import live_session
+            from analysis.session.processes import Processes
+            from analysis.steps.sensitivity import kept_rows, measure_sensitivity_in
+
+            session = live_session(net, task, run, batches, overwrite=overwrite, progress=progress, whole=True)
+            there = kept_rows(session, keys)
+            rows = there if there is not None else measure_sensitivity_in(
+                session, chosen, config, Processes(), batches=batches, cache_mib=cache_mib, time_limit=time_limit,
+            )[0]  # fmt: skip
     done = {row_key(row) for row in rows}
     reason = f"not measured: the time limit of {time_limit} s was reached"
     rows += [unmeasured_row(net, chosen, key, task, reason) for key in keys if row_key(key) not in done]
@@ -137,6 +176,8 @@ def estimate_sensitivity(
     task: Task | None = None,
     granularity: Granularity | None = None,
     estimator: Estimator = "mse",
+    run: Run | str | Path | None = None,
+    overwrite: bool = False,
     progress: bool = False,
     device: torch.device | str | None = None,
 ) -> Sensitivity:
@@ -147,7 +188,7 @@ def estimate_sensitivity(
     stored statistics, so that the ranking is less sure where it would be re-estimated. Sites without a gradient of each
     sample, and columns that only a measurement has, are NaN; `source` names the estimator. `products` of the result
     let `plan_bits(interactions=True)` count how the errors of two sites act together. Arguments are those of
-    `measure_sensitivity`.
+    `measure_sensitivity`; a `run` folder takes either measured or estimated sensitivities.
 
     Raises InputError for a task without `probe`, and for a network that cannot be differentiated.
 
@@ -163,15 +204,30 @@ def estimate_sensitivity(
     with placed(net, device):
         batches = kept(net, data, task, progress)
         task = suitable_task(net, batches, task)
-        try:
-            table, per_sample, products = estimated_tables(
-                net, chosen, batches, widths, task=task, estimator=estimator, granularity=granularity
-            )
-        except (MemoryError, RuntimeError) as error:  # the model is the user's: not every one can be differentiated
-            raise InputError(
-                f"no sensitivity can be estimated: {first_line(error)}. Measure it instead: measure_sensitivity."
-            ) from error
-    return Sensitivity(name=net.name, table=table, per_sample=per_sample, products=products, network=net)
+
+        def estimate() -> "tuple[list[dict[str, Any]], pd.DataFrame]":
+            try:
+                return estimated_rows(
+                    net, chosen, batches, widths, task=task, estimator=estimator, granularity=granularity
+                )
+            except (MemoryError, RuntimeError) as error:  # the model is the user's: not every one can be differentiated
+                raise InputError(
+                    f"no sensitivity can be estimated: {first_line(error)}. Measure it instead: measure_sensitivity."
+                ) from error
+
+        if run is None:
+            rows, products = estimate()
+        else:
+            from analysis.session.live import live_session
+            from analysis.steps.estimate import estimate_sensitivity_in
+
+            session = live_session(net, task, run, batches, overwrite=overwrite, progress=progress, whole=True)
+            config = SweepConfig(bit_widths=widths, estimator=estimator, granularity=granularity, batchnorm="stored")
+            keys = sweep_keys(net.model, chosen, config)
+            rows, products = estimate_sensitivity_in(session, keys, estimate)
+    return Sensitivity(
+        name=net.name, table=sensitivity_table(rows), per_sample=images_table(rows), products=products, network=net
+    )
 
 
 def network(model: nn.Module | Network, data: Iterable[Any] | None, task: Task | None) -> Network:

@@ -37,7 +37,7 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"The run folder {self.path} is a file. Choose another `--run`.")
+            raise InputError(f"The run folder {self.path} is a file. Choose another `run`.")
 
     @property
     def record(self) -> RunRecord:
@@ -51,7 +51,7 @@ class Run:
             where = ".".join(str(part) for part in first["loc"]) or "the whole"
             raise InputError(
                 f"{self.path / 'run.json'} is not a record of a run: {where}: {first['msg']}. "
-                "Mend it, or choose another `--run`."
+                "Mend it, or choose another `run`."
             ) from error
 
     def set_model(self, record: ModelRecord, *, overwrite: bool = False) -> None:
@@ -67,7 +67,7 @@ class Run:
                 if not overwrite:
                     raise InputError(
                         f"{self.path} holds the results of another model ({changes}). "
-                        "Choose another `--run`, or remove those results with `--overwrite`."
+                        "Choose another `run`, or remove those results with `overwrite=True`."
                     )
                 with ExitStack() as held:
                     for name in now.steps:
@@ -103,7 +103,7 @@ class Run:
         device: str,
         files: Sequence[str],
         temporary: Sequence[str] = (),
-        instead: str = "--run",
+        instead: str = "run",
         overwrite: bool = False,
         renew: bool = False,
     ) -> Iterator[None]:
@@ -121,13 +121,13 @@ class Run:
             if changes and not (overwrite or renew):
                 raise InputError(
                     f"{self.path} holds {name} with other inputs ({changes}). "
-                    f"Choose another `{instead}`, or start the step anew with `--overwrite`, which removes its results."
+                    f"Choose another `{instead}`, or start the step anew with `overwrite=True`, which removes its results."
                 )
             unknown = [file for file in temporary if old is None and (self.path / file).exists()]
             if unknown and not (overwrite or renew):
                 raise InputError(
                     f"{self.path} holds an unfinished {name} ({', '.join(unknown)}), but run.json has no record of the "
-                    "inputs that it began with. Put run.json back, or start anew with `--overwrite`."
+                    "inputs that it began with. Put run.json back, or start anew with `overwrite=True`."
                 )
             remove_unfinished(self.path)
             files = [*files, *temporary]
@@ -261,12 +261,12 @@ class Run:
 def _remedy(name: str) -> str:
     """What to do about a damaged file of the run folder."""
     if name == "run":
-        return "Mend it, or choose another `--run`."
+        return "Mend it, or choose another `run`."
     if name == "cost":
         return "Make it anew: the same `qvw sensitivity` once more, which keeps what was measured."
     if name == "verify":
         return "Delete it, and measure anew: `qvw eval`."
-    anew = "" if _maker(name).startswith("`qvw plan") else " with --overwrite"
+    anew = "" if _maker(name).startswith("`qvw plan") else " with `overwrite=True`"
     return f"Make it anew: {_maker(name)}{anew}."
 
 

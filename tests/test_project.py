@@ -19,6 +19,7 @@ QUANT_MAY_IMPORT = {
     "optimizer": {"timm"},  # optimizers and schedules
     "train": {"accelerate"},  # devices and processes
     "checkpoints": {"accelerate", "safetensors"},  # processes; weights without running code
+    "packed_file": {"safetensors"},  # the file itself
     "network": {"pandas"},  # the frame of sites
     "own_loop": {"pandas"},  # the frame of oscillations
     "bit_plan": {"pydantic", "pandas"},  # validation of a file that a person may have edited

@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         write_bytes(tmp_path / "file" / "run" / "x.json", b"")
-    with pytest.raises(InputError, match=r"is a file\. Choose another `--run`"):
+    with pytest.raises(InputError, match=r"is a file\. Choose another `run`"):
         Run(tmp_path / "file")
 
 
@@ -216,7 +216,7 @@ def test_a_step_that_runs_is_not_overwritten_by_another_model(tmp_path):
     other = ModelRecord(**{**vars(MODEL), "weights_sha256": "bb"})
     with start(run):
         write_bytes(tmp_path / "stats.parquet", b"x")
-        with pytest.raises(InputError, match=r"Another process runs stats in .* choose another `--run`"):
+        with pytest.raises(InputError, match=r"Another process runs stats in .* choose another `run`"):
             Run(tmp_path).set_model(other, overwrite=True)
         assert (tmp_path / "stats.parquet").exists()
         assert run.record.model == MODEL
@@ -239,7 +239,9 @@ def test_an_unfinished_step_without_its_record_is_refused(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     (tmp_path / "run.json").unlink()
-    with pytest.raises(InputError, match=r"an unfinished qat \(qat/checkpoints\), but run.json has no.* `--overwrite`"):
+    with pytest.raises(
+        InputError, match=r"an unfinished qat \(qat/checkpoints\), but run.json has no.* `overwrite=True`"
+    ):
         step(inputs={"images": 5}).__enter__()
     assert (tmp_path / "qat" / "checkpoints" / "step_1").exists()
     with step(inputs={"images": 5}, overwrite=True):
@@ -324,7 +326,7 @@ def test_changed_inputs_are_refused_or_overwritten(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    with pytest.raises(InputError, match=r"images: 4 -> 5, batch_size: 8 -> absent\).*`--overwrite`"):
+    with pytest.raises(InputError, match=r"images: 4 -> 5, batch_size: 8 -> absent\).*`overwrite=True`"):
         start(run, inputs={"images": 5}).__enter__()
     assert (tmp_path / "stats.parquet").exists()
     with start(run, inputs={"images": 4, "batch_size": 8}):
@@ -451,7 +453,7 @@ def test_a_damaged_row_is_told(tmp_path):
     log.append(ROWS)
     lines = log.path.read_bytes().splitlines(keepends=True)
     log.path.write_bytes(lines[0] + b"\xff\xfe{\n" + lines[2])
-    with pytest.raises(InputError, match=r"rows\.jsonl is damaged at line 2.*--overwrite"):
+    with pytest.raises(InputError, match=r"rows\.jsonl is damaged at line 2.*overwrite=True"):
         log.read()
 
 

@@ -85,5 +85,10 @@ def weights_sha256(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):  # a module's extra state may be any object
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(tensor_bytes(value))
     return digest.hexdigest()
+
+
+def tensor_bytes(x: Tensor) -> memoryview:
+    """The bytes of a tensor's values in order, wherever it is."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -3,21 +3,23 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from analysis.data import ImageData, batches, load_data
+from analysis.data import ImageData, batches, load_data, none_readable, shared_batches
 from analysis.inputs.listing import InputConfig
 from analysis.models import num_classes
 from analysis.runs import Run
+from analysis.session.session import Session, Source
 from analysis.session.setup import REMEMBERED, Setup
-from analysis.storage.run_record import ModelRecord, StepRecord, typed_command, versions
+from analysis.storage.run_record import ModelRecord, versions
 from analysis.task import Task
-from analysis.terminal.console import progress, warn
+from analysis.terminal.console import progress, say, warn
 from quant.bit_plan import PlanModel
 from quant.errors import InputError
 from quant.network import Network
@@ -151,7 +153,7 @@ class Opened:
         *,
         seed: int | None = None,
         temporary: Sequence[str] = (),
-        instead: str = "--run",
+        instead: str = "run",
         renew: bool = False,
     ) -> Iterator[None]:
         """Note in run.json the model, the images and that a step runs; the context notes how it ended.
@@ -162,30 +164,37 @@ class Opened:
         images, `temporary` files for resuming alone, `instead` the option that keeps both results. Images that were
         skipped are named in the step's options as `skipped_images`.
         """
-        setup, run = self.setup, self.run
-        run.set_model(self.record, overwrite=setup.overwrite)
-        assert setup.seed is not None
-        fixed, before = self.inputs(data) | dict(inputs or {}), run.record.steps.get(name)
-        with run.start_step(
-            name, command=typed_command(), options=asdict(setup) | dict(options),
-            inputs=fixed, seed=setup.seed if seed is None else seed, device=setup.device, files=files,
-            temporary=temporary, instead=instead, overwrite=setup.overwrite and not renew,
-            renew=setup.overwrite and renew,
-        ):  # fmt: skip
-            if data is not None:
-                run.set_data({name: getattr(setup, name) for name in REMEMBERED})
+        with self.session(data).step(
+            name, files, options, inputs, seed=seed, temporary=temporary, instead=instead, renew=renew
+        ):
             yield
-        self._note_skipped(name, before, data)
 
-    def _note_skipped(self, name: str, before: StepRecord | None, data: ImageData | None) -> None:
-        """Name in run.json the images that a step left out, if any; `before` is its record as it stood at the start."""
-        step = self.run.record.steps[name]
-        # A step that goes on has rows of earlier passes, which skipped what they could not read.
-        earlier = before is not None and not self.setup.overwrite and before.inputs == step.inputs
-        skipped = list(before.options.get("skipped_images", [])) if before is not None and earlier else []
-        skipped += [path for path in ([] if data is None else data.skipped) if path not in skipped]
-        if skipped:
-            self.run.note_step(name, replace(step, options=step.options | {"skipped_images": skipped}))
+    def session(self, data: ImageData | None) -> Session:
+        """What a measurement needs to know, on images or on the weights alone."""
+        setup = self.setup
+        assert setup.seed is not None
+        return Session(
+            run=self.run, network=self.network, task=self.task, record=self.record,
+            source=None if data is None else self._source(data), inputs=self.inputs(data),
+            identity=self.identity(data), bar=partial(progress, quiet=setup.quiet), say=partial(say, quiet=setup.quiet),
+            warn=warn, device=setup.device, options=asdict(setup), seed=setup.seed, overwrite=setup.overwrite,
+            remembered={} if data is None else {name: getattr(setup, name) for name in REMEMBERED},
+        )  # fmt: skip
+
+    def _source(self, data: ImageData) -> Source:
+        setup = self.setup
+
+        def read(first: int, every: int) -> Iterator[tuple[tuple[Tensor, Tensor], Sequence[str]]]:
+            for images, labels, paths in shared_batches(
+                data, batch_size=setup.batch_size, num_workers=setup.num_workers, first=first, every=every
+            ):
+                yield (images.to(setup.device), labels), paths
+
+        return Source(
+            read=read, batches=-(-data.images // setup.batch_size), batch_size=setup.batch_size, samples=data.images,
+            unit="image", names=data.dataset.names, skipped=data.skipped, nothing=str(none_readable(data)),
+            at_end=lambda: warn_of_skipped(data),
+        )  # fmt: skip
 
 
 def warn_of_skipped(data: ImageData) -> None:

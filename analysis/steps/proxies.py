@@ -2,16 +2,16 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from analysis.figures.panels import figure_files, save_figure
 from analysis.figures.proxies import proxies_figure
 from analysis.proxies import DEFINITIONS, PROXIES, STATS_PROXIES, proxy_table
 from analysis.sensitivity import SweepConfig
-from analysis.session.opened import Opened
+from analysis.session.session import Session
 from analysis.sweeps.proxy_correlation import SITE_KEY, measured_beside, proxy_correlations
 from analysis.terminal.console import as_text
 from quant.errors import InputError, first_line
@@ -24,19 +24,17 @@ GOOD = 0.9
 """From this Spearman correlation on a proxy is said to rank the sites as well as the sweep."""
 
 
-def run_proxies(
-    opened: Opened, sites: Sequence[SiteInfo], batches: Sequence[tuple[Tensor, Tensor]], config: SweepConfig
-) -> str:
+def run_proxies(session: Session, sites: Sequence[SiteInfo], batches: Sequence[Any], config: SweepConfig) -> str:
     """Write proxies, proxy_images, proxy_correlation and a figure; returns how each proxy ranks the sites, in words.
 
     Scores of earlier sweeps of the run stay, as its rows do. InputError where the model has no gradients, or memory
     runs out: the sweep is kept.
     """
-    run, start = opened.run, time.monotonic()
+    run, start = session.run, time.monotonic()
     stats = run.read_table("stats") if (run.path / "stats.parquet").exists() else None
     try:
         table, products = proxy_table(
-            opened.network, sites, batches, sorted(config.bit_widths), task=opened.task, estimator=config.estimator,
+            session.network, sites, batches, sorted(config.bit_widths), task=session.task, estimator=config.estimator,
             granularity=config.granularity, stats=stats,
         )  # fmt: skip
     except (MemoryError, RuntimeError) as error:  # the model is the user's: not every one can be differentiated
@@ -45,15 +43,15 @@ def run_proxies(
             "fewer modules (--include)."
         ) from error
     seconds = time.monotonic() - start
-    table = _with_earlier(opened, "proxies", table, [*SITE_KEY, "proxy"])
-    run.write_table("proxy_images", _with_earlier(opened, "proxy_images", products, SITE_KEY))
+    table = with_earlier(session, "proxies", table, [*SITE_KEY, "proxy"])
+    run.write_table("proxy_images", with_earlier(session, "proxy_images", products, SITE_KEY))
     run.write_table("proxies", table)
     swept, images = run.read_table("sensitivity"), run.read_table("sensitivity_images")
     measured = measured_beside(table, swept)
     correlation = proxy_correlations(table, measured, images)
     run.write_table("proxy_correlation", correlation)
     if (measured["divergence"] > 0).any():
-        save_figure(proxies_figure(table, measured, correlation, opened.name), run.path / "proxies")
+        save_figure(proxies_figure(table, measured, correlation, session.network.name), run.path / "proxies")
     told = _summary(table, correlation, measured, min(config.bit_widths), seconds)
     anew = measured_beside(table, swept[swept["batchnorm"] == "re_estimated"])
     if len(anew) and (measured["batchnorm"] == "stored").any():
@@ -64,13 +62,13 @@ def run_proxies(
     return told
 
 
-def _with_earlier(opened: Opened, name: str, table: pd.DataFrame, key: list[str]) -> pd.DataFrame:
+def with_earlier(session: Session, name: str, table: pd.DataFrame, key: list[str]) -> pd.DataFrame:
     """The rows of a table of the run with those of `table`, which take the place of earlier ones, in network order."""
-    if (opened.run.path / f"{name}.parquet").exists():
-        earlier = opened.run.read_table(name, table.columns.tolist())
+    if (session.run.path / f"{name}.parquet").exists():
+        earlier = session.run.read_table(name, table.columns.tolist())
         kept = earlier.merge(table[key], on=key, how="left", indicator=True)
         table = pd.concat([kept[kept["_merge"] == "left_only"][table.columns], table], ignore_index=True)
-    order = {(info.site.module, info.site.tensor): i for i, info in enumerate(opened.sites)}
+    order = {(info.site.module, info.site.tensor): i for i, info in enumerate(session.sites)}
     places = [order[site] for site in zip(table["module"], table["tensor"], strict=True)]
     return table.iloc[np.lexsort((table["bit_width"], places))].reset_index(drop=True)
 

@@ -5,16 +5,18 @@ A pass that was stopped goes on after the last batch that was saved (`analysis.s
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import pandas as pd
-from torch import Tensor
 
-from analysis.data import ImageData, none_readable, shared_batches
 from analysis.figures.panels import distribution_figure, figure_files, save_figure
+from analysis.results import Stats
 from analysis.running_stats import RunningStats
+from analysis.runs import Run
 from analysis.session.open_run import open_run
-from analysis.session.opened import Opened, warn_of_skipped
+from analysis.session.opened import Opened
 from analysis.session.processes import Processes, work_together
+from analysis.session.session import Session, Source
 from analysis.session.setup import Setup
 from analysis.statistics.kept_stats import Passed
 from analysis.steps.stats_in_work import StatsInWork, begin, kept_files
@@ -27,7 +29,7 @@ from analysis.tensor_stats import (
     stats_tables,
     take_centres_,
 )
-from analysis.terminal.console import as_text, progress, say
+from analysis.terminal.console import as_text
 from analysis.variation import variation
 from quant.errors import InputError
 from quant.site import Site, SiteInfo
@@ -45,99 +47,97 @@ def run_stats(setup: Setup) -> None:
 
 
 def _run_stats(setup: Setup, processes: Processes) -> None:
-    opened, data = processes.together(lambda: _opened(setup))
-    run, main = opened.run, processes.rank == 0
-    if processes.by_first(lambda: not setup.overwrite and run.is_done("stats", opened.inputs(data))):
-        if main:
-            run.remove(kept_files(run, 0))  # a kill between the record and the removal leaves them
-    else:
-        _measure_and_write(opened, data, processes)
-    if main:
-        stats = run.read_table("stats")
-        say(_summary(stats), quiet=setup.quiet)
+    opened, session = processes.together(lambda: _opened(setup))
+    measure_stats_in(session, processes)
+    if processes.rank == 0:
+        stats = opened.run.read_table("stats")
+        session.say(_summary(stats))
         for module, reason in opened.trace.unobserved.items():
-            say(f"The attention of {module} is not observed: {reason}.", quiet=setup.quiet)
-        if data is None:
-            say("Weights alone: --data adds inputs, outputs and attention.", quiet=setup.quiet)
-        say(f"{len(stats)} tensors in {run.path / 'stats.parquet'}, figure distribution.png", quiet=setup.quiet)
+            session.say(f"The attention of {module} is not observed: {reason}.")
+        if session.source is None:
+            session.say("Weights alone: --data adds inputs, outputs and attention.")
+        session.say(f"{len(stats)} tensors in {opened.run.path / 'stats.parquet'}, figure distribution.png")
 
 
-def _measure_and_write(opened: Opened, data: ImageData | None, processes: Processes) -> None:
-    """Take the step, measure, write.
+def measure_stats_in(session: Session, processes: Processes) -> None:
+    """Measure and write the tables, unless the run folder has them already.
 
-    What is measured is kept for the next start. Where `--overwrite` meets finished results these stay valid until all
+    What is measured is kept for the next start. Where `overwrite` meets finished results these stay valid until all
     is measured: the step is taken then, and nothing is kept before.
     """
-    run, main = opened.run, processes.rank == 0
+    run, main = session.run, processes.rank == 0
+    if processes.by_first(lambda: not session.overwrite and run.is_done("stats", session.inputs)):
+        if main:
+            run.remove(kept_files(run, 0))  # a kill between the record and the removal leaves them
+        return
     step, kept = run.record.steps.get("stats"), kept_files(run, processes.world)
-    late = processes.by_first(lambda: opened.setup.overwrite and step is not None and run.is_done("stats", step.inputs))
+    late = processes.by_first(lambda: session.overwrite and step is not None and run.is_done("stats", step.inputs))
     with ExitStack() as during:
 
         def start() -> None:
             if main:
                 options = {"processes": processes.world}
-                during.enter_context(opened.step("stats", data, FILES, options, temporary=kept))
+                during.enter_context(session.step("stats", FILES, options, temporary=kept))
 
         work = None
         if late:
             processes.by_first(lambda: run.remove(kept))
         else:
             processes.together(start)
-        if data is not None:
-            work = begin(opened, data, start_activations(_described(opened)), processes, keep=not late)
-            during.enter_context(work.saved_at_the_end(opened.setup, data.images, processes.world))
-        tables = _measured(opened, data, work, processes)
+        if session.source is not None:
+            work = begin(session, start_activations(_described(session)), processes, keep=not late)
+            during.enter_context(work.saved_at_the_end())
+        tables = _measured(session, work, processes)
         if late:
             processes.together(start)
         if work is not None:
             work.keep = True
             work.save()  # the tables replace one another: a kill among them costs no image
         if main:
-            _write(opened, tables)
+            _write(session, tables)
 
 
-def _opened(setup: Setup) -> tuple[Opened, ImageData | None]:
+def _opened(setup: Setup) -> tuple[Opened, Session]:
     """The model with its sites, and the images."""
     opened = open_run(setup, needs_data=False)
     data = None if opened.setup.data is None else opened.step_images("stats", "train", at_most=IMAGES)
     if not any(info.site.tensor == "input" and not info.excluded for info in opened.sites):
         raise InputError("no convolution or linear is left to describe; see --include and --exclude.")
-    return opened, data
+    return opened, opened.session(data)
 
 
-def _described(opened: Opened) -> list[SiteInfo]:
+def _described(session: Session) -> list[SiteInfo]:
     """The sites that the tables tell of."""
-    return [info for info in opened.sites if not info.excluded]
+    return [info for info in session.sites if not info.excluded]
 
 
-def _measured(opened: Opened, data: ImageData | None, work: StatsInWork | None, processes: Processes) -> StatsTables:
+def _measured(session: Session, work: StatsInWork | None, processes: Processes) -> StatsTables:
     """The tables of all sites; those of activations are complete in the process of rank 0 alone."""
-    sites = _described(opened)
-    weights = processes.together(lambda: measure_weights(opened.model, sites) if processes.rank == 0 else {})
+    net, sites = session.network, _described(session)
+    weights = processes.together(lambda: measure_weights(net.model, sites) if processes.rank == 0 else {})
     activations: dict[Site, RunningStats] = {}
-    if data is not None and work is not None:
-        batches = _share(opened, data, work, processes)
+    if session.source is not None and work is not None:
+        batches = _share(session, session.source, work, processes)
         try:
-            measure_activations(opened.network, sites, batches, work.running)
+            measure_activations(net, sites, batches, work.running, session.task.forward)
         except InputError as error:
             processes.fail(error)
         activations = _merged(work.running, processes)
-    return stats_tables(opened.network, sites, weights | activations, with_activations=data is not None)
+    return stats_tables(net, sites, weights | activations, with_activations=session.source is not None)
 
 
 def _share(
-    opened: Opened, data: ImageData, work: StatsInWork, processes: Processes
-) -> Iterator[tuple[Tensor, Sequence[str]]]:
-    """The batches that this process has not measured yet, with the paths of their images; `work` hears of each.
+    session: Session, source: Source, work: StatsInWork, processes: Processes
+) -> Iterator[tuple[Any, Sequence[str]]]:
+    """The batches that this process has not measured yet, with the names of their samples; `work` hears of each.
 
     After each one the processes agree that all is well, so that an error in one ends all at the same batch. The first
     batch of all is measured before any other, and gives the centres of all histograms.
     """
-    world, rank, setup = processes.world, processes.rank, opened.setup
-    size, passed = setup.batch_size, work.passed
-    left = len(range(rank * size, data.images, world * size)) - passed.batches
+    world, rank, passed = processes.world, processes.rank, work.passed
+    left = len(range(rank, source.batches, world)) - passed.batches
     rounds = max(processes.gather(left))
-    data.skipped.extend(passed.skipped)
+    source.skipped.extend(passed.skipped)
     waiting = world > 1 and not passed.batches  # all begin, or all go on with the centres that they have
 
     def first_of_all() -> None:
@@ -148,28 +148,30 @@ def _share(
 
     if waiting and rank > 0:
         first_of_all()
-    there = min(passed.batches * size * world, data.images)
-    with progress(data.images, "statistics", "image", quiet=setup.quiet, done=there) as bar:
-        for images, _, paths in shared_batches(
-            data, batch_size=size, num_workers=setup.num_workers, first=rank + passed.batches * world, every=world
-        ):
-            if len(paths):
-                yield images.to(setup.device), paths
-            passed = Passed(batches=passed.batches + 1, images=passed.images + len(paths), skipped=tuple(data.skipped))
+    there = work.done(passed)
+    with session.bar(source.samples, "statistics", source.unit, done=there) as bar:
+        for batch, names in source.read(rank + passed.batches * world, world):
+            if len(names):
+                yield batch, names
+            passed = Passed(
+                batches=passed.batches + 1, images=passed.images + len(names), skipped=tuple(source.skipped)
+            )
             if waiting and rank == 0:
                 first_of_all()
             waiting = False
             work.note(passed)
             processes.agree(None)
-            bar.update(min(size * world, data.images - bar.n))  # the other processes do as much
+            now = work.done(passed)  # the other processes do as much
+            bar.update(now - there)
+            there = now
     for _ in range(rounds - left):  # the last round has fewer batches than processes
         processes.agree(None)
-    for skipped in processes.gather(data.skipped):
-        data.skipped.extend(path for path in skipped if path not in data.skipped)
+    for skipped in processes.gather(source.skipped):
+        source.skipped.extend(path for path in skipped if path not in source.skipped)
     if not sum(processes.gather(passed.images)):
-        processes.fail(none_readable(data))
+        processes.fail(InputError(source.nothing))
     if rank == 0:
-        warn_of_skipped(data)
+        source.at_end()
 
 
 def _merged(measured: dict[Site, RunningStats], processes: Processes) -> dict[Site, RunningStats]:
@@ -184,13 +186,20 @@ def _merged(measured: dict[Site, RunningStats], processes: Processes) -> dict[Si
     return merged
 
 
-def _write(opened: Opened, tables: StatsTables) -> None:
-    run = opened.run
+def read_stats(run: Run, name: str) -> Stats:
+    """The statistics that a run folder holds, as `measure_stats` returns them."""
+    table, channels, histograms = (run.read_table(sort) for sort in ("stats", "channels", "histograms"))
+    table["shape"] = [list(shape) for shape in table["shape"]]
+    return Stats(name=name, table=table, channels=channels, histograms=histograms)
+
+
+def _write(session: Session, tables: StatsTables) -> None:
+    run = session.run
     run.write_table("channels", tables.channels)
     run.write_table("histograms", tables.histograms)
     run.write_json("variation", variation(tables.stats))
     run.write_table("stats", tables.stats)
-    save_figure(distribution_figure(tables.stats, opened.name), run.path / "distribution")
+    save_figure(distribution_figure(tables.stats, session.network.name), run.path / "distribution")
 
 
 def _summary(stats: pd.DataFrame) -> str:

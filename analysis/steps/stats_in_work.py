@@ -1,20 +1,17 @@
 """The statistics that `qvw stats` measures: kept in the run folder from time to time, taken up by the next start."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from analysis.data import ImageData
 from analysis.running_stats import RunningStats
 from analysis.runs import Run
-from analysis.session.opened import Opened
 from analysis.session.processes import Processes
-from analysis.session.setup import Setup
+from analysis.session.session import Session
 from analysis.statistics.kept_stats import NotTakenUpError, Passed, load_stats, save_stats
 from analysis.storage.own_rows import json_sha256
-from analysis.terminal.console import resumable, warn
+from analysis.terminal.console import resumable
 from quant.errors import InputError, first_line
 from quant.site import Site
 
@@ -43,18 +40,38 @@ class StatsInWork:
     """
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], running: dict[Site, RunningStats], *, keep: bool = True
+        self,
+        path: Path,
+        session: Session,
+        running: dict[Site, RunningStats],
+        processes: Processes,
+        *,
+        keep: bool = True,
     ) -> None:
-        self.path, self.identity, self.running, self.keep = path, identity, running, keep
+        assert session.source is not None
+        self.path, self.running, self.keep, self._source, self._warn = path, running, keep, session.source, session.warn
+        self._processes = processes
+        sites = json_sha256({"sites": [[*site, stats.groups] for site, stats in running.items()]})
+        self.identity = {
+            **session.identity, "processes": processes.world, "process": processes.rank, "sites_sha256": sites
+        }  # fmt: skip
         self.passed = self._saved = Passed()
         self._noted = self.passed, running
         self._next = time.monotonic() + SECONDS
         self._told = False
 
-    def take_up(self, batches: int, names: Sequence[str]) -> None:
-        """Go on where the file stopped. Raises NotTakenUpError where it is not of so many batches of these images."""
+    def done(self, passed: Passed) -> int:
+        """How many samples all processes have measured, where they have come as far as this one."""
+        source, world = self._source, self._processes.world
+        if source.samples is None or source.batch_size is None:
+            return passed.images
+        return min(passed.batches * world * source.batch_size, source.samples)
+
+    def take_up(self) -> None:
+        """Go on where the file stopped. Raises NotTakenUpError where it is not of these batches."""
         passed, running = load_stats(self.path, self.identity, self.running)
-        unknown = set(passed.skipped).difference(names)
+        unknown = set(passed.skipped).difference(self._source.names)
+        batches = len(range(self._processes.rank, self._source.batches, self._processes.world))
         if not 0 < passed.batches <= batches or passed.images < 0 or unknown:
             raise NotTakenUpError("is damaged (it tells of other images)")
         self.passed = self._saved = passed
@@ -79,18 +96,21 @@ class StatsInWork:
         except InputError as error:
             if not self._told:
                 reason = first_line(error.__cause__ or error)
-                warn(f"{self.path} cannot be written ({reason}): the statistics go on, an interrupt would lose them.")
+                self._warn(
+                    f"{self.path} cannot be written ({reason}): the statistics go on, an interrupt would lose them."
+                )
             self._told = True
         end = time.monotonic()
         self._next = end + max(SECONDS, (end - start) / SHARE)
 
     @contextmanager
-    def saved_at_the_end(self, setup: Setup, images: int, processes: int) -> Iterator[None]:
+    def saved_at_the_end(self) -> Iterator[None]:
         """Whatever ends the work before its time, save what there is; an interrupt tells `main` how much."""
 
         def kept() -> str:
-            count = min(self._saved.batches * setup.batch_size * processes, images)
-            return f"{count:,} of {images:,} images" if count else ""
+            count, source = self.done(self._saved), self._source
+            of = "" if source.samples is None else f" of {source.samples:,}"
+            return f"{count:,}{of} {source.unit}s" if count else ""
 
         with resumable(kept):
             try:
@@ -100,19 +120,13 @@ class StatsInWork:
                 raise
 
 
-def begin(
-    opened: Opened, data: ImageData, running: dict[Site, RunningStats], processes: Processes, *, keep: bool
-) -> StatsInWork:
+def begin(session: Session, running: dict[Site, RunningStats], processes: Processes, *, keep: bool) -> StatsInWork:
     """The work as an earlier start left it; where that cannot be used in one process, all begin with `running`."""
-    rank, world, size = processes.rank, processes.world, opened.setup.batch_size
-    sites = [[*site, stats.groups] for site, stats in running.items()]
-    identity = opened.identity(data) | {"processes": world, "process": rank}
-    identity["sites_sha256"] = json_sha256({"sites": sites})
-    path = opened.run.path / _file(rank)
-    work, problem = StatsInWork(path, identity, running, keep=keep), ""
+    path = session.run.path / _file(processes.rank)
+    work, problem = StatsInWork(path, session, running, processes, keep=keep), ""
     if path.exists():
         try:
-            work.take_up(len(range(rank * size, data.images, world * size)), data.dataset.names)
+            work.take_up()
         except NotTakenUpError as error:
             problem = f"{path} {error}: the statistics start anew."
     first = next(filter(None, processes.gather(problem)), None)
@@ -121,6 +135,6 @@ def begin(
         return work
     if any(passed) and first is None:
         first = "a process was stopped before it had kept anything: the statistics start anew."
-    if first is not None and rank == 0:
-        warn(first)
-    return StatsInWork(path, identity, running, keep=keep)
+    if first is not None and processes.rank == 0:
+        session.warn(first)
+    return StatsInWork(path, session, running, processes, keep=keep)

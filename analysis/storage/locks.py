@@ -12,7 +12,7 @@ from quant.errors import InputError
 
 
 @contextmanager
-def exclusive(path: Path, what: str, *, instead: str = "--run") -> Iterator[None]:
+def exclusive(path: Path, what: str, *, instead: str = "run") -> Iterator[None]:
     """Hold the lock `path`, a file that is there meanwhile; InputError where another process holds it.
 
     The system gives the lock of a killed process free, at once: a forked child, such as a worker that reads images, has

@@ -13,6 +13,8 @@ _WORDS = (
         lambda found: "--" + found[1].replace("_bytes", "").replace("_", "-"),
     ),
     (r"`path`", "--out"),
+    (r"`run`", "`--run`"),
+    (r"`overwrite=True`", "`--overwrite`"),
     (r"from scratch(?! with)", "from scratch with --overwrite"),
     (r"layout='strict'", "--layout strict"),
     (r"\bmeasure_sensitivity\b", "`qvw sensitivity`"),
