@@ -432,4 +432,4 @@ def test_a_training_that_has_not_ended_is_no_model(trained, tmp_path, capfd):
     """Its folder is told from one that never was."""
     (tmp_path / "qat" / "checkpoints").mkdir(parents=True)
     assert qvw("eval", "--run", trained, "--checkpoint", tmp_path / "qat", "--images", 100) == 2
-    assert "has not ended: run the same `qvw train` again" in capfd.readouterr().err
+    assert "has not finished. Run the same `qvw train` again" in capfd.readouterr().err
