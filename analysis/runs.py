@@ -121,7 +121,8 @@ class Run:
             if changes and not (overwrite or renew):
                 raise InputError(
                     f"{self.path} holds {name} with other inputs ({changes}). "
-                    f"Choose another `{instead}`, or start the step anew with `overwrite=True`, which removes its results."
+                    f"Choose another `{instead}`, or start the step from scratch with `overwrite=True`, which removes "
+                    "its results."
                 )
             unknown = [file for file in temporary if old is None and (self.path / file).exists()]
             if unknown and not (overwrite or renew):

@@ -34,7 +34,7 @@ _HOME = {
     "regularization": "quant.own_loop",
     "restore_float_": "quant.prepare",
     "save_packed": "quant.packed_file",
-    "train_qat": "quant.train",
+    "train_qat": "quant.live_training",
 }
 """Where each public name is defined; it is imported when it is first used, so that `import quant` costs nothing."""
 
@@ -59,8 +59,8 @@ if TYPE_CHECKING:
     from quant.bit_plan import BitPlan as BitPlan
     from quant.distill import distillation_loss as distillation_loss
     from quant.errors import InputError as InputError
+    from quant.live_training import train_qat as train_qat
     from quant.network import Network as Network
     from quant.optimizer import parameter_groups as parameter_groups
     from quant.prepare import prepare_qat_ as prepare_qat_
     from quant.prepare import restore_float_ as restore_float_
-    from quant.train import train_qat as train_qat

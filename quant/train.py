@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from quant.batches import to_device
 from quant.batchnorm import batchnorms, reestimate_batchnorm_
 from quant.checkpoints import last_step, load_checkpoint_, save_checkpoint
 from quant.config import QATConfig
@@ -48,7 +49,38 @@ class DivergedError(InputError):
     """The loss left all bounds; the weights before the step are still in the model."""
 
 
-def train_qat(
+class Answers(Protocol):
+    """What a batch is worth to a training: its parts, the weighted terms of the loss, and figures beside them."""
+
+    def parts(self, batch: Any, count: int) -> list[Any]:
+        """The batch, on the device, in at most `count` parts that go through the network one after another."""
+
+    def terms(self, trained: nn.Module, part: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms of one part by name, weighted, and figures of it, such as the share answered right."""
+
+
+class ImageAnswers:
+    """Batches of (images, labels), or (images, labels, a teacher's probabilities); a teacher gives logits."""
+
+    def __init__(self, teacher: nn.Module | None, config: QATConfig) -> None:
+        self.teacher, self.config = teacher, config
+
+    def parts(self, batch: Any, count: int) -> list[Any]:
+        """The batch in `count` parts."""
+        return list(zip(*(tensor.chunk(count) for tensor in batch), strict=True))
+
+    def terms(self, trained: nn.Module, part: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Cross-entropy and distillation, and the share of images that is answered right."""
+        x, labels, *stored = part
+        logits = trained(x)
+        with torch.no_grad():
+            answered = None if self.teacher is None or not self.config.kd_weight else self.teacher(x).float()
+        with torch.autocast(x.device.type, enabled=False):
+            terms = image_terms(logits.float(), labels, answered, self.config, stored[0] if stored else None)
+        return terms, {"top1": (logits.argmax(dim=1) == labels).float().mean()}
+
+
+def train_images(
     model: nn.Module,
     teacher: nn.Module | None,
     *,
@@ -56,21 +88,56 @@ def train_qat(
     images: int,
     load: Callable[[StepBatches], Iterable[tuple[Tensor, ...]]],
     validate: Callable[[nn.Module], dict[str, float]],
-    calibration: Sequence[Tensor],
+    calibration: Sequence[Any],
     accelerator: Accelerator,
     checkpoints: Path,
 ) -> Iterator[StepReport]:
-    """Train `model` in place, from `quant.prepare.prepare_qat_` or in floating point; yields a report a step.
+    """`run_training` on a data set of images, drawn by `StepBatches`, shared by the processes that torchrun started.
 
     `images` is how many there are to train on, `load` gives the batches (images, labels) of a sampler of them, or where
-    a teacher was asked before (images, labels, its probabilities); `config.crops_per_image` rows for each image drawn,
-    `validate` gives `loss` and `top1` of the network as it stands, `calibration` are batches of images from which
-    BatchNorm takes its statistics after the last step. `teacher` gives the logits to be distilled. Where
-    `checkpoints` holds one the training goes on from there, to the same weights on the CPU as if it had not stopped.
-    Raises DivergedError where the loss does, before the step that would spoil the weights.
+    a teacher was asked before (images, labels, its probabilities); `config.crops_per_image` rows for each image drawn.
+    `teacher` gives the logits to be distilled.
     """
     total = total_steps(config, images, accelerator.num_processes)
     _refuse_single_images(model, config.batch_size // (accelerator.num_processes * config.accumulate))
+
+    def batches(first: int) -> Iterable[Any]:
+        sampler = StepBatches(
+            images, batch_size=config.batch_size // config.crops_per_image, steps=total, seed=config.seed,
+            first_step=first, rank=accelerator.process_index, world=accelerator.num_processes,
+        )  # fmt: skip
+        return load(sampler)
+
+    yield from run_training(
+        model, ImageAnswers(teacher, config), config=config, total=total, per_epoch=images // config.batch_size,
+        batches=batches, images_at=lambda step: step * config.batch_size, validate=validate, calibration=calibration,
+        accelerator=accelerator, checkpoints=checkpoints,
+    )  # fmt: skip
+
+
+def run_training(
+    model: nn.Module,
+    answers: Answers,
+    *,
+    config: QATConfig,
+    total: int,
+    per_epoch: int,
+    batches: Callable[[int], Iterable[Any]],
+    images_at: Callable[[int], int],
+    validate: Callable[[nn.Module], dict[str, float]],
+    calibration: Iterable[Any],
+    accelerator: Accelerator,
+    checkpoints: Path | None,
+    forward: Callable[[Any], Any] | None = None,
+) -> Iterator[StepReport]:
+    """Train `model` in place for `total` steps, prepared or in floating point; yields a report a step.
+
+    `batches(first)` gives those after step `first`, `images_at(step)` how many samples they held, `answers` what they
+    are worth. `validate` gives figures of the network as it stands, none for no validation; `calibration` are batches
+    from which BatchNorm takes its statistics after the last step, run by `forward`. Where `checkpoints` holds one the
+    training resumes there, to the same weights on the CPU as if it had not stopped. Raises DivergedError where the loss
+    diverges, before the step that would spoil the weights.
+    """
     set_seed(config.seed, device_specific=True)
     optimizer, set_rates = make_optimizer(model, config, total)
     trained, optimizer = accelerator.prepare(model, optimizer)
@@ -84,27 +151,23 @@ def train_qat(
         quantizer.watch.attached += 1  # scales are clamped below: looking whether they are would wait for a GPU
     multiplied = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     state: dict[str, Any] = {"model": model, "tracker": tracker, "optimizer": optimizer, "accelerator": accelerator}
-    first, started, per_epoch = last_step(checkpoints), time.monotonic(), images // config.batch_size
+    first, started = 0 if checkpoints is None else last_step(checkpoints), time.monotonic()
     if first >= total:
         raise InputError(
             f"{checkpoints} holds a checkpoint of step {first}, beyond the {total} steps of this training."
         )
-    if first:
+    if first and checkpoints is not None:
         started -= load_checkpoint_(checkpoints, first, **state)
     else:
         tracker.update(_codes(weights), 0)
-        row = {"step": 0, "epoch": 0, "images": 0, "split": "val", "seconds": 0.0, **validate(model)}
-        yield StepReport(0, [row], tracker.rows(0), edge_rows(low_bit(weights), 0))
-    batches = StepBatches(
-        images, batch_size=config.batch_size // config.crops_per_image, steps=total, seed=config.seed, first_step=first,
-        rank=accelerator.process_index, world=accelerator.num_processes,
-    )  # fmt: skip
+        before = validate(model)
+        row = {"step": 0, "epoch": 0, "images": 0, "split": "val", "seconds": 0.0, **before}
+        yield StepReport(0, [row] if before else [], tracker.rows(0), edge_rows(low_bit(weights), 0))
     mean = partial(accelerator.reduce, reduction="mean")
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     trained.train()
-    for step, (x, labels, *stored) in enumerate(load(batches), start=first + 1):
-        batch = [tensor.to(device) for tensor in (x, labels, *stored)]
-        parts = list(zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True))
+    for step, batch in enumerate(batches(first), start=first + 1):
+        parts = answers.parts(to_device(batch, device), config.accumulate)
         set_rates(step)
         optimizer.zero_grad()
         figures: dict[str, Tensor] = {}
@@ -114,7 +177,7 @@ def train_qat(
             last = i == len(parts) - 1
             with nullcontext() if last else accelerator.no_sync(trained):  # processes add up their gradients once
                 with bf16:
-                    terms, hits = _answered(trained, teacher, config, *part)
+                    terms, beside = answers.terms(trained, part)
                 shares = {name: term / len(parts) for name, term in terms.items()}
                 if last:
                     of_weights = weight_terms(weights, config, step / total)
@@ -122,7 +185,7 @@ def train_qat(
                     shares |= of_weights
                 loss = torch.stack(list(shares.values())).sum()
                 accelerator.backward(loss)
-            shares |= {"loss": loss, "top1": hits / len(parts)}
+            shares |= {"loss": loss, **{name: figure / len(parts) for name, figure in beside.items()}}
             figures |= {name: figures.get(name, 0) + share.detach() for name, share in shares.items()}
         figures["norm"] = accelerator.clip_grad_norm_(trained.parameters(), config.clip_grad_norm or math.inf)
         means = mean(torch.stack(list(figures.values()))).tolist()
@@ -134,7 +197,7 @@ def train_qat(
             quantizer.clamp_scale_()
         tracker.update(_codes(weights), step)
 
-        place = {"step": step, "epoch": (step - 1) // per_epoch, "images": step * config.batch_size}
+        place = {"step": step, "epoch": (step - 1) // per_epoch, "images": images_at(step)}
         rows, logged = [], with_norms or _due(step, total, config.log_every)
         if logged:
             rate = optimizer.param_groups[0]["lr"]
@@ -142,26 +205,16 @@ def train_qat(
             rows.append({**place, "split": "train", "lr": rate, "seconds": seconds, **measured, **norms})
         if step % per_epoch == 0 or step == total:
             if step == total and config.reestimate_batchnorm:
-                reestimate_batchnorm_(model.eval(), calibration)
-            rows.append({**place, "split": "val", "seconds": time.monotonic() - started, **validate(model)})
+                reestimate_batchnorm_(model.eval(), calibration, forward)
+            figures_now = validate(model)
+            if figures_now:
+                rows.append({**place, "split": "val", "seconds": time.monotonic() - started, **figures_now})
             trained.train()
         bins = edge_rows(low_bit(weights), step) if step in binned_steps(total) else []
         yield StepReport(step, rows, tracker.rows(step) if logged else [], bins)
-        if step % config.checkpoint_every == 0 and step < total:
+        if checkpoints is not None and step % config.checkpoint_every == 0 and step < total:
             save_checkpoint(checkpoints, step, seconds=time.monotonic() - started, **state)
     model.eval()
-
-
-def _answered(
-    trained: nn.Module, teacher: nn.Module | None, config: QATConfig, x: Tensor, labels: Tensor, *stored: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The terms of images (or of a part of a step's), and the share of them that is answered right."""
-    logits = trained(x)
-    with torch.no_grad():
-        teacher_logits = None if teacher is None or not config.kd_weight else teacher(x).float()
-    with torch.autocast(x.device.type, enabled=False):
-        terms = image_terms(logits.float(), labels, teacher_logits, config, stored[0] if stored else None)
-    return terms, (logits.argmax(dim=1) == labels).float().mean()
 
 
 def total_steps(config: QATConfig, images: int, processes: int = 1) -> int:
@@ -204,7 +257,7 @@ def _codes(weights: Weights) -> dict[Site, Tensor]:
 
 
 def _refuse_divergence(
-    step: int, measured: dict[str, float], norms: dict[str, float], config: QATConfig, checkpoints: Path
+    step: int, measured: dict[str, float], norms: dict[str, float], config: QATConfig, checkpoints: Path | None
 ) -> None:
     """Raise DivergedError before a step that would spoil the weights; the figures are the same in all processes."""
     softened = config.kd_weight * max(1.0, config.kd_temperature**2)  # by which both distillation terms grow
@@ -219,7 +272,7 @@ def _refuse_divergence(
         what = f"the term {cause} is {measured[cause]:.4g}"
     else:
         what = f"the gradient{f' of the term {cause}' if cause else ''} is {measured['norm']:.4g}"
-    kept = last_step(checkpoints)
+    kept = 0 if checkpoints is None else last_step(checkpoints)
     kept_words = f"The checkpoint of step {kept} is kept in {checkpoints}" if kept else "No checkpoint was written yet"
     raise DivergedError(
         f"The training diverged at step {step}: {what}. {kept_words}. {_advice(step, cause, config)}; then start from "

@@ -263,7 +263,7 @@ WRONG = {
     "an unknown name": (lambda run: None, ["--name", "w9"], "has no trained model qat-w9. It has float, w2"),
     "a training that has not ended": (unfinished, ["--name", "w4"], "has not finished. Run the same `qvw train` again"),
     "a float training": (lambda run: None, ["--name", "float"], "was trained in floating point: there is nothing to p"),
-    "another suffix": (lambda run: None, ["--out", "x.bin"], "x.bin is not the name of a packed model: end it with .safet"),
+    "another suffix": (lambda run: None, ["--out", "x.bin"], "x.bin is not the name of a packed model"),
     "another file in its place": (lambda run: (run / "mine.safetensors").write_text("mine"), [],
                                   "mine.safetensors exists and is not a packed model: it is not replaced"),
     "a folder in its place": (lambda run: (run / "mine.safetensors").mkdir(), [], "mine.safetensors' is a directory"),

@@ -18,6 +18,7 @@ SOURCES = sorted(path for package in ("quant", "analysis") for path in (ROOT / p
 QUANT_MAY_IMPORT = {
     "optimizer": {"timm"},  # optimizers and schedules
     "train": {"accelerate"},  # devices and processes
+    "live_training": {"accelerate"},  # the same
     "checkpoints": {"accelerate", "safetensors"},  # processes; weights without running code
     "packed_file": {"safetensors"},  # the file itself
     "network": {"pandas"},  # the frame of sites

@@ -435,7 +435,7 @@ WRONG = {
     "more than all classes": (MODEL, DATA, ["--top-k", "11"], "--top-k 11, but resnet18 has 10 classes"),
     "a negative temperature": (MODEL, DATA, ["--temperature", "-1"], "'--temperature': -1.0 is not in the range"),
     "an unknown compression": (MODEL, DATA, ["--compression", "zip"], "'zip' is not one of 'hard', 'smoothing'"),
-    "a file of another kind": (MODEL, DATA, ["--out", "KEPT"], "exists and is not a file of soft labels. Choose another"),
+    "a file of another kind": (MODEL, DATA, ["--out", "KEPT"], "exists and is not a file of soft labels"),
     "a folder": (MODEL, DATA, ["--out", "FOLDER"], "is a folder. Name a file, such as"),
     "no such network": (["resnet1"], DATA, [], "timm has no model 'resnet1'"),
 }  # fmt: skip

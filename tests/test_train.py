@@ -26,7 +26,7 @@ from quant.insertion import attach_quantizers_, latent_weights
 from quant.optimizer import make_optimizer
 from quant.oscillation import OscillationTracker
 from quant.quantizer import LSQQuantizer
-from quant.train import DivergedError, StepReport, logged_steps, total_steps, train_qat
+from quant.train import DivergedError, StepReport, logged_steps, total_steps, train_images
 from tests.test_prepare import opened
 from tests.test_sensitivity import model_of
 
@@ -80,7 +80,7 @@ def prepared(model, bits=3):
 
 def reports(model, teacher, config, folder):
     """The generator of a training into `folder`."""
-    return train_qat(
+    return train_images(
         model, teacher, config=config, images=len(IMAGES), load=load, validate=validate,
         accelerator=Accelerator(cpu=True), checkpoints=folder,
         calibration=[IMAGES],
@@ -347,7 +347,7 @@ def test_a_low_rate_is_not_to_be_lowered(settings, advice, tmp_path):
             yield images * (math.nan if number == 1 else 1), labels
 
     model, _ = prepared(model_of("resnet"))
-    done = train_qat(
+    done = train_images(
         model, None, config=QATConfig(steps=3, batch_size=16, **settings), images=len(IMAGES), load=spoilt,
         validate=validate, accelerator=Accelerator(cpu=True), checkpoints=tmp_path, calibration=[IMAGES],
     )  # fmt: skip

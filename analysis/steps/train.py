@@ -30,7 +30,7 @@ from quant.batchnorm import batchnorms, reestimate_batchnorm_
 from quant.bit_plan import BitPlan
 from quant.checkpoints import last_step
 from quant.insertion import attach_quantizers_
-from quant.train import train_qat
+from quant.train import train_images
 from quant.trial import check_trainable
 
 
@@ -146,7 +146,7 @@ def _train(
         latest[:] = [figures]
         return {"loss": figures.loss.mean().item(), "top1": figures.score.mean().item()}
 
-    reports = train_qat(
+    reports = train_images(
         opened.model, task.teacher, config=config, images=task.train.images, validate=validate, accelerator=accelerator,
         load=lambda sampler: training_batches(images, sampler, task.train, num_workers=setup.num_workers),
         checkpoints=folder / "checkpoints", calibration=calibration,
