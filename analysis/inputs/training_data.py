@@ -98,7 +98,7 @@ class TrainingImages(Dataset[Item]):
         stored = [labels.crop(i, crop) for crop in drawn]
         if stored[0].crop == UNREADABLE:
             raise InputError(
-                f"The image {self.images.path(i)} could not be read when {labels.path} was made. Make the labels again, "
+                f"The image {self.images.path(i)} could not be read when {labels.path} was made. Make the labels again "
                 "or leave such images out with `--skip-broken`."
             )
         if fingerprint(image) != labels.fingerprint(i):
