@@ -1,4 +1,4 @@
-"""`qvw`: from a model and images to statistics, sensitivity, a bit plan and its accuracy. One function a command."""
+"""`qvw`: from a model and images to statistics, sensitivity, a bit plan and its accuracy; one function per command."""
 
 import errno
 import os
@@ -27,31 +27,32 @@ from quant.errors import InputError
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="quantization-variation-workbench")
 def cli() -> None:
-    """How weights and activations of vision models vary, which sites hurt at few bits, and how many bits each gets.
+    """Measure how weights and activations vary, find the sites that hurt at few bits, and plan bit-widths.
 
     \b
-    The path, on a model of yours and your images:
-      qvw stats MODEL --data folder:PATH --run runs/A  how every tensor varies
-      qvw sensitivity --run runs/A --bits 2,3,4,8      what a quantized one costs
+    The steps, on your model and your images:
+      qvw stats MODEL --data folder:PATH --run runs/A  statistics of every tensor
+      qvw sensitivity --run runs/A --bits 2-4,8        loss per quantized tensor
       qvw plan --run runs/A --weight-bits 3 --activation-bits 4
       qvw eval --run runs/A --plan runs/A/plan.json    accuracy without training
-      qvw train --run runs/A                           train with the plan
+      qvw train --run runs/A                           fine-tune with the plan
       qvw export --run runs/A --out FILE.safetensors   the trained model, packed
-      qvw report runs/A --out runs/A/report            all of it on one page
+      qvw report runs/A --out runs/A/report            all results on one page
       qvw compare runs/A runs/B --out runs/A-vs-B      two models side by side
 
     MODEL is a timm name (`qvw models resnet`) or your own factory, path/to/file.py:function, with --weights FILE.
-    MODEL and --data may be left out where the run folder knows them. `qvw demo` shows it all on bundled data.
+    MODEL and --data are optional once a run folder has recorded them. `qvw demo` runs everything on bundled data. See
+    `qvw COMMAND --help` for all options.
 
-    Exit codes: 0 done, 2 wrong input, 130 interrupted, 1 a defect of ours. What was interrupted keeps what it has done:
-    the same command goes on.
+    Exit codes: 0 done, 2 wrong input, 130 interrupted, 1 internal error. To resume an interrupted command, run it
+    again.
     """
 
 
-@cli.command(short_help="Names of timm models.")
+@cli.command(short_help="List timm models.")
 @click.argument("pattern", required=False)
 def models(pattern: str | None) -> None:
-    """Names of timm models that can be used; PATTERN is a part of the name, or has * in it."""
+    """List the timm models that can be used; PATTERN is a part of the name, or a shell pattern with *."""
     from analysis.inputs.timm_names import model_names, near_names
 
     names = model_names(pattern)
@@ -66,12 +67,12 @@ for command in (stats, sensitivity, plan, plan_diff, evaluate, soft_labels, trai
     cli.add_command(command)
 
 
-@cli.command(short_help="One HTML page of one or more runs.")
+@cli.command(short_help="Write one HTML page of one or more runs.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of index.html.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for index.html.")
 @quiet_option
 def report(runs: Sequence[Path], out: Path, quiet: bool) -> None:
-    """The whole story of one or more runs on one page, from variation to accuracy; it needs no network."""
+    """Write all results of one or more runs on one page, from variation to accuracy; it works offline."""
     from analysis.runs import reportable_run, run_names
 
     first_word(lambda: [run_names(runs), *map(reportable_run, runs)])
@@ -80,29 +81,28 @@ def report(runs: Sequence[Path], out: Path, quiet: bool) -> None:
     run_report(runs, out, quiet=quiet)
 
 
-@cli.command(short_help="Several runs side by side.")
+@cli.command(short_help="Compare runs side by side.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the results.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the results.")
 @click.option("--module", "modules", multiple=True, metavar="PATTERN", show_default="all",
-              help="Layer whose channels are drawn, * and ? as in a shell; its full name (blocks.0.mlp.fc2) or the "
-                   "short one of the figures (b0.mlp.fc2). Of several that match in a run, the one whose weight or "
-                   "input has the widest channel, measured by the median one. May be repeated: runs differ in their "
-                   "names.")  # fmt: skip
+              help="Layer whose channels are drawn: its full name (blocks.0.mlp.fc2), the short one of the figures "
+                   "(b0.mlp.fc2), or a shell pattern. If several match in a run, the one with the largest ratio of "
+                   "widest to median channel is drawn. May be repeated, as names differ between runs.")  # fmt: skip
 @quiet_option
 def compare(runs: Sequence[Path], out: Path, modules: tuple[str, ...], quiet: bool) -> None:
-    """Two or more runs side by side: how their weights and activations vary.
+    """Compare how the weights and activations of two or more runs vary.
 
     \b
     Tables (CSV):
-      comparison        a row a measure, a column a run, and what it means
-      differences       whether modules of one run vary more than another's
+      comparison        one row per measure, one column per run, the meaning
+      differences       tests of whether one run varies more than another
     Figures (PNG, SVG, their data as CSV), *_weight and *_input:
       variation_*       measures of each layer over depth, such as kurtosis
-      distributions_*   densities by kind of layer, beside a Gaussian's
+      distributions_*   densities by kind of layer, with a Gaussian
       heads             standard deviation of each attention head
-      channels          range of each channel of one layer a run (--module)
+      channels          range of each channel of one layer per run (--module)
 
-    index.html has them all on one page. Runs of weights alone are compared in their weights.
+    index.html shows all of them. Runs with statistics of weights only are compared by their weights.
     """
     from analysis.runs import run_names, run_with_stats
 
@@ -114,12 +114,12 @@ def compare(runs: Sequence[Path], out: Path, modules: tuple[str, ...], quiet: bo
     run_compare(runs, out, modules=modules, quiet=quiet)
 
 
-@cli.command(short_help="The whole path on bundled digits.")
+@cli.command(short_help="Run everything on bundled digits.")
 @click.option("--run", type=click.Path(file_okay=False, path_type=Path), default=Path("runs/demo"), show_default=True,
-              help="Folder of the results.")  # fmt: skip
+              help="Folder for the results.")  # fmt: skip
 @quiet_option
 def demo(run: Path, quiet: bool) -> None:
-    """The whole path on scikit-learn's digits: a ResNet and a Swin, from training on the spot to a report of all."""
+    """Train a small ResNet and a small Swin on scikit-learn's digits, run every step on them, and write a report."""
     from analysis.runs import Run
 
     first_word(lambda: [Run(path.parent).record for path in run.glob("*/run.json")])
@@ -155,13 +155,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "DataLoader worker" not in str(error):
             raise
         code = _complain(
-            f"qvw: error: {_who()} was killed, most often for want of memory. Give fewer --num-workers (0: none); what "
-            "was kept of the work is used by the same command."
+            f"qvw: error: {_who()} was killed, usually because memory ran out. Reduce --num-workers (0: none), then "
+            "run the same command again to resume."
         )
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        code = _complain(f"qvw: error: no space left to write ({error.strerror}). Free some and run the command again.")
+        code = _complain(
+            f"qvw: error: no space left to write ({error.strerror}). Free some space, then run the same command again "
+            "to resume."
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -170,8 +173,8 @@ def _kept(error: BaseException, arguments: Sequence[str]) -> str:
     notes = getattr(error.__cause__ or error, "__notes__", [])
     if not notes:
         return "Nothing new was kept: the same command starts where this one did."
-    but = ", without --overwrite (which starts anew)" if "--overwrite" in arguments else ""
-    return f"Kept: {'; '.join(notes)}. The same command goes on from there{but}."
+    but = " without --overwrite" if "--overwrite" in arguments else ""
+    return f"Kept: {'; '.join(notes)}. Resume with the same command{but}."
 
 
 def _who() -> str:

@@ -27,16 +27,17 @@ import os
 import time
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from statistics import median
 from typing import Any
 
 import click
 import timm
 import torch
-from analysis.evaluation import compare_logits, logits_of
 from torch import Tensor, nn
 
 from analysis.memory import reuse_freed_memory
+from analysis.scoring import compare, outputs_of, reference_of
 from analysis.sensitivity import SweepConfig, sweep_keys
 from analysis.sweeps.sweep import sweep
 from analysis.tasks import classification
@@ -56,15 +57,17 @@ def plain_loop(
 ) -> list[dict[str, Any]]:
     """The figures of each key by a full pass over all images."""
     by_site = {info.site: info for info in sites}
-    reference, labels = logits_of(model, batches)
+    task = classification()
+    run = partial(task.forward, model)
+    reference = reference_of(task, outputs_of(run, batches, task), batches)
     rows = []
     for key in keys:
         info = by_site[Site(key["module"], key["tensor"])]
         scheme = default_scheme(model, info, key["bit_width"], sample=None)
         quantizer = make_quantizer(model, info, scheme, sample=None, estimator=key["estimator"])
         with quantized(model, trace, {info.site: info}, {info.site: quantizer}):
-            logits, _ = logits_of(model, batches)
-        rows.append(key | compare_logits(logits, reference, labels)[0])
+            outputs = outputs_of(run, batches, task)
+        rows.append(key | compare(task, outputs, reference, batches)[0])
     return rows
 
 

@@ -1,4 +1,4 @@
-"""`qvw eval` that is stopped goes on after the last batch that it evaluated, to the row of an undisturbed one."""
+"""`qvw eval` that is stopped resumes after the last batch that it evaluated, to the row of an undisturbed one."""
 
 import json
 import os
@@ -132,11 +132,11 @@ def test_batches_that_are_on_the_disk_are_neither_read_nor_run(choice, tmp_path,
     evaluated_now.clear()
     arguments = ["eval", *SMALL, *choice, "--run", tmp_path / "vit"]
     assert interrupted(monkeypatch, 3, *arguments) == 130
-    assert f"Kept: 12 of {IMAGES} images. The same command goes on from there." in capfd.readouterr().err
+    assert f"Kept: 12 of {IMAGES} images. Resume with the same command." in capfd.readouterr().err
     assert evaluated_now == list(range(12))
     evaluated_now.clear()
     assert qvw(*arguments) == 0
-    assert f"goes on after 12 of {IMAGES} images" in capfd.readouterr().out
+    assert f"resuming after 12 of {IMAGES} images" in capfd.readouterr().out
     assert evaluated_now == list(range(12, IMAGES))
     assert rows_of(tmp_path / "vit").equals(rows_of(tmp_path / "whole"))
     assert not logs_of(tmp_path / "vit")

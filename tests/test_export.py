@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import pandas as pd
 import pytest
 import torch
-from analysis.evaluation import logits_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from analysis.scoring import outputs_of
 from analysis.session.open_run import open_run
 from analysis.session.setup import Setup
 from analysis.steps.export import load_checkpoint_
@@ -109,7 +109,8 @@ def test_the_file_answers_as_the_trained_model(runs, name):
                     x.uniform_(0.1, 1)
         load_checkpoint_(it, path)
         assert not it.model.training
-        logits.append(logits_of(it.model, it.stream(it.images("val", 20), "images"))[0])
+        data = list(it.stream(it.images("val", 20), "images"))
+        logits.append(torch.cat(outputs_of(it.network, data, it.task)))
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5)
     assert torch.equal(logits[1], logits[0])
 

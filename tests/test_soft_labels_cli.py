@@ -297,11 +297,11 @@ def test_interrupted_it_says_so(tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         patch.setattr(step, "SoftLabelWriter", Stopping)
         assert make(out) == 130
-    assert f"Kept: 128 of {IMAGES * CROPS} crops. The same command goes on" in capfd.readouterr().err
+    assert f"Kept: 128 of {IMAGES * CROPS} crops. Resume with the same command" in capfd.readouterr().err
     assert make(out, "--flip", 0) == 2
     assert "begun with other inputs (flip: 0.5 -> 0.0)" in capfd.readouterr().err
     assert make(out) == 0
-    assert f"goes on after 128 of {IMAGES * CROPS} crops" in capfd.readouterr().out
+    assert f"resuming after 128 of {IMAGES * CROPS} crops" in capfd.readouterr().out
 
 
 def test_what_is_there_is_not_made_again(labels, capfd):

@@ -1,4 +1,4 @@
-"""`qvw stats` stopped at any moment goes on after the last batch that was kept, to the bits of an undisturbed pass."""
+"""`qvw stats` stopped at any moment resumes after the last batch that was kept, to the bits of an undisturbed pass."""
 
 import hashlib
 import json
@@ -156,16 +156,16 @@ def test_interrupted_twice_within_a_batch_it_ends_with_the_same_tables(subject, 
     """SIGINT, then SIGTERM: whole batches are kept, the one in work is not, and the message says how many."""
     run = tmp_path / "run"
     assert subject.stopped(run, 4) == 130
-    assert "interrupted. Kept: 24 of 78 images. The same command goes on from there." in capfd.readouterr().err
+    assert "interrupted. Kept: 24 of 78 images. Resume with the same command." in capfd.readouterr().err
     assert (run / KEPT).exists()
     assert subject.stopped(run, 3) == 130  # the third batch of this start is the sixth of all
     printed = capfd.readouterr()
-    assert "goes on after 24 of 78 images\n" in printed.out
+    assert "resuming after 24 of 78 images\n" in printed.out
     assert "Kept: 40 of 78 images." in printed.err
     assert subject.stopped(run, 1) == 130  # nothing new, but that is still there
     assert "Kept: 40 of 78 images." in capfd.readouterr().err
     assert qvw(*subject.command(run)) == 0
-    assert "goes on after 40 of 78 images\n" in capfd.readouterr().out
+    assert "resuming after 40 of 78 images\n" in capfd.readouterr().out
     assert_same_tables(run, subject.whole)
 
 
@@ -202,9 +202,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_tables(subject, tmp_path
     )  # fmt: skip
     slow.unlink()
     assert done.returncode == 0, done.stderr
-    assert "goes on after" in done.stdout
+    assert "resuming after" in done.stdout
     assert qvw(*subject.command(run)) == 0
-    assert "goes on after" in capfd.readouterr().out
+    assert "resuming after" in capfd.readouterr().out
     assert_same_tables(run, subject.whole)
 
 
@@ -280,12 +280,9 @@ def test_an_interrupt_of_overwrite_leaves_earlier_results_alone(subject, tmp_pat
 def test_an_interrupted_overwrite_goes_on_without_it(subject, tmp_path, capfd):
     """Where there were no results before; the message says that --overwrite would start anew."""
     assert subject.stopped(tmp_path / "run", 5, "--overwrite") == 130
-    assert (
-        "Kept: 32 of 78 images. The same command goes on from there, without --overwrite (which starts anew)."
-        in capfd.readouterr().err
-    )
+    assert "Kept: 32 of 78 images. Resume with the same command without --overwrite." in capfd.readouterr().err
     assert subject.stopped(tmp_path / "run", 1) == 130
-    assert "goes on after 32 of 78 images\n" in capfd.readouterr().out
+    assert "resuming after 32 of 78 images\n" in capfd.readouterr().out
 
 
 def test_a_full_disk_costs_no_statistics(subject, tmp_path, monkeypatch, capfd):
@@ -514,7 +511,7 @@ def test_two_processes_go_on_to_the_same_tables(subject, tmp_path, capfd):
         assert f"resumed {rank} None 0\n" in done.stderr
     assert "Kept: 16 of 78 images." in done.stderr
     assert "Kept: 48 of 78 images." in done.stderr
-    assert done.stdout.count("goes on after 48 of 78 images\n") == 1
+    assert done.stdout.count("resuming after 48 of 78 images\n") == 1
     assert_same_tables(tmp_path / "resumed", tmp_path / "two")
 
     assert {path.name for path in (tmp_path / "alone").glob("stats.*")} == {KEPT, "stats.partial.1.safetensors"}

@@ -159,7 +159,7 @@ def test_an_interrupted_training_says_so_and_refuses_another_configuration(tmp_p
 
     monkeypatch.setattr(quant.train, "save_checkpoint", stop_after_four)
     assert train(run, "--uniform", "w3a4") == 130
-    assert "Kept: the training up to step 4 of 10. The same command goes on from there." in capfd.readouterr().err
+    assert "Kept: the training up to step 4 of 10. Resume with the same command." in capfd.readouterr().err
     monkeypatch.setattr(quant.train, "save_checkpoint", saved)
     assert train(run, "--uniform", "w3a4", "--set", "kd_weight=0.5") == 2
     assert "config.kd_weight: 1.0 -> 0.5" in capfd.readouterr().err
@@ -170,7 +170,7 @@ def test_an_interrupted_training_says_so_and_refuses_another_configuration(tmp_p
     assert "step_00000004 is damaged or cut short: optimizer.pt" in capfd.readouterr().err
     shutil.rmtree(optimizer.parent)
     assert train(run, "--uniform", "w3a4") == 0
-    assert "goes on after 2 of 10 steps" in capfd.readouterr().out
+    assert "resuming after 2 of 10 steps" in capfd.readouterr().out
 
 
 def test_an_interrupt_before_the_first_checkpoint_promises_nothing(tmp_path, monkeypatch, capfd):
@@ -432,4 +432,4 @@ def test_a_training_that_has_not_ended_is_no_model(trained, tmp_path, capfd):
     """Its folder is told from one that never was."""
     (tmp_path / "qat" / "checkpoints").mkdir(parents=True)
     assert qvw("eval", "--run", trained, "--checkpoint", tmp_path / "qat", "--images", 100) == 2
-    assert "has not ended: run the same `qvw train` again" in capfd.readouterr().err
+    assert "has not finished. Run the same `qvw train` again" in capfd.readouterr().err

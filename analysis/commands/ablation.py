@@ -9,22 +9,22 @@ from analysis.commands.options import num_workers_option, quiet_option
 from quant.errors import InputError
 
 
-@click.command(short_help="Train several arms with several seeds; what is each worth?")
+@click.command(short_help="Train and compare several variants over seeds.")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="CONFIG.yaml")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True,
-              help="Folder of the tables, with a run folder for each network.")  # fmt: skip
+              help="Folder for the tables, with a run folder for each network.")  # fmt: skip
 @click.option("--only", multiple=True, metavar="NETWORK", show_default="all",
-              help="Train this network of the file alone; may be repeated.")  # fmt: skip
+              help="Train only this network of the file; may be repeated.")  # fmt: skip
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps.")
 @num_workers_option
 @quiet_option
 def ablate(config: Path, out: Path, only: tuple[str, ...], device: str, num_workers: int, quiet: bool) -> None:
-    """Quantization-aware training of every arm on every network with every seed, and what each arm is worth.
+    """Train every arm on every network with every seed, and estimate the effect of each arm.
 
-    CONFIG.yaml names networks, arms and seeds; reports/ablation/cifar10.yaml is one. Interrupted and started again it
-    goes on; a training that is finished is kept, so seeds and arms can be added. Writes ablation.csv (a row a
-    training), summary.csv (means with 95 % intervals over seeds, differences from the baseline seed by seed) and
-    ablation.png. Several processes share each training: torchrun --nproc_per_node 4 -m -- analysis ablate ...
+    CONFIG.yaml names networks, arms and seeds; reports/ablation/cifar10.yaml is an example. Run the same command again
+    to resume; finished trainings are kept, so seeds and arms can be added. Writes ablation.csv (one row per training),
+    summary.csv (means with 95 % intervals over seeds, differences from the baseline paired by seed) and ablation.png.
+    Several processes share each training: torchrun --nproc_per_node 4 -m -- analysis ablate ...
     """
     from analysis.steps.ablation_subjects import setup_of
     from analysis.training.ablation_config import read_ablation

@@ -9,20 +9,21 @@ from analysis.commands.first_word import first_word
 from analysis.commands.options import model_options, pattern_options, quiet_option
 
 
-@click.command(short_help="A trained model as packed integer codes.")
+@click.command(short_help="Pack a trained model as integer codes.")
 @click.option("--run", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True,
-              help="The run folder, in which `qvw train` has finished.")  # fmt: skip
+              help="The run folder, after `qvw train` has finished.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE.safetensors",
-              help="The packed file; an earlier one is replaced, nothing else is.")  # fmt: skip
-@click.option("--name", help="The training RUN/qat-NAME.", show_default="RUN/qat")
+              help="The packed file; only an earlier packed file is replaced.")  # fmt: skip
+@click.option("--name", help="Export the training RUN/qat-NAME.", show_default="RUN/qat")
 @model_options
 @pattern_options
 @quiet_option
 def export(name: str | None, out: Path, **options: Any) -> None:
-    """The trained model as one file: bit-packed integer codes, scales and offsets, the plan, all that is not quantized.
+    """Write a trained model as one file: bit-packed integer codes, scales, offsets, the plan, unquantized parameters.
 
-    Needs `qvw train` in the same run folder, with a plan or uniform bits. `qvw eval --run RUN --checkpoint FILE`
-    measures the file: it answers as the trained model does. MODEL and --weights only where they have moved.
+    Needs a finished `qvw train` in the same run folder, with a plan or uniform bits. `qvw eval --run RUN --checkpoint
+    FILE` evaluates the file; its outputs are those of the trained model. Use it to store or share the model, not to run
+    it. Give MODEL and --weights only if they have moved.
     """
     from analysis.session.asked import asked
     from analysis.session.setup import Setup

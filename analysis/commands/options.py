@@ -68,9 +68,11 @@ class JsonObject(click.ParamType):
         try:
             parsed = json.loads(value)
         except (ValueError, RecursionError) as error:
-            self.fail(f"{str(value)[:80]!r} is no JSON: {error}. Write such as '{{\"num_classes\": 10}}'.", param, ctx)
+            self.fail(
+                f"{str(value)[:80]!r} is not valid JSON: {error}. Write such as '{{\"num_classes\": 10}}'.", param, ctx
+            )
         if not isinstance(parsed, dict):
-            self.fail(f"{value!r} is no JSON object; write such as '{{\"num_classes\": 10}}'.", param, ctx)
+            self.fail(f"{value!r} is not a JSON object; write such as '{{\"num_classes\": 10}}'.", param, ctx)
         return parsed
 
 
@@ -98,7 +100,7 @@ def _stacked(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def file_option(*names: str, metavar: str = "FILE", **settings: Any) -> Callable[[F], F]:
-    """An option that names a file, which must be there: a wrong path is told at once, before a model is loaded."""
+    """An option that names an existing file: a wrong path is reported at once, before a model is loaded."""
     return click.option(*names, type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar=metavar,
                         **settings)  # fmt: skip
 
@@ -108,36 +110,36 @@ run_option = click.option(
     "--run",
     type=click.Path(file_okay=False, path_type=Path),
     required=True,
-    help="The run folder, which keeps model, images and results; it is made where it is not there.",
+    help="The run folder, which records model, images and results; created if missing.",
 )
 model_options = _stacked(
     click.argument("model", required=False),
-    file_option("--weights", help="Weights of MODEL: .safetensors, or .pt, .pth, .bin (no code in them is run)."),
+    file_option("--weights", help="Weights of MODEL: .safetensors, .pt, .pth or .bin (no code in them is run)."),
     click.option("--pretrained", is_flag=True, help="timm's published weights (needs a network or a cache)."),
     click.option("--model-kwargs", type=JsonObject(), help="Arguments of the model's constructor, as JSON: "
                  "'{\"num_classes\": 10}'.", show_default="none"),
 )  # fmt: skip
 pattern_options = _stacked(
     click.option("--include", multiple=True, metavar="PATTERN", show_default="all", help="Only modules whose name "
-                 "matches, * and ? as in a shell; may be repeated."),
+                 "matches this shell pattern; may be repeated."),
     click.option("--exclude", multiple=True, metavar="PATTERN", show_default="none", help="Leave out modules that "
                  "match; may be repeated."),
 )  # fmt: skip
 preparation_options = _stacked(
     click.option("--input-size", type=ListOf(int, 3, positive=True), show_default="the model's own",
                  help="Channels, height, width: 3,32,32."),
-    click.option("--mean", type=ListOf(float), show_default="the model's own", help="Normalisation of each channel, "
-                 "pixels in 0 to 1: 0.49,0.48,0.45."),
-    click.option("--std", type=ListOf(float, positive=True), show_default="the model's own", help="Normalisation of "
-                 "each channel: 0.25,0.24,0.26."),
+    click.option("--mean", type=ListOf(float), show_default="the model's own", help="Mean of each channel, for "
+                 "pixels from 0 to 1: 0.49,0.48,0.45."),
+    click.option("--std", type=ListOf(float, positive=True), show_default="the model's own", help="Standard deviation "
+                 "of each channel: 0.25,0.24,0.26."),
     click.option("--crop-pct", type=click.FloatRange(0, 1, min_open=True), show_default="the model's own",
-                 help="Share of the resized image that the centre crop keeps."),
+                 help="Fraction of the resized image that the centre crop keeps."),
     click.option("--holdout", type=click.FloatRange(0, 1, max_open=True), show_default="0.5",
-                 help="Share of data without splits that becomes the validation split; 0: every image serves both."),
-    file_option("--class-map", help="Lines `class` or `class,index`, where the classes of the data are some of the "
-                "head's; without it they are numbered by name."),
+                 help="Fraction of data without splits that becomes the validation split; 0: all images for both."),
+    file_option("--class-map", help="File with lines `class` or `class,index`, if the data has only some of the head's "
+                "classes; without it, classes are numbered by name."),
     click.option("--data-root", type=click.Path(exists=True, path_type=Path), metavar="FOLDER",
-                 help="Where a timm data set lies."),
+                 help="Folder of a timm data set."),
     click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and count them; without "
                  "it one ends the command."),
 )  # fmt: skip
@@ -153,27 +155,31 @@ num_workers_option = click.option(
 
 def data_options(*, images: str, split: str | None = None) -> Callable[[F], F]:
     """The options that name images; `images` and `split` tell the command's defaults, a `split` of None no option."""
-    choice = click.option("--split", type=click.Choice(["train", "val"]), show_default=split, help="Which images.")
+    choice = click.option(
+        "--split", type=click.Choice(["train", "val"]), show_default=split, help="Split of the images."
+    )
     return _stacked(
         click.option("--data", show_default="the run folder's", help="digits, folder:PATH, csv:FILE, or a timm data "
                      "set (torch/cifar10, hfds/..., wds/...)."),
         click.option("--images", type=click.IntRange(min=1), show_default=images,
-                     help="How many images, balanced over the classes."),
+                     help="Number of images, balanced over the classes."),
         *([] if split is None else [choice]),
         preparation_options,
     )  # fmt: skip
 
 
 batch_size_option = click.option(
-    "--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True, help="Images of one forward pass."
+    "--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True, help="Images per forward pass."
 )
 seed_option = click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), show_default="0", help="Of the choice of images, the splits, "
-    "untrained weights."
+    "--seed", type=click.IntRange(0, 2**32 - 1), show_default="0", help="Seed for the choice of images, the splits "
+    "and untrained weights."
 )  # fmt: skip
 common_options = _stacked(
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps."),
     num_workers_option,
-    click.option("--overwrite", is_flag=True, help="Start this step anew where the run folder holds other results."),
+    click.option(
+        "--overwrite", is_flag=True, help="Start from scratch if the run folder has other results of this step."
+    ),
     quiet_option,
 )

@@ -9,58 +9,65 @@ from analysis.commands.first_word import first_word
 from analysis.commands.options import BitWidths, quiet_option
 
 
-@click.command(short_help="Bits for every site within a budget.")
+@click.command(short_help="Choose bit-widths within a budget.")
 @click.option("--run", type=click.Path(file_okay=False, path_type=Path), required=True,
-              help="The run folder, which holds `qvw sensitivity`.")  # fmt: skip
+              help="The run folder, after `qvw sensitivity`.")  # fmt: skip
 @click.option("--weight-bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of all weights.")
 @click.option("--activation-bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of all activations.")
 @click.option(
     "--size-mib",
     type=click.FloatRange(min=0, min_open=True),
-    help="Size of the whole model; what is not planned has 32 bits.",
+    help="Size of the whole model; unplanned parameters have 32 bits.",
 )
-@click.option("--gbitops", type=click.FloatRange(min=0, min_open=True), help="10^9 bit operations of one image.")
+@click.option("--gbitops", type=click.FloatRange(min=0, min_open=True), help="GBitOps per image (10^9 bit operations).")
 @click.option("--activation-mib", type=click.FloatRange(min=0, min_open=True),
-              help="Size of all quantized activations of one image.")  # fmt: skip
-@click.option("--latency-ms", type=click.FloatRange(min=0, min_open=True), help="Milliseconds, by --latency.")
+              help="Size of all quantized activations per image.")  # fmt: skip
+@click.option(
+    "--latency-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Latency in milliseconds, from the table of --latency.",
+)
 @click.option("--latency", type=click.Path(path_type=Path), metavar="FILE.csv",
-              help="What each site costs in time: module, tensor, bit_width, milliseconds.")  # fmt: skip
+              help="Latency of each site: columns module, tensor, bit_width, milliseconds.")  # fmt: skip
 @click.option("--candidates", type=BitWidths(), show_default="all that were measured",
               help="Bit-widths to choose from: 2,4,8 or 2-8 or 2-4,8.")  # fmt: skip
-@click.option("--like", metavar="wXaY", help="The mean bits that these uniform bits take, such as w3a4.")
+@click.option("--like", metavar="wXaY", help="Same mean bits as uniform bits such as w3a4.")
 @click.option("--candidates-of", multiple=True, metavar="KIND=BITS",
               help="Bit-widths of a kind, such as 'mlp.fc2=4,8' or 'attn.*=4-8'; repeatable.")  # fmt: skip
 @click.option("--objective",
-              help="What is to grow least: kl (the default), loss, logit_nmse, top1, a proxy (fisher).")  # fmt: skip
+              help="What to minimize: divergence (the default; kl for classifiers), loss, score, metric, top1, "
+                   "logit_nmse, or a proxy such as fisher.")  # fmt: skip
 @click.option("--scores", type=click.Path(path_type=Path), metavar="FILE.csv",
-              help="Your own scores in place of the objective: module, tensor, bit_width, score.")  # fmt: skip
-@click.option("--robust", is_flag=True, help="Plan with the upper 95 % bound of each measured change.")
+              help="Your own scores instead of an objective: columns module, tensor, bit_width, score.")  # fmt: skip
+@click.option("--robust", is_flag=True, help="Minimize the upper 95 % bound of each measured change.")
 @click.option("--interactions", is_flag=True,
-              help="Count what the errors of two sites cost together, from `qvw sensitivity --proxies`.")  # fmt: skip
+              help="Include interactions between sites, from `qvw sensitivity --proxies`.")  # fmt: skip
 @click.option("--pin", multiple=True, metavar="PATTERN=BITS", help="Fix the bits of modules that match; repeatable.")
-@click.option("--bounds", multiple=True, metavar="PATTERN=LOW-HIGH", help="Limits of their bits; repeatable.")
+@click.option(
+    "--bounds", multiple=True, metavar="PATTERN=LOW-HIGH", help="Limit the bits of modules that match; repeatable."
+)
 @click.option("--tie", multiple=True, metavar="PATTERN",
-              help="Share their bits: 'a:input,b:input'; qkv: query, key, value of each attention; shared: "
-                   "inputs that are the same tensor, as of the two branches of a residual block.")  # fmt: skip
+              help="Give sites the same bits: 'a:input,b:input'; qkv: query, key and value of each attention; shared: "
+                   "inputs that are the same tensor, as in the two branches of a residual block.")  # fmt: skip
 @click.option("--layout", type=click.Choice(["paper", "strict"]), default="paper", show_default=True,
-              help="paper: first layer and classifier at 8 bit; strict: no exception.")  # fmt: skip
-@click.option("--pareto", is_flag=True, help="Also the best plan at 17 budgets of each kind, with a figure.")
+              help="paper: first layer and classifier at 8 bits; strict: no exception.")  # fmt: skip
+@click.option("--pareto", is_flag=True, help="Also compute the best plan at 17 budgets of each kind, with a figure.")
 @click.option("--verify", is_flag=True,
-              help="Measure it beside uniform, greedy, worst-first and random bits at the budget.")  # fmt: skip
-@click.option("--images", type=click.IntRange(min=1), help="Validation images of --verify; by default all.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Of --verify.")
-@click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="Of --verify.")
-@click.option("--device", default="cpu", show_default=True, help="Of --verify.")
+              help="Measure it beside uniform, greedy, worst-first and random bits of the same budget.")  # fmt: skip
+@click.option("--images", type=click.IntRange(min=1), help="Validation images for --verify; by default all.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="For --verify.")
+@click.option("--num-workers", type=click.IntRange(min=0), default=2, show_default=True, help="For --verify.")
+@click.option("--device", default="cpu", show_default=True, help="For --verify.")
 @click.option("--task", metavar="NAME|FILE.py:FUNCTION",
-              help="Of --verify: what the output means; by default the run folder's.")  # fmt: skip
+              help="For --verify: what the output means; by default the run folder's.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The plan file; by default RUN/plan.json.")
 @quiet_option
 def plan(run: Path, **options: Any) -> None:
-    """The bit plan that hurts least within the budgets, by an exact integer program, with its certificate.
+    """Choose bit-widths that minimize accuracy loss under a budget (exact integer program).
 
-    Needs `qvw sensitivity` in the same run folder. Writes plan.json, plan.csv and plan.png; with --pareto
-    pareto.parquet and pareto.png; with --verify rows of verify.parquet, and verification.parquet, where the predicted
-    change stands beside the measured one.
+    Needs `qvw sensitivity` in the same run folder. Writes plan.json, plan.csv and plan.png; with --pareto also
+    pareto.parquet and pareto.png; with --verify also rows of verify.parquet, and verification.parquet, which compares
+    predicted and measured changes.
     """
     from analysis.planning.request import PlanRequest
     from analysis.steps.plan_files import checked_files
@@ -72,17 +79,17 @@ def plan(run: Path, **options: Any) -> None:
     run_plan(run, request)
 
 
-@click.command(name="plan-diff", short_help="Two plans site by site.")
+@click.command(name="plan-diff", short_help="Compare two plans site by site.")
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--csv", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
-              help="Write every site: bits and bytes in A and B, change, note.")  # fmt: skip
+              help="Write all sites: bits and bytes in A and B, change, note.")  # fmt: skip
 @quiet_option
 def plan_diff(a: Path, b: Path, csv: Path | None, quiet: bool) -> None:
-    """What two plans cost, and the sites in which they differ. A and B are plan files or run folders.
+    """Compare the cost of two plans and list the sites that differ. A and B are plan files or run folders.
 
-    Bytes of each site are there where both are run folders with cost.parquet. The exit code is 0 also where the plans
-    differ; 2 where one cannot be read.
+    Bytes per site are included if both are run folders with cost.parquet. The exit code is 0 even if the plans differ,
+    and 2 if one cannot be read.
     """
     from analysis.storage.plan_file import read_plan_file
 

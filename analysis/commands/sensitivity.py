@@ -30,7 +30,7 @@ from quant.choices import (
 )
 
 
-@click.command(short_help="What one quantized tensor costs.")
+@click.command(short_help="Measure the loss per quantized tensor.")
 @run_option
 @click.option("--bits", type=BitWidths(), default="2,3,4,8", show_default=True,
               help="Bit-widths to measure, of 1 to 8 and 16, as a list or range: 2,4,8 or 2-8 or 2-4,8. A plan chooses "
@@ -39,18 +39,20 @@ from quant.choices import (
 @click.option("--tensors", type=ListOf(str, choices=TENSORS), default="weight,input,attention", show_default=True,
               help="weight, input, attention (all four inside attention), or query, key, value, softmax.")  # fmt: skip
 @click.option("--groups", type=click.Choice(GROUPINGS), show_default="each site alone",
-              help="Sites together: by kind (all attention, all MLPs, ...), block, stage or module.")  # fmt: skip
+              help="Quantize sites together: by kind (attention, MLPs, ...), block, stage or module.")  # fmt: skip
 @click.option("--protocol", type=click.Choice(PROTOCOLS), default="single", show_default=True,
-              help="single: nothing else is quantized; leave_one_out: everything else is.")  # fmt: skip
+              help="single: quantize only the site; leave_one_out: quantize everything but the site.")  # fmt: skip
 @click.option("--proxies", is_flag=True,
-              help="Also scores that foretell the sweep from a few backward passes, and how well they do.")  # fmt: skip
+              help="Also scores that predict the sweep from a few backward passes, and how well.")  # fmt: skip
 @click.option("--bn", type=click.Choice(["stored", "re-estimate", "both"]), default="both", show_default=True,
-              help="BatchNorm statistics: the model's own, or those of the quantized network.")  # fmt: skip
+              help="BatchNorm statistics: the model's own, or re-estimated for the quantized network.")  # fmt: skip
 @click.option("--granularity", type=click.Choice(GRANULARITIES), show_default="what suits each site",
-              help="Of the scales of weights.")  # fmt: skip
-@click.option("--estimator", type=click.Choice(ESTIMATORS), default="mse", show_default=True, help="Of the scales.")
+              help="Granularity of the scales of weights.")  # fmt: skip
+@click.option(
+    "--estimator", type=click.Choice(ESTIMATORS), default="mse", show_default=True, help="Estimator of the scales."
+)
 @click.option("--cache-mib", type=click.IntRange(min=0), default=1024, show_default=True,
-              help="About how much memory kept activations may take; 0: every row is a full pass.")  # fmt: skip
+              help="Memory for cached activations, approximately; 0: a full forward pass for every row.")  # fmt: skip
 @model_options
 @task_option
 @data_options(images="256, or as before", split="train")
@@ -70,18 +72,17 @@ def sensitivity(
     cache_mib: int,
     **options: Any,
 ) -> None:
-    """What the network loses when ONE site is quantized and all else stays in floating point.
+    """Measure what the network loses when one site is quantized and all else stays in floating point.
 
-    Or one group of sites (--groups: mhsa is all of attention, ffn both layers of the MLPs, query, key and value the
-    rows of the weight and the tensor), or everything but one (--protocol leave_one_out; first layer and classifier
-    then keep 8 bit). Writes sensitivity.parquet, cost.parquet and figures.
+    --groups quantizes a group of sites instead (mhsa: all of attention; ffn: both layers of the MLPs; query, key and
+    value: the rows of the weight and the tensor); --protocol leave_one_out quantizes everything but one, with the first
+    layer and the classifier at 8 bits. Writes sensitivity.parquet, cost.parquet and figures.
 
-    Interrupted and started again, it goes on with the next row; other bit-widths, tensors or groups are added to the
-    table. The images stay on the device. The network is entered at the layer that holds the site, with the activations
-    that were kept.
+    Run the same command again to resume; other bit-widths, tensors or groups are added to the table. All images stay on
+    the device, and each row starts at the quantized layer, from cached activations.
 
-    --proxies compares single sites with scores that need no pass for each; run `qvw stats` before, and statistics are
-    among them. Several processes share the sites: torchrun --nproc_per_node 4 -m -- analysis sensitivity ...
+    --proxies compares single sites with cheaper scores, including statistics if `qvw stats` was run before. Several
+    processes share the sites: torchrun --nproc_per_node 4 -m -- analysis sensitivity ...
     """
     from analysis.session.asked import asked
     from analysis.session.setup import Setup

@@ -11,42 +11,42 @@ from quant.choices import COMPRESSIONS
 from quant.errors import InputError
 
 
-@click.command(name="soft-labels", short_help="A teacher's answers to random crops, for train.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The file of soft labels.")
+@click.command(name="soft-labels", short_help="Store a teacher's outputs for training.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The file to write.")
 @click.option("--run", type=click.Path(file_okay=False, path_type=Path),
-              help="A run folder that knows the images and their preparation, and the teacher where MODEL is left out; "
-                   "nothing is written there.")  # fmt: skip
-@click.option("--crops", type=click.IntRange(1, 2**20), default=32, show_default=True, help="Crops of each image.")
+              help="A run folder that records the images and their preprocessing, and the teacher if MODEL is left "
+                   "out; nothing is written there.")  # fmt: skip
+@click.option("--crops", type=click.IntRange(1, 2**20), default=32, show_default=True, help="Crops per image.")
 @click.option("--scale", type=ListOf(float, 2), default="0.08,0.936", show_default=True,
-              help="Least and largest share of the image's area that a crop has.")  # fmt: skip
+              help="Smallest and largest fraction of the image area in a crop.")  # fmt: skip
 @click.option("--ratio", type=ListOf(float, 2), default="0.75,1.3333", show_default=True,
-              help="Least and largest width over height of a crop.")  # fmt: skip
+              help="Smallest and largest aspect ratio (width over height) of a crop.")  # fmt: skip
 @click.option("--flip", type=click.FloatRange(0, 1), default=0.5, show_default=True,
-              help="Probability of a mirrored crop; 0 for digits, text and signs.")  # fmt: skip
+              help="Probability of a horizontal flip; 0 for digits, text and signs.")  # fmt: skip
 @click.option("--compression", type=click.Choice(COMPRESSIONS), default="marginal_smoothing", show_default=True,
-              help="hard: the likeliest class; smoothing: with its probability, the rest spread evenly; "
-                   "marginal_smoothing: so for the K likeliest; marginal_renorm: these alone; full: all.")  # fmt: skip
+              help="hard: the most likely class; smoothing: its probability, the rest spread evenly; "
+                   "marginal_smoothing: so for the top K; marginal_renorm: only the top K; full: all.")  # fmt: skip
 @click.option("--top-k", type=click.IntRange(min=1), show_default="5, or all of fewer classes",
-              help="K of the marginal ones.")  # fmt: skip
+              help="K of the marginal compressions.")  # fmt: skip
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
-              help="The teacher's logits are divided by it; train with the same kd_temperature.")  # fmt: skip
+              help="Divides the teacher's logits; train with the same kd_temperature.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True,
-              help="Crops of one forward pass.")  # fmt: skip
+              help="Crops per forward pass.")  # fmt: skip
 @click.option("--crop-seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
-              help="Of the choice of crops.")  # fmt: skip
+              help="Seed for the choice of crops.")  # fmt: skip
 @model_options
 @data_options(images="all")
 @seed_option
 @pattern_options
 @common_options
 def soft_labels(run: Path | None, **options: Any) -> None:
-    """Ask a teacher, MODEL, once about random crops of each training image, and keep its answers in a file.
+    """Run a teacher, MODEL, once on random crops of each training image, and store its outputs in a file.
 
-    `qvw train --soft-labels FILE` then draws several of these crops of an image in each step (--set crops_per_image=4),
-    the same views to the bit, and needs no forward pass of the teacher (Shen and Xing, ECCV 2022, arXiv:2112.01528).
-    It must see the same images, chosen and prepared the same way: --run of the student's run folder makes sure of it.
+    `qvw train --soft-labels FILE` then uses several of these crops of an image per step (--set crops_per_image=4), the
+    same views to the bit, without running the teacher (Shen and Xing, ECCV 2022, arXiv:2112.01528). Training must use
+    the same images, chosen and preprocessed the same way: --run with the student's run folder ensures that.
 
-    Interrupted and started again, it goes on from FILE.partial.
+    Run the same command again to resume from FILE.partial.
     """
     from analysis.steps.soft_label_request import SoftLabelRequest, check_soft_label_target
 
@@ -54,7 +54,7 @@ def soft_labels(run: Path | None, **options: Any) -> None:
     request = SoftLabelRequest.of({name: options.pop(name) for name in names})
     if run is None and (options["model"] is None or options["data"] is None):
         what = "a teacher: MODEL" if options["model"] is None else "images: --data D"
-        raise InputError(f"soft labels need {what}, or --run of a run folder that knows one.")
+        raise InputError(f"soft labels need {what}, or --run with a run folder that records one.")
     from analysis.session.asked import asked
     from analysis.session.setup import Setup
 

@@ -17,7 +17,7 @@ from analysis.commands.options import (
 )
 
 
-@click.command(short_help="Variance, kurtosis, outliers of every tensor.")
+@click.command(short_help="Measure statistics of every tensor.")
 @run_option
 @model_options
 @task_option
@@ -27,10 +27,10 @@ from analysis.commands.options import (
 @pattern_options
 @common_options
 def stats(**options: Any) -> None:
-    """Variance, kurtosis, outliers, quantiles of every weight, and with --data of every activation.
+    """Measure variance, kurtosis, outliers and quantiles of every weight, and with --data of every activation.
 
-    Writes stats.parquet, channels.parquet, histograms.parquet, variation.json. Several processes share the images:
-    torchrun --nproc_per_node 4 -m -- analysis stats ... Interrupted and started again, it goes on with the next batch.
+    Writes stats.parquet, channels.parquet, histograms.parquet and variation.json. Run the same command again to resume.
+    Several processes share the images: torchrun --nproc_per_node 4 -m -- analysis stats ...
     """
     from analysis.session.asked import asked
     from analysis.session.setup import Setup

@@ -1,4 +1,4 @@
-"""`qvw eval` and `qvw train`: the command line of accuracies, without and with training."""
+"""`qvw eval` and `qvw train`: the command line for accuracy without and with training."""
 
 from pathlib import Path
 from typing import Any
@@ -24,23 +24,25 @@ from quant.choices import ESTIMATORS
 uniform_option = click.option("--uniform", metavar="wXaY", help="The same bits everywhere, such as w4a4.")
 layout_option = click.option(
     "--layout", type=click.Choice(["paper", "strict"]), default="paper", show_default=True,
-    help="Of --uniform: paper keeps first layer and classifier at 8 bit.",
+    help="For --uniform: paper keeps the first layer and the classifier at 8 bits.",
 )  # fmt: skip
 
 
-@click.command(name="eval", short_help="Accuracy of float, plan, uniform bits, trained model.")
+@click.command(name="eval", short_help="Evaluate the float, planned, uniform or trained model.")
 @run_option
 @file_option("--plan", "plan_file", help="Evaluate this plan, without training.")
 @uniform_option
 @click.option("--checkpoint", type=click.Path(exists=True, path_type=Path),
-              help="A model that `qvw train` has made, RUN/qat, or a file of `qvw export`.")  # fmt: skip
-@click.option("--float", "floating", is_flag=True, help="The model as it is, in floating point.")
+              help="A trained model, RUN/qat, or a file from `qvw export`.")  # fmt: skip
+@click.option("--float", "floating", is_flag=True, help="Evaluate the model as it is, in floating point.")
 @layout_option
 @click.option("--calibration-images", type=click.IntRange(min=1), default=256, show_default=True,
-              help="Training images that set the scales of activations; all, where there are fewer.")  # fmt: skip
-@click.option("--estimator", type=click.Choice(ESTIMATORS), default="mse", show_default=True, help="Of the scales.")
+              help="Training images to calibrate the scales of activations, or all if there are fewer.")  # fmt: skip
+@click.option(
+    "--estimator", type=click.Choice(ESTIMATORS), default="mse", show_default=True, help="Estimator of the scales."
+)
 @click.option("--bn", type=click.Choice(["stored", "re-estimate"]), default="re-estimate", show_default=True,
-              help="BatchNorm statistics: the model's own, or those of the quantized network.")  # fmt: skip
+              help="BatchNorm statistics: the model's own, or re-estimated for the quantized network.")  # fmt: skip
 @model_options
 @task_option
 @data_options(images="all, or as before", split="val")
@@ -49,10 +51,11 @@ layout_option = click.option(
 @pattern_options
 @common_options
 def evaluate(**options: Any) -> None:
-    """Loss and top-1 of ONE of: a plan, uniform bits (both without training), a trained model, the float model.
+    """Measure loss and accuracy of ONE model: a plan or uniform bits without training, a trained model, or float.
 
-    Name it by --plan, --uniform, --checkpoint or --float. Validation images by default, all of them; scales come from
-    training images. Adds a row to verify.parquet; one of the same kind and cost takes its place.
+    Choose it by --plan, --uniform, --checkpoint or --float. Uses all validation images by default; scales come from
+    training images. Adds a row to verify.parquet, or replaces the row of the same kind and cost. Run the same command
+    again to resume.
     """
     from analysis.steps.eval_request import EvalRequest
 
@@ -78,39 +81,43 @@ def evaluate(**options: Any) -> None:
     run_eval(setup, request)
 
 
-@click.command(cls=CommandWithSettings, short_help="Train with a plan or uniform bits.")
+@click.command(cls=CommandWithSettings, short_help="Fine-tune with a plan or uniform bits.")
 @run_option
 @file_option("--plan", "plan_file", show_default="RUN/plan.json", help="The plan to train with.")
 @uniform_option
-@click.option("--float", "floating", is_flag=True, help="No quantization: the fair ceiling of a trained plan.")
+@click.option(
+    "--float", "floating", is_flag=True, help="Train without quantization, as the upper reference for a plan."
+)
 @layout_option
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
-              help="One setting, such as learning_rate=0.001 or batch_size=128; may be repeated. All are listed "
-                   "below.")  # fmt: skip
-@file_option("--config", "config_file", help="A YAML file of settings, lines `key: value`; --set wins over it.")
-@click.option("--name", help="The results go to RUN/qat-NAME: several trainings in one run.", show_default="RUN/qat")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), show_default="0", help="Of the order of images, "
-              "augmentation, dropout: the setting `seed`.")  # fmt: skip
-@click.option("--val-images", type=click.IntRange(min=1), help="Images to validate on.", show_default="all")
+              help="One setting, such as learning_rate=0.001 or batch_size=128; may be repeated. All settings are "
+                   "listed below.")  # fmt: skip
+@file_option("--config", "config_file", help="A YAML file of settings, lines `key: value`; --set overrides it.")
+@click.option("--name", help="Write to RUN/qat-NAME, for several trainings in one run.", show_default="RUN/qat")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), show_default="0", help="Seed for the order of images, "
+              "augmentation and dropout: the setting `seed`.")  # fmt: skip
+@click.option("--val-images", type=click.IntRange(min=1), help="Validation images.", show_default="all")
 @click.option("--teacher", metavar="MODEL", show_default="the float model itself",
-              help="A network whose logits are distilled.")  # fmt: skip
+              help="A network to distill from.")  # fmt: skip
 @file_option("--teacher-weights", help="Weights of the teacher.")
 @click.option("--teacher-pretrained", is_flag=True, help="timm's published weights for the teacher.")
-@click.option("--teacher-kwargs", type=JsonObject(), help="Arguments of its constructor, as JSON.", show_default="none")
+@click.option(
+    "--teacher-kwargs", type=JsonObject(), help="Arguments of the teacher's constructor, as JSON.", show_default="none"
+)
 @file_option("--soft-labels",
-             help="Stored answers of a teacher (`qvw soft-labels`), in place of one that runs beside.")  # fmt: skip
+             help="Stored outputs of a teacher (`qvw soft-labels`), instead of running one.")  # fmt: skip
 @model_options
 @task_option
 @data_options(images="all, or as before")
 @click.option("--batch-size", type=click.IntRange(1, 2**16), default=64, show_default=True,
-              help="Images of a forward pass in validation and calibration; of a step: --set batch_size.")  # fmt: skip
+              help="Images per forward pass in validation and calibration; training: --set batch_size.")  # fmt: skip
 @pattern_options
 @common_options
 def train(config_file: Path | None, settings: tuple[str, ...], seed: int | None, **options: Any) -> None:
-    """Quantization-aware training (LSQ) of exactly the plan, with distillation and the oscillation term.
+    """Fine-tune the network with the bit-widths of a plan (LSQ), with distillation and oscillation regularization.
 
-    Writes into RUN/qat: model.safetensors with plan.json, history.parquet, oscillation.parquet, config.json; and a row
-    of verify.parquet. Interrupted and started again, it goes on from its last checkpoint.
+    Writes model.safetensors with plan.json, history.parquet, oscillation.parquet and config.json into RUN/qat, and a
+    row of verify.parquet. Run the same command again to resume from the last checkpoint.
     """
     from analysis.training.options import read_config
     from analysis.training.request import TrainRequest

@@ -98,13 +98,13 @@ class TrainingImages(Dataset[Item]):
         stored = [labels.crop(i, crop) for crop in drawn]
         if stored[0].crop == UNREADABLE:
             raise InputError(
-                f"The image {self.images.path(i)} could not be read when {labels.path} was made. Make the labels anew, "
+                f"The image {self.images.path(i)} could not be read when {labels.path} was made. Make the labels again "
                 "or leave such images out with `--skip-broken`."
             )
         if fingerprint(image) != labels.fingerprint(i):
             raise OtherPixelsError(
                 f"{self.images.path(i)} is not the image that {labels.path} was made of: it has other pixels, or is "
-                "decoded otherwise. Put the old file back, or make the labels anew with `qvw soft-labels`."
+                "decoded otherwise. Put the old file back, or make the labels again with `qvw soft-labels`."
             )
         return torch.stack([cut(image, each.crop, self.input_config) for each in stored]), stored
 

@@ -83,7 +83,7 @@ class Opened:
         if data.images < known:
             raise InputError(
                 f"{self.run.path} holds {step} of {known} images, {data.spec} has {data.images} in its split "
-                f"{data.split!r}. Put the images back, or start anew with --overwrite."
+                f"{data.split!r}. Put the images back, or start from scratch with --overwrite."
             )
         return data
 
@@ -166,7 +166,7 @@ class Opened:
         """Note in run.json the model, the images and that a step runs; the context notes how it ended.
 
         Refuses to mix it with another model or other inputs. `files` are what it writes, `--overwrite` removes them
-        first, or with `renew` leaves them until they are written anew; `options` are those of the step's own, `inputs`
+        first, or with `renew` leaves them until they are written again; `options` are those of the step's own, `inputs`
         what else than model and images fixes its result, `seed` its own seed where that is not the one that chose the
         images, `temporary` files for resuming alone, `instead` the option that keeps both results. Images that were
         skipped are named in the step's options as `skipped_images`.

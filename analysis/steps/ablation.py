@@ -68,7 +68,7 @@ def _is_told(ablation: Ablation, job: Job, setup: Setup, place: str) -> bool:
     _forget_deleted(run, job)
     finished = _is_done(run, job)
     step = 0 if finished else last_step(run.path / f"qat-{job.name}" / "checkpoints")
-    state = ": finished already" if finished else f": goes on after step {step:,}" if step else ""
+    state = ": finished already" if finished else f": resuming after step {step:,}" if step else ""
     say(f"== {place}: {job.subject}, {ablation.arms[job.arm].title}, seed {job.seed}{state}", quiet=setup.quiet)
     return finished
 

@@ -24,12 +24,12 @@ class _Lines(tqdm):
 
 
 def progress(total: int, what: str, unit: str, *, quiet: bool, done: int = 0) -> tqdm:
-    """A bar on standard error, or a line a minute where that is no terminal; silent if `quiet`.
+    """A bar on standard error, or one line per minute where that is not a terminal; silent if `quiet`.
 
-    Where an earlier start has `done` some of it, it says so, and the time to go is that of the rest.
+    If an earlier start has `done` some of it, that is printed, and the remaining time is that of the rest.
     """
     if done:
-        say(f"goes on after {done:,} of {total:,} {unit}s", quiet=quiet)
+        say(f"resuming after {done:,} of {total:,} {unit}s", quiet=quiet)
     if quiet or sys.stderr.isatty():
         return tqdm(total=total, initial=done, desc=what, unit=f" {unit}", disable=quiet, leave=False)
     return _Lines(
