@@ -172,12 +172,12 @@ def plot_distribution(stats: pd.DataFrame, *, tensor: str = "weight", ax: Axes |
 def plot_bits(plan_frame: pd.DataFrame, *, legend: Collection[int] | None = None, ax: Axes | None = None) -> Axes:
     """Bits of each site of a plan: modules in network order across, tensors down, colour and digit are the bit-width.
 
-    `plan_frame` is that of `analysis.steps.plan.bits_frame`: module, tensor, bit_width, kind, order. Sites that are not
-    in the plan are left white. `legend` names the bit-widths to explain, by default those that are there.
+    `plan_frame` is `plan.table`, in network order, or a frame of module, tensor, bit_width and order. Sites that are
+    not in the plan are left white. `legend` names the bit-widths to explain, by default those that are there.
     """
     if plan_frame.empty:
         raise ValueError("The plan names no site: there is nothing to draw.")
-    sites = plan_frame.sort_values("order", kind="stable")
+    sites = plan_frame.sort_values("order", kind="stable") if "order" in plan_frame else plan_frame
     modules = sites["module"].unique().tolist()
     tensors = [t for t in (*WEIGHT_TENSORS, "input", *ATTENTION_TENSORS) if (sites["tensor"] == t).any()]
     labels = [shorten(module) for module in modules]

@@ -4,17 +4,21 @@ import difflib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from quant.choices import ALLOWED_BIT_WIDTHS, GRANULARITIES, Granularity, Layout
-from quant.errors import InputError
+from quant.errors import InputError, first_line
 from quant.site import Site
 
-if TYPE_CHECKING:  # it brings torch, which a plan file can be checked without
+if TYPE_CHECKING:  # these bring torch and pandas, which a plan file can be checked without
+    import pandas as pd
+
     from quant.scheme import QuantScheme
 
 FORMAT: Literal["qvw-bit-plan"] = "qvw-bit-plan"
@@ -196,6 +200,62 @@ class BitPlan:
     def bits(self) -> dict[Site, int]:
         """The bit-width of each planned site."""
         return {planned.site: planned.bit_width for planned in self.sites}
+
+    @property
+    def table(self) -> "pd.DataFrame":
+        """One row per planned site, in network order: module, tensor, bit_width, granularity, signed, offset."""
+        import pandas as pd
+
+        columns = [field.name for field in fields(PlannedSite)]
+        return pd.DataFrame([asdict(site) for site in self.sites], columns=columns)
+
+    def save(self, path: "str | Path") -> None:
+        """Write the plan file, whole or not at all. InputError where it cannot be written."""
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(self.to_json(), encoding="utf-8")
+            os.replace(temporary, target)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise InputError(f"{target} cannot be written: {first_line(error)}.") from error
+
+    @classmethod
+    def load(cls, path: "str | Path") -> "BitPlan":
+        """The plan in a file; InputError where it cannot be read or is not a plan."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"the plan {path} cannot be read: {first_line(error)}. Make one with plan_bits."
+            ) from error
+        return cls.from_json(text, source=str(path))
+
+    def diff(self, other: "BitPlan") -> "pd.DataFrame":
+        """The sites that the two plans quantize differently: module, tensor, bits_a, bits_b, change, scheme_differs.
+
+        Bits are those of this plan (a) and of `other` (b), NaN where a plan leaves the site in floating point; `change`
+        is b minus a. Sites in the order of this plan, then those of `other` alone.
+        """
+        import pandas as pd
+
+        own, theirs = ({site.site: site for site in plan.sites} for plan in (self, other))
+        rows = []
+        for site in dict.fromkeys([*own, *theirs]):
+            a, b = own.get(site), theirs.get(site)
+            if a == b:
+                continue
+            bits = [float("nan") if one is None else float(one.bit_width) for one in (a, b)]
+            same_bits = a is not None and b is not None and replace(a, bit_width=b.bit_width) == b
+            rows.append((*site, *bits, bits[1] - bits[0], not same_bits))
+        columns = ["module", "tensor", "bits_a", "bits_b", "change", "scheme_differs"]
+        return pd.DataFrame(rows, columns=pd.Index(columns))
+
+    def _repr_html_(self) -> str:
+        """The totals and the first sites, for a notebook."""
+        costs = ", ".join(f"{name} {value:g}" for name, value in asdict(self.totals).items() if value is not None)
+        return f"<p>BitPlan of {len(self.sites)} sites: {costs}</p>{self.table.head(8).to_html(index=False)}"
 
     def check_sites(self, known: Collection[Site]) -> None:
         """Raise InputError if the plan names a site that is not in `known`."""

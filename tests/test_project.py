@@ -39,7 +39,7 @@ FRONT = {
     "results": "page", "measure": "steps", "evaluate": "steps", "compare": "page", "allocation": "page",
     "tensor_stats": "statistics", "variation": "statistics", "replay": "sweeps",
     "sensitivity": "sweeps", "proxies": "sweeps", "cost": "planning", "planner": "planning", "plots": "figures",
-    "report": "page", "notebook_runs": "steps", "cli": "commands", "__main__": "commands",
+    "report": "page", "cli": "commands", "__main__": "commands",
 }  # fmt: skip
 
 # Names to import, where they differ from the names that PyPI gives to the packages.
@@ -141,7 +141,7 @@ def test_every_file_of_analysis_belongs_to_a_folder():
         ("analysis/runs.py", "from analysis import cli"),
         ("analysis/runs.py", "import analysis.cli"),
         ("analysis/page/content.py", "from analysis.steps.verify import VERIFICATION_COLUMNS"),
-        ("analysis/page/content.py", "from analysis import notebook_runs"),
+        ("analysis/page/content.py", "from analysis import measure"),
         ("analysis/solver/highs.py", "import analysis.planning.budgets"),
         ("analysis/cost.py", "from analysis.steps import plan"),
     ],
