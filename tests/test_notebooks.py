@@ -44,7 +44,7 @@ def test_a_notebook_uses_public_names_alone(path):
     """At most three lines import from the project, none of them what is inside its packages."""
     notebook = nbformat.read(path, as_version=4)
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    imports = re.findall(r"^\s*(?:from|import) (?:analysis|quant)\b.*$", code, re.MULTILINE)
+    imports = re.findall(r"^ *(?:from|import) (?:analysis|quant)\b.*$", code, re.MULTILINE)
     assert imports == ["import analysis as qv"]
     assert set(re.findall(r"\bqv\.(\w+)", code)) <= set(dir(analysis))
 
