@@ -45,7 +45,6 @@ _HOME = {
     "Run": "analysis.runs",
     "plot_distribution": "analysis.plots",
     "plot_sensitivity_heatmap": "analysis.plots",
-    "plot_variation": "analysis.plots",
     "plot_bits": "analysis.plots",
     "plot_costs": "analysis.figures.sensitivity",
     "plot_rank_bands": "analysis.figures.sensitivity",

@@ -69,19 +69,20 @@ def report_html(runs: Sequence[Path], variation: Sequence[Picture] | None = None
     """
     contents = read_runs(runs)
     step = "report" if variation is None else "compare"
-    return (
-        page_environment()
-        .get_template("report.html.jinja")
-        .render(
-            title=" and ".join(content.name for content in contents),
-            sections=sections(contents, variation),
-            csv_of=table_download,
-            long=LONG,
-            described=[_described(content) for content in contents if content.record.model is not None],
-            command=f"{shlex.join(['qvw', step, *map(str, runs)])} --out DIR",
-            program=f"{PROGRAM} {versions().get(PROGRAM, '')}".rstrip(),
-        )
-    )
+    return page_html(
+        " and ".join(content.name for content in contents), sections(contents, variation),
+        described=[_described(content) for content in contents if content.record.model is not None],
+        command=f"{shlex.join(['qvw', step, *map(str, runs)])} --out DIR",
+    )  # fmt: skip
+
+
+def page_html(title: str, shown: Sequence[Section], *, command: str, described: Sequence[str] = ()) -> str:
+    """The whole page of some sections; `command` is what made it, `described` a line for each network."""
+    template = page_environment().get_template("report.html.jinja")
+    return template.render(
+        title=title, sections=shown, csv_of=table_download, long=LONG, described=described, command=command,
+        program=f"{PROGRAM} {versions().get(PROGRAM, '')}".rstrip(), has_steps=shown[-1].id == "steps",
+    )  # fmt: skip
 
 
 def _described(content: RunContent) -> str:

@@ -36,7 +36,8 @@ FOLDERS = (
 FRONT = {
     "models": "inputs", "data": "inputs", "runs": "storage", "running_stats": "statistics",
     "scoring": "inputs", "task": "inputs", "tasks": "inputs", "memory": "terminal", "estimate": "sweeps",
-    "results": "page", "measure": "steps", "evaluate": "steps", "compare": "page", "allocation": "page",
+    "results": "page", "measure": "steps", "evaluate": "steps", "compare": "page", "live_report": "page",
+    "allocation": "page",
     "tensor_stats": "statistics", "variation": "statistics", "replay": "sweeps",
     "sensitivity": "sweeps", "proxies": "sweeps", "cost": "planning", "planner": "planning", "plots": "figures",
     "report": "page", "cli": "commands", "__main__": "commands",
