@@ -30,7 +30,7 @@ LABELS = {
     "delta_loss": "loss increase (nats)",
     "delta_top1": "top-1 change (points)",
     "kl": "KL of the logits (nats)",
-    "divergence": "divergence (classes: KL, nats)",
+    "divergence": "divergence",
     "logit_nmse": "logit error (share of power)",
     "sqnr_db": "SQNR of the tensor (dB)",
     "sqnr_output_db": "SQNR of the output (dB)",

@@ -84,7 +84,7 @@ def test_too_many_options_are_refused():
     sites = [Site(f"m{i}", "weight") for i in range(MOST_OPTIONS // 2 + 1)]
     scores = {(site, bits): 1.0 for site in sites for bits in (2, 4)}
     units = units_of(scores, *(((site,), (2, 4)) for site in sites))
-    with pytest.raises(InputError, match=r"too many for --interactions"):
+    with pytest.raises(InputError, match=r"too many for interactions"):
         interactions(units, scores, dict.fromkeys(scores, np.ones(2)))
 
 

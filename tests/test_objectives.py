@@ -10,7 +10,7 @@ from quant.errors import InputError
 
 ROWS = pd.DataFrame(
     [
-        {"module": m, "tensor": t, "bit_width": b, "kl": 1.0 / b, "kl_se": 0.1 / b, "delta_loss": 2.0 / b,
+        {"module": m, "tensor": t, "bit_width": b, "divergence": 1.0 / b, "divergence_se": 0.1 / b, "delta_loss": 2.0 / b,
          "delta_loss_se": np.nan, "delta_top1": -0.3 / b, "top1_se": 0.01, "logit_nmse": 0.5, "kind": "conv",
          "order": 0, "granularity": "per_tensor", "estimator": "mse", "signed": True, "offset": False,
          "batchnorm": "stored"}
@@ -22,7 +22,7 @@ ROWS = pd.DataFrame(
 def test_a_measured_change_is_to_be_small(tmp_path):
     """KL and loss as they are, top-1 by what is lost."""
     run = Run(tmp_path)
-    for objective, column, sign in (("kl", "kl", 1), ("loss", "delta_loss", 1), ("top1", "delta_top1", -1)):
+    for objective, column, sign in (("kl", "divergence", 1), ("loss", "delta_loss", 1), ("top1", "delta_top1", -1)):
         found = scored(run, ROWS, objective, robust=False, scores=None)
         assert (found["score"] == sign * ROWS[column]).all()
 

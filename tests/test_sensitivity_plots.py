@@ -33,7 +33,7 @@ def table(blocks=3):
     generator = np.random.default_rng(0)
     sites = [(f"blocks.{b}.{module}", kind, tensor) for b in range(blocks) for module, kind, tensor in PARTS]
     sites.append(("head", "head", "weight"))
-    common = {"model": "m", "granularity": "per_tensor", "estimator": "mse", "batchnorm": "none", "kl_se": 0.01,
+    common = {"model": "m", "granularity": "per_tensor", "estimator": "mse", "batchnorm": "none", "divergence_se": 0.01,
               "images": 64, "module": "", "tensor": "weight", "kind": "", "group": "", "order": 0, "protocol": "single",
               "delta_loss": 0.1, "delta_loss_se": 0.05, "sqnr_db": 12.0, "rank_low": 1, "rank_high": 4}  # fmt: skip
     groups = ["kind:mhsa", "kind:ffn", "block:blocks.0"]
@@ -42,10 +42,10 @@ def table(blocks=3):
     for bits in (2, 4):
         rows += [
             {"module": module, "kind": kind, "tensor": tensor, "order": order, "bit_width": bits,
-             "kl": generator.exponential(2.0**-bits)}
+             "divergence": generator.exponential(2.0**-bits)}
             for order, (module, kind, tensor) in enumerate(sites)
         ]  # fmt: skip
-        rows += [{"group": name, "protocol": p, "bit_width": bits, "kl": 2.0**-bits} for p, name in together]
+        rows += [{"group": name, "protocol": p, "bit_width": bits, "divergence": 2.0**-bits} for p, name in together]
     return pd.DataFrame([common | row for row in rows])
 
 
@@ -59,7 +59,7 @@ def test_sites_stand_by_cost_and_bands_beside_them():
     """The costliest is on top; points are the KL; a band runs from the lowest to the highest rank."""
     ax = plot_costs(single())
     x = ax.containers[0].lines[0].get_xdata()
-    assert np.allclose(x, np.sort(single()["kl"])[::-1])
+    assert np.allclose(x, np.sort(single()["divergence"])[::-1])
     assert ax.yaxis_inverted()
     assert "(input)" in " ".join(text.get_text() for text in ax.get_yticklabels())
     segments = plot_rank_bands(single()).collections[0].get_segments()
@@ -72,7 +72,7 @@ def test_blocks_lie_against_kinds():
     assert list(dict.fromkeys(frame["part"])) == ["qkv", "qkv in", "softmax", "fc1", "fc1 in"]
     assert frame["block"].unique().tolist() == ["blocks.0", "blocks.1", "blocks.2"]
     drawn = plot_blocks(frame).collections[0].get_array().reshape(3, 5)
-    rows = single().set_index(["module", "tensor"])["kl"]
+    rows = single().set_index(["module", "tensor"])["divergence"]
     largest = max(rows["blocks.1.attn.qkv", "weight.query"], rows["blocks.1.attn.qkv", "weight.key"])
     assert drawn[1, 0] == pytest.approx(largest)
     assert drawn[2, 4] == pytest.approx(rows["blocks.2.mlp.fc1", "input"])

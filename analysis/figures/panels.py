@@ -43,6 +43,8 @@ def sensitivity_figure(rows: pd.DataFrame, name: str, *, value: str) -> Figure:
 
     `rows` has one row per (module, tensor, bit_width).
     """
+    if value == "divergence" and "task" in rows and (rows["task"] == "classification").all():
+        value = "kl"  # the same number, by its name
     tensors = _classes(rows)
     counts = [rows[rows["tensor"].isin(plots.TENSOR_CLASSES[t])].groupby(["module", "tensor"]).ngroups for t in tensors]
     width, height = plots.heatmap_size(max(counts))

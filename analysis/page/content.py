@@ -19,6 +19,7 @@ from analysis.storage.columns import BINS_COLUMNS, OSCILLATION_COLUMNS, VERIFICA
 from analysis.storage.run_record import RunRecord
 from analysis.sweeps.proxy_correlation import CORRELATION_COLUMNS
 from analysis.tensor_stats import STATS_COLUMNS
+from analysis.terminal.option_words import as_options
 from analysis.training.oscillation_frames import shares
 from quant.bit_plan import BitPlan
 from quant.errors import InputError
@@ -193,7 +194,7 @@ def _table(run: Run, name: str, columns: Sequence[str], left_out: MutableMapping
     except InputError as error:
         if not _lacks_a_column(run.path / f"{name}.parquet", columns):
             raise  # damaged
-        left_out[name] = f"Left out: {error}"
+        left_out[name] = f"Left out: {as_options(str(error))}"
         return None
     return None if table.empty else table
 
