@@ -10,7 +10,8 @@ from quant.errors import InputError
 
 ROWS = pd.DataFrame(
     [
-        {"module": m, "tensor": t, "bit_width": b, "divergence": 1.0 / b, "divergence_se": 0.1 / b, "delta_loss": 2.0 / b,
+        {"module": m, "tensor": t, "bit_width": b, "divergence": 1.0 / b, "divergence_se": 0.1 / b,
+         "delta_loss": 2.0 / b,
          "delta_loss_se": np.nan, "delta_top1": -0.3 / b, "top1_se": 0.01, "logit_nmse": 0.5, "kind": "conv",
          "order": 0, "granularity": "per_tensor", "estimator": "mse", "signed": True, "offset": False,
          "batchnorm": "stored"}

@@ -87,7 +87,7 @@ def test_a_proxy_or_own_scores_can_be_minimised(run, tmp_path, capfd):
     assert plan["solver"]["objective"] == "scores of mine.csv"
     assert bits == by_kl
     assert qvw("plan", "--run", run, "--weight-bits", 3.5, "--robust") == 0
-    assert plan_of(run)[0]["solver"]["objective"] == "divergence, upper 95 % bound"
+    assert plan_of(run)[0]["solver"]["objective"] == "kl, upper 95 % bound"
     capfd.readouterr()
 
 
@@ -202,7 +202,7 @@ def test_interactions_are_counted_and_compared_with_the_sum_alone(run):
     assert qvw("plan", "--run", run, *budget, "--interactions", "--verify", "--images", 20, "--num-workers", 0) == 0
     plan, others = plan_of(run)
     assert plan["solver"] == {"name": "highs", "status": "local_search", "gap": None, "lower_bound": None,
-                              "objective": "divergence, with interactions"}  # fmt: skip
+                              "objective": "kl, with interactions"}  # fmt: skip
     for name, limit in plan["budget"].items():
         assert plan["totals"][name] <= limit
     products = {

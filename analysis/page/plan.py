@@ -116,8 +116,6 @@ def objective(content: RunContent) -> str:
     if content.plan is None or not belongs(content, content.front):
         return "change"
     given = content.plan.solver.objective or "change"
-    if given == "divergence" and content.sweep is not None and (content.sweep["task"] == "classification").all():
-        given = "kl"  # the same number, by its name
     return LABELS.get(given, given)
 
 

@@ -58,18 +58,20 @@ def planned(
             name="highs", status=solution.status,
             gap=None if math.isnan(solution.gap) else solution.gap,
             lower_bound=None if math.isnan(solution.lower_bound) else solution.lower_bound,
-            objective=minimised_column(request),
+            objective=minimised_column(request, rows),
         ),
     )  # fmt: skip
     return Planned(plan=plan, solution=solution, options=options, ties=ties)
 
 
-def minimised_column(request: PlanRequest) -> str:
-    """What the plan file says was minimised."""
+def minimised_column(request: PlanRequest, rows: pd.DataFrame) -> str:
+    """What the plan file says was minimised; of classifiers the divergence goes by its name, the KL."""
     if request.scores is not None:
         return f"scores of {request.scores.name}"
     objective = request.minimised
     name = MEASURED[objective][0] if objective in MEASURED else objective
+    if name == "divergence" and "task" in rows and (rows["task"] == "classification").all():
+        name = "kl"
     if objective in MEASURED and MEASURED[objective][2] < 0:
         name = f"-{name}"
     name = f"{name}, upper 95 % bound" if request.robust else name
