@@ -7,7 +7,11 @@ from importlib import resources
 from pathlib import Path
 
 import click
+import matplotlib.pyplot as plt
 import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
 
 from analysis.cli import cli
 from quant.bit_plan import BitPlan
@@ -141,6 +145,44 @@ def test_the_tutorial_on_tables_runs(demonstrated, tmp_path, monkeypatch, capsys
     printed = capsys.readouterr().out
     assert "mean weight bits" in printed
     assert "excess_kurtosis" in printed
+
+
+def python_blocks(page: Path) -> list[str]:
+    """The code of a page that is marked as Python."""
+    return [code for language, code in FENCED.findall(page.read_text(encoding="utf-8")) if language == "python"]
+
+
+@pytest.mark.parametrize("page", ["own-task.md", "own-loop.md", "notebook.md"])
+def test_the_pages_on_python_run(page, tmp_path, monkeypatch):
+    """Their blocks run one after the other in an empty folder, as they stand."""
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks(DOCS / page)
+    assert blocks
+    names: dict = {}
+    for code in blocks:
+        exec(compile(code, page, "exec"), names)
+    plt.close("all")
+    if page == "own-loop.md":
+        assert names["accuracy"] > 0.85
+
+
+def test_the_first_lines_of_the_readme_run(tmp_path, monkeypatch):
+    """They take any model and batches, and leave a trained network as a file."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    digits = load_digits()
+    images = torch.tensor(digits.images[:256] / 8 - 1, dtype=torch.float32)[:, None]
+    batches = list(zip(images.split(64), torch.tensor(digits.target[:256]).split(64), strict=True))
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)
+    )
+    names: dict = {"model": model.eval(), "val": batches[:2], "train": batches[2:]}
+    [code] = python_blocks(ROOT / "README.md")
+    exec(compile(code, "README.md", "exec"), names)
+    plt.close("all")
+    assert names["table"]["plan"].tolist() == ["float", "uniform", "planned"]
+    assert names["history"][-1]["step"] > 0
+    assert (tmp_path / "model.safetensors").stat().st_size > 0
 
 
 def test_the_plan_file_shown_is_one():
