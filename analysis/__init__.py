@@ -37,10 +37,10 @@ _HOME = {
     "measure_stats": "analysis.measure",
     "measure_sensitivity": "analysis.measure",
     "estimate_sensitivity": "analysis.measure",
-    "compare": "analysis.compare",
+    "compare": "analysis.network_comparison",
     "plan_bits": "analysis.allocation",
     "pareto_front": "analysis.allocation",
-    "evaluate": "analysis.evaluate",
+    "evaluate": "analysis.evaluation",
     "write_report": "analysis.live_report",
     "Run": "analysis.runs",
     "plot_distribution": "analysis.plots",
@@ -80,11 +80,12 @@ if TYPE_CHECKING:
     from analysis import tasks as tasks
     from analysis.allocation import pareto_front as pareto_front
     from analysis.allocation import plan_bits as plan_bits
-    from analysis.compare import compare as compare
-    from analysis.evaluate import evaluate as evaluate
+    from analysis.evaluation import evaluate as evaluate
+    from analysis.live_report import write_report as write_report
     from analysis.measure import estimate_sensitivity as estimate_sensitivity
     from analysis.measure import measure_sensitivity as measure_sensitivity
     from analysis.measure import measure_stats as measure_stats
+    from analysis.network_comparison import compare as compare
     from analysis.runs import Run as Run
     from analysis.task import Task as Task
     from quant import *  # noqa: F403  # the public names of quant

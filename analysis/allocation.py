@@ -83,8 +83,7 @@ def plan_bits(
     scores = measured_scores(rows, objective, robust=robust)
     made = planned(
         scores, rows, cost_table(net.infos, net.trace.unplanned), request, model=plan_model(net),
-        parameters=parameter_count(net.model),
-        products=products, time_limit=time_limit, tell=_warn,
+        stored=net.stored, products=products, time_limit=time_limit, tell=_warn,
     )  # fmt: skip
     return made.plan
 
@@ -129,22 +128,16 @@ def pareto_front(
     rows, cost = _rows(table), cost_table(net.infos, net.trace.unplanned)
     options = offered(measured_scores(rows, objective, robust=robust), rows, cost, request, _warn)
     shared = tied(request.tie, options, cost)
-    parameters = parameter_count(net.model)
     front = pareto.pareto_front(
-        options, cost, parameters=parameters, kinds=kinds, ties=shared, points=points, time_limit=time_limit
+        options, cost, stored=net.stored, kinds=kinds, ties=shared, points=points, time_limit=time_limit
     )
-    uniform = pareto.uniform_points(options, cost, parameters=parameters, kinds=kinds, ties=shared)
+    uniform = pareto.uniform_points(options, cost, stored=net.stored, kinds=kinds, ties=shared)
     return ParetoFront(name=net.name, table=front, uniform=uniform, objective=objective)
 
 
 def plan_model(net: Network) -> PlanModel:
     """What a plan says of a live network: its name and the hash of its weights."""
     return PlanModel(name=net.name, kwargs={}, weights_sha256=weights_sha256(net.model))
-
-
-def parameter_count(model: nn.Module) -> int:
-    """How many parameters the model has, a shared one counted once."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def _network(model: Network | nn.Module, sensitivity: Sensitivity | pd.DataFrame) -> Network:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis.planning import accounting
-from analysis.planning.budgets import binding_limits, tied_units
+from analysis.planning.budgets import binding_limits, fixed_bytes, tied_units
 from analysis.planning.conflicts import conflict
 from analysis.planning.interactions import Products, improved, interactions, total
 from analysis.planning.options import check_scores
@@ -29,8 +29,8 @@ class PlanSolution:
 
     `objective` is the sum of the chosen scores, and of their interactions where they were counted. No plan within the
     budget has less than `lower_bound`; `gap` is their difference over |objective|. `status` is `optimal` (the gap that
-    was asked for is closed), `time_limit`, `feasible` (the budget had to be narrowed against rounding; the bound is
-    that of the whole budget), or `local_search` (interactions were counted: no bound).
+    was asked for is closed), `time_limit`, `feasible` (the budget had to be narrowed, against rounding or for digits in
+    the file's header; the bound is that of the whole budget), or `local_search` (interactions were counted: no bound).
     """
 
     sites: tuple[PlannedSite, ...]
@@ -51,7 +51,7 @@ def plan_bits(
     cost: pd.DataFrame,
     *,
     budget: PlanBudget,
-    parameters: int,
+    stored: accounting.Stored,
     ties: Iterable[Collection[Site]] = (),
     latency: pd.DataFrame | None = None,
     products: Products | None = None,
@@ -65,8 +65,8 @@ def plan_bits(
                     totals_k(x) <= budget_k       for each budget k, by analysis/planning/accounting.py
                     x[i, b] in {0, 1}
 
-    Scores add as if sites were independent, as in HAWQ-V3 (Yao et al., ICML 2021, arXiv:2011.10680). `parameters`
-    counts the whole model's; `time_limit` is in seconds. A site that no budget reaches gets its least score, the
+    Scores add as if sites were independent, as in HAWQ-V3 (Yao et al., ICML 2021, arXiv:2011.10680). `stored`
+    is that of accounting; `time_limit` is in seconds. A site that no budget reaches gets its least score, the
     larger bit-width of equals. InputError: unusable options, or a budget that no plan can meet.
 
     With `products` (objectives.site_products) the objective also counts what pairs of sites cost together. The exact
@@ -76,21 +76,30 @@ def plan_bits(
     units = tied_units(planned, scores, ties)
     times = None if latency is None else accounting.latency_table(latency, cost)
     deadline = time.monotonic() + time_limit
-    limits = binding_limits(units, planned, cost, budget, parameters, times)
-    program = Program([unit.score for unit in units], [limit.costs for limit in limits])
-    try:
-        solved = solve(program, relative_gap=relative_gap, time_limit=time_limit)
-    except NoPlanError:
-        raise conflict(limits, time_limit=max(deadline - time.monotonic(), 1.0)) from None
-
-    choice, objective, ended = solved.choice, None, True
-    if products is not None:
-        found = interactions(units, scores, products)
-        choice, ended = improved(found, program.budgets, choice, relative_gap=relative_gap, deadline=deadline)
-        objective = total(found, choice)
-    bits = {site: unit.bits[k] for unit, k in zip(units, choice, strict=True) for site in unit.sites}
-    sites = tuple(by_bits[bits[site]] for site, by_bits in planned.items())
-    totals = accounting.totals(sites, cost, parameters, latency)
+    fixed, most = fixed_bytes(planned, cost, stored)
+    bound, narrowed = -math.inf, False
+    while True:
+        limits = binding_limits(units, planned, cost, budget, fixed, times)
+        left = max(deadline - time.monotonic(), 1.0) if narrowed else time_limit
+        program = Program([unit.score for unit in units], [limit.costs for limit in limits])
+        try:
+            solved = solve(program, relative_gap=relative_gap, time_limit=left)
+        except NoPlanError:
+            raise conflict(limits, time_limit=max(deadline - time.monotonic(), 1.0)) from None
+        choice, objective, ended = solved.choice, None, True
+        if products is not None:
+            found = interactions(units, scores, products)
+            choice, ended = improved(found, program.budgets, choice, relative_gap=relative_gap, deadline=deadline)
+            objective = total(found, choice)
+        bits = {site: unit.bits[k] for unit, k in zip(units, choice, strict=True) for site in unit.sites}
+        sites = tuple(by_bits[bits[site]] for site, by_bits in planned.items())
+        totals = accounting.totals(sites, cost, stored, latency)
+        if not narrowed:  # of the least header: a bound for every plan
+            bound = solved.lower_bound
+        over = totals.size_bytes - (budget.size_bytes or math.inf)
+        if over <= 0 or fixed >= most:
+            break
+        fixed, narrowed = min(most, fixed + int(over)), True
     exceeded = [name for name, limit in budget.as_dict().items() if getattr(totals, name) > limit]
     if exceeded:  # the solver counts in whole numbers, the totals are counted anew
         raise RuntimeError(f"The plan exceeds its budget of {exceeded[0]}: {getattr(totals, exceeded[0])}.")
@@ -100,14 +109,15 @@ def plan_bits(
             status="local_search" if ended else "time_limit",
         )  # fmt: skip
     objective = math.fsum(scores[p.site, p.bit_width] for p in sites)
-    lower_bound = min(solved.lower_bound, objective)
+    lower_bound = min(bound, objective)
+    gap = 0.0 if objective == lower_bound else (objective - lower_bound) / max(abs(objective), 1e-300)
     return PlanSolution(
         sites=sites,
         totals=totals,
         objective=objective,
         lower_bound=lower_bound,
-        gap=0.0 if objective == lower_bound else (objective - lower_bound) / max(abs(objective), 1e-300),
-        status=solved.status,
+        gap=gap,
+        status="feasible" if narrowed and solved.status == "optimal" and gap > relative_gap else solved.status,
     )
 
 

@@ -68,6 +68,9 @@ def plot_sensitivity_heatmap(
     `tensors` keeps one of `TENSOR_CLASSES`. Changes (`delta_...`) have a diverging scale about 0. Cells that were not
     measured are hatched; those within two standard errors (column `..._se`) of 0 are faded. `largest` is the
     magnitude at the end of the colour scale, for panels that are read side by side; by default the largest cell's.
+
+    >>> rows = {"module": ["conv", "head"], "tensor": "weight", "bit_width": 2, "order": [0, 1], "divergence": [0.1, 0]}
+    >>> ax = plot_sensitivity_heatmap(pd.DataFrame(rows), value="divergence")
     """
     table = _of_class(sensitivity, tensors)
     if table.duplicated(["module", "tensor", "bit_width"]).any():
@@ -128,6 +131,10 @@ def plot_distribution(stats: pd.DataFrame, *, tensor: str = "weight", ax: Axes |
     For each site: the band of quantiles 0.01 to 0.99 (dark) and 0.0001 to 0.9999 (light), the median, and min and max
     as points. `stats` has rows of stats.parquet; `tensor` is one of `TENSOR_CLASSES` or `output`. The scale is linear
     within 4 std and logarithmic beyond.
+
+    >>> import torch
+    >>> from analysis import measure_stats
+    >>> ax = plot_distribution(measure_stats(torch.nn.Conv2d(3, 4, 3), [torch.randn(4, 3, 8, 8)]).table)
     """
     sites = _of_class(stats, tensor).sort_values("order", kind="stable")
     sites = sites[sites["std"] > 0]
@@ -174,6 +181,9 @@ def plot_bits(plan_frame: pd.DataFrame, *, legend: Collection[int] | None = None
 
     `plan_frame` is `plan.table`, in network order, or a frame of module, tensor, bit_width and order. Sites that are
     not in the plan are left white. `legend` names the bit-widths to explain, by default those that are there.
+
+    >>> plan = pd.DataFrame({"module": ["conv", "head"], "tensor": "weight", "bit_width": [4, 8], "order": [0, 1]})
+    >>> ax = plot_bits(plan)
     """
     if plan_frame.empty:
         raise ValueError("The plan names no site: there is nothing to draw.")

@@ -32,7 +32,14 @@ _MADE_BY = {
 
 
 class Run:
-    """A run folder; it is created on the first write."""
+    """A run folder: it keeps tables and figures of one model on one set of data, and resumes what was interrupted.
+
+    It is created on the first write. Functions take it, or its path, as `run=`. Raises InputError for a path that is a
+    file.
+
+    >>> Run("runs/mine").path.name
+    'mine'
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

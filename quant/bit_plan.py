@@ -173,7 +173,15 @@ class PlanSolver:
 class BitPlan:
     """Bits per site, with the model, budget and solver that they belong to; sites are in network order.
 
-    `predicted_delta_loss` is in nats, and None where no loss was measured (images without labels).
+    `predicted_delta_loss` is in nats, and None where no loss was measured (images without labels). `plan_bits` makes a
+    plan; `table` has a row per site, `totals` what it costs; `save` and `load` keep it as JSON, `diff` compares two.
+
+    >>> import torch
+    >>> import analysis as qv
+    >>> model, data = torch.nn.Linear(4, 2), [(torch.randn(8, 4), torch.arange(8) % 2)]
+    >>> plan = qv.plan_bits(model, qv.estimate_sensitivity(model, data), like="w4a8", layout="strict")
+    >>> plan.table[["tensor", "bit_width"]].values.tolist(), plan.totals.weight_bits
+    ([['weight', 4], ['input', 8]], 4.0)
     """
 
     __pydantic_config__ = _CONFIG

@@ -15,6 +15,7 @@ from quant import batches
 from quant.errors import ForwardError, InputError, first_line
 from quant.site import Site, SiteInfo
 from quant.sites import classifier_names, find_sites
+from quant.stored_model import StoredModel
 from quant.trace import Trace
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Network:
         self.trace: Trace
         self.infos: list[SiteInfo]
         self.trace, self.infos = self._traced(heads)
+        self.stored = StoredModel.of(self)
         warn_of_unobserved(self.trace, self.name)
 
     @property

@@ -57,8 +57,10 @@ def attach_(optimizer: torch.optim.Optimizer, model: nn.Module) -> Attachment:
     Raises InputError for a model that is not prepared, and for an optimizer that holds none of its scales: one made
     before `prepare_qat_`.
 
-    >>> from tests.plans import prepared_mlp
-    >>> model = prepared_mlp()
+    >>> import analysis as qv
+    >>> model, data = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), [(torch.randn(8, 4), torch.arange(8) % 2)]
+    >>> plan = qv.plan_bits(model, qv.estimate_sensitivity(model, data), like="w4a4", layout="strict")
+    >>> model = qv.prepare_qat_(model, plan, data)
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> attachment = attach_(optimizer, model)
     >>> attachment.remove()
@@ -100,9 +102,12 @@ def oscillation_table(model: nn.Module) -> "pd.DataFrame":
     nothing was counted: without `attach_`, and before the first step. Raises InputError for a model that is not
     prepared.
 
-    >>> from tests.plans import prepared_mlp
-    >>> oscillation_table(prepared_mlp())[["module", "weights", "note"]].values.tolist()
-    [['0', 32, 'attach_ was not called'], ['2', 16, 'attach_ was not called']]
+    >>> import analysis as qv
+    >>> model, data = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), [(torch.randn(8, 4), torch.arange(8) % 2)]
+    >>> plan = qv.plan_bits(model, qv.estimate_sensitivity(model, data), like="w4a4", layout="strict")
+    >>> model = qv.prepare_qat_(model, plan, data)
+    >>> oscillation_table(model)[["module", "weights", "note"]].values.tolist()
+    [['0', 32, 'attach_ was not called'], ['1', 16, 'attach_ was not called']]
     """
     import pandas as pd
 
@@ -151,8 +156,10 @@ def regularization(
     being the share of the training that is done. Raises InputError for a model that is not prepared, and for negative
     weights.
 
-    >>> from tests.plans import prepared_mlp
-    >>> model = prepared_mlp()
+    >>> import analysis as qv
+    >>> model, data = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), [(torch.randn(8, 4), torch.arange(8) % 2)]
+    >>> plan = qv.plan_bits(model, qv.estimate_sensitivity(model, data), like="w4a4", layout="strict")
+    >>> model = qv.prepare_qat_(model, plan, data)
     >>> loss = torch.tensor(1.0) + regularization(model, obr=1e-3, progress=0.5)
     >>> loss.requires_grad, regularization(model).item()
     (True, 0.0)

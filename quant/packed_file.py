@@ -155,6 +155,14 @@ def read_packed(path: Path) -> tuple[PackedLayout, dict[str, Tensor]]:
     return layout, tensors
 
 
+def packed_scheme(site: PackedSite) -> QuantScheme:
+    """How a site of a packed file is quantized."""
+    return QuantScheme(
+        bit_width=site.bit_width, signed=site.signed, offset=site.offset,
+        granularity=site.granularity,  # type: ignore[arg-type]  # QuantScheme refuses others
+    )  # fmt: skip
+
+
 def _site(module: str, tensor: str, quantizer: Any) -> PackedSite:
     scheme = quantizer.scheme
     return PackedSite(
@@ -174,14 +182,10 @@ def _prepare_(model: nn.Module, layout: PackedLayout, source: str) -> None:
         raise InputError(f"{source} is of another network: {type(model).__name__} has no module {missing!r}.")
     by_module: dict[str, list[tuple[PackedSite, LSQQuantizer]]] = {}
     for site in layout.sites:
-        scheme = QuantScheme(
-            bit_width=site.bit_width, signed=site.signed, offset=site.offset,
-            granularity=site.granularity,  # type: ignore[arg-type]  # QuantScheme refuses others
-        )  # fmt: skip
+        offset = torch.zeros(site.groups) if site.offset else None
         start = Quantizer(
-            scheme=scheme, scale=torch.ones(site.groups), offset=torch.zeros(site.groups) if site.offset else None,
-            axis=site.axis, groups=site.groups,
-        )  # fmt: skip
+            scheme=packed_scheme(site), scale=torch.ones(site.groups), offset=offset, axis=site.axis, groups=site.groups
+        )
         quantizers.append(LSQQuantizer(start, elements_per_scale=site.elements, watch=watch).to(device).eval())
         by_module.setdefault(site.module, []).append((site, quantizers[-1]))
     for name, form in layout.attention.items():

@@ -14,8 +14,8 @@ from typing import Any
 FORMAT, VERSION = "qvw-packed-model", 2
 GRANULARITIES = ("per_tensor", "per_channel", "per_head")
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "U8": 1,
-          "I8": 1, "BOOL": 1}  # fmt: skip
-_ALIGNMENT = ("BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64")
+          "I8": 1, "BOOL": 1, "C64": 8}  # fmt: skip
+_ALIGNMENT = ("BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64")
 _DIGEST = 64
 
 

@@ -45,11 +45,12 @@ def prepare_qat_(
     or an axis that they do not have, and where a planned site is not executed as planned; the model is then as it was,
     bit for bit. `restore_float_` undoes it.
 
-    >>> from tests.plans import uniform
+    >>> import analysis as qv
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2)).eval()
-    >>> data = [torch.randn(16, 3, 8, 8)]
+    >>> data = [(torch.randn(16, 3, 8, 8), torch.arange(16) % 2)]
     >>> net = Network(model, data)
-    >>> isinstance(prepare_qat_(net, uniform(net, data), data)[0], nn.Conv2d)
+    >>> plan = qv.plan_bits(net, qv.estimate_sensitivity(net, data), like="w4a4")
+    >>> isinstance(prepare_qat_(net, plan, data)[0], nn.Conv2d)
     True
     """
     _check_choice(estimator, "estimator", ESTIMATORS)

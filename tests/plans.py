@@ -1,12 +1,8 @@
-"""Bit plans without a planner, and networks that are prepared with one, for tests of what training takes."""
-
-import torch
-from torch import nn
+"""Bit plans without a planner, for tests of what training takes."""
 
 from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlannedSite, PlanSolver, PlanTotals
 from quant.calibrate import planned_sites
 from quant.network import Network
-from quant.prepare import prepare_qat_
 
 
 def plan_of(sites: list[PlannedSite]) -> BitPlan:
@@ -22,11 +18,3 @@ def uniform(net: Network, data: list, weights: int | None = 4, activations: int 
     """Every site of a network at the same bits, default schemes; None leaves weights or activations in float."""
     bits = {info.site: weights if info.site.is_weight else activations for info in net.infos if info.quantizable}
     return plan_of(planned_sites(net, {site: width for site, width in bits.items() if width}, data))
-
-
-def prepared_mlp() -> nn.Module:
-    """Two linear layers at 4 bits."""
-    torch.manual_seed(0)
-    model, data = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), [torch.randn(16, 4)]
-    net = Network(model, data)
-    return prepare_qat_(net, uniform(net, data), data)

@@ -153,8 +153,8 @@ def test_excluded_modules_stay_excluded_in_every_later_step(tmp_path):
         assert qvw("eval", *common, *choice) == 0
     assert not pd.read_parquet(tmp_path / "run" / "sensitivity.parquet")["module"].str.contains("downsample").any()
     rows = pd.read_parquet(tmp_path / "run" / "verify.parquet")
-    # The uniform row has besides the scales of the inputs, two numbers at most for each of some twenty.
-    assert 0 < rows["size_bytes"].iloc[1] - rows["size_bytes"].iloc[0] <= 20 * 2 * 4
+    # The uniform row has besides the scales of the inputs, two numbers at most for each of some twenty, with names.
+    assert 0 < rows["size_bytes"].iloc[1] - rows["size_bytes"].iloc[0] <= 20 * 2 * (4 + 100)
 
 
 def test_a_factory_of_ones_own_with_weights(finished, tmp_path):
@@ -231,7 +231,7 @@ WRONG = {
     "weights without a model": (["stats", "--pretrained", "--run", "RUN"], "name the model"),
     "an objective that is none": (["plan", "--weight-bits", "4", "--objective", "sqnr_db", "--run", "FINISHED"],
                                   "'sqnr_db' is unknown.*kl"),
-    "a budget that is no number": (["plan", "--size-mib", "nan", "--run", "FINISHED"], "--size-mib"),
+    "a budget that is no number": (["plan", "--size", "nan", "--run", "FINISHED"], "--size"),
     "a pin that is not understood": (["plan", "--weight-bits", "4", "--pin", "fc", "--run", "FINISHED"],
                                      "PATTERN=BITS"),
     "nothing left": (["stats", *MODEL, "--exclude", "*", "--run", "RUN"], "nothing|no convolution or linear is left"),

@@ -1,9 +1,9 @@
-"""What can be typed for an option: bit-widths as lists and ranges."""
+"""What can be typed for an option: bit-widths as lists and ranges, sizes with units."""
 
 import click
 import pytest
 
-from analysis.commands.options import BitWidths
+from analysis.commands.options import BitWidths, Bytes
 from analysis.commands.plan import plan
 from analysis.commands.sensitivity import sensitivity
 from analysis.planning.request import parse_kind
@@ -58,3 +58,20 @@ def test_lists_that_are_written_out_are_those_of_the_modules():
     assert TASKS == READY_MADE
     assert all(callable(getattr(tasks, name)) for name in TASKS)
     assert model_names() == timm.list_models()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("50KB", 50_000), ("50kb", 50_000), ("1.5MiB", 1_572_864), ("50000", 50_000), ("1 GiB", 2**30), (".5MB", 500_000),
+     ("1B", 1), ("0.1KiB", 102), (4096, 4096)],
+)  # fmt: skip
+def test_sizes(text, expected):
+    """With units of 1,000 or 1,024, or plain bytes; parts of a byte are dropped."""
+    assert Bytes().convert(text, None, None) == expected
+
+
+@pytest.mark.parametrize("text", ["", "KB", "0", "-5KB", "nan", "inf", "5 apples", "1e3", "5K", "1TB", "0.5", "9" * 30])
+def test_what_is_no_size_is_refused(text):
+    """No unit is guessed."""
+    with pytest.raises(click.BadParameter):
+        Bytes().convert(text, None, None)

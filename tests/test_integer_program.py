@@ -37,7 +37,7 @@ def test_the_budget_holds_where_the_solver_cannot_see(small):
         option_frame(scores),
         cost_frame(names, numel, [1] * len(names)),
         budget=PlanBudget(weight_bits=limit),
-        parameters=10**12 + small,
+        stored=10**12 + small,
     )
     assert solution.totals.weight_bits <= limit
     assert solution.lower_bound <= -101
@@ -101,13 +101,11 @@ def test_ties_that_overlap_are_one_and_need_a_common_bit_width():
     """Two ties with a site in common bind all three sites; without a common bit-width they are refused."""
     options, cost, parameters = chain(3)
     a, b, c = (Site(f"fc{i}", "weight") for i in range(3))
-    bits = plan_bits(
-        options, cost, budget=PlanBudget(weight_bits=4.5), parameters=parameters, ties=[(a, b), (b, c)]
-    ).bits
+    bits = plan_bits(options, cost, budget=PlanBudget(weight_bits=4.5), stored=parameters, ties=[(a, b), (b, c)]).bits
     assert bits[a] == bits[b] == bits[c] == 4
     pinned = apply_pins(options, [("fc0:weight", 2), ("fc1:weight", 3)], {})
     with pytest.raises(InputError, match="fc0:weight, fc1:weight have no bit-width in common"):
-        plan_bits(pinned, cost, budget=PlanBudget(), parameters=parameters, ties=[(a, b)])
+        plan_bits(pinned, cost, budget=PlanBudget(), stored=parameters, ties=[(a, b)])
 
 
 def test_a_product_of_two_tied_sites_grows_with_the_square_of_their_bits():
@@ -118,7 +116,7 @@ def test_a_product_of_two_tied_sites_grows_with_the_square_of_their_bits():
 
     def plan(gbitops: int) -> dict[Site, int]:
         budget = PlanBudget(bitops=gbitops * 10**9)
-        return plan_bits(option_frame(scores), cost, budget=budget, parameters=16, ties=[tie]).bits
+        return plan_bits(option_frame(scores), cost, budget=budget, stored=16, ties=[tie]).bits
 
     assert plan(1040) == dict.fromkeys(tie, 4)
     assert plan(1039) == plan(1028) == dict.fromkeys(tie, 2)
@@ -129,6 +127,6 @@ def test_a_product_of_two_tied_sites_grows_with_the_square_of_their_bits():
 def test_solving_prints_nothing(capfd):
     """A program at which the HiGHS of scipy 1.17 prints a line of its own leaves standard output empty."""
     options, cost, parameters = chain(8, seed=3)
-    plan_bits(options, cost, budget=PlanBudget(weight_bits=3.0, activation_bits=4.0), parameters=parameters)
+    plan_bits(options, cost, budget=PlanBudget(weight_bits=3.0, activation_bits=4.0), stored=parameters)
     C_LIBRARY.fflush(None)
     assert capfd.readouterr().out == ""

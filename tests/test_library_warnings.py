@@ -29,7 +29,7 @@ def test_own_warnings_are_lines_of_the_command(capsys):
             warned_by("torch.utils.data.dataloader", "This DataLoader will create 64 worker processes")
             warned_by("quantile.of.others", "not quant")
             warned_by("quant.network", "one layer is not observed", stacklevel=3)
-            warned_by("analysis.evaluate", "from scratch")
+            warned_by("analysis.evaluation", "from scratch")
     assert capsys.readouterr().err.splitlines() == [
         "qvw: warning: one layer is not observed", "qvw: warning: from scratch with --overwrite",
     ]  # fmt: skip

@@ -79,7 +79,7 @@ def test_each_point_is_the_best_of_all_plans(program, kind, held):
     budget = PlanBudget(**{other: limit}) if held else None
     ties = [[Site.parse(name) for name in tied]] if tied else []
     front = pareto_front(
-        options, cost, parameters=parameters, kinds=[kind], budget=budget, ties=ties, points=6, relative_gap=0.0
+        options, cost, stored=parameters, kinds=[kind], budget=budget, ties=ties, points=6, relative_gap=0.0
     )
     assert list(front.columns) == list(PARETO_COLUMNS)
     assert front["budget"].iloc[0] == plans[kind].min()
@@ -96,7 +96,7 @@ def test_each_point_is_the_best_of_all_plans(program, kind, held):
 def test_the_front_falls_and_its_bounds_with_it():
     """Budgets rise; neither loss nor bound rises; each row is within its gap; every kind has its curve."""
     options, cost, parameters = chain(6)
-    front = pareto_front(options, cost, parameters=parameters, points=9, relative_gap=0.05)
+    front = pareto_front(options, cost, stored=parameters, points=9, relative_gap=0.05)
     assert front["budget_kind"].drop_duplicates().tolist() == list(TOTALS)
     for kind, curve in front.groupby("budget_kind"):
         assert len(curve) == 9
@@ -118,9 +118,9 @@ def test_a_loose_solver_is_repaired(monkeypatch):
         worse = 0.02 if budget.weight_bits and 2.6 < budget.weight_bits < 4 else 0.0
         return replace(solution, objective=solution.objective + worse, gap=1.0, status="time_limit")
 
-    exact = pareto_front(options, cost, parameters=parameters, kinds=["weight_bits"], points=15)
+    exact = pareto_front(options, cost, stored=parameters, kinds=["weight_bits"], points=15)
     monkeypatch.setattr(pareto, "plan_bits", loose)
-    front = pareto_front(options, cost, parameters=parameters, kinds=["weight_bits"], points=15)
+    front = pareto_front(options, cost, stored=parameters, kinds=["weight_bits"], points=15)
     kept = exact[exact["budget"].isin(front["budget"])]
     assert 0 < len(front) < len(exact)  # the rows that would have risen are gone
     np.testing.assert_array_equal(front["objective"], kept["objective"])
@@ -132,7 +132,7 @@ def test_a_loose_solver_is_repaired(monkeypatch):
 def test_a_larger_budget_that_buys_nothing_has_no_row():
     """Neighbouring rows are different plans, so that no shadow price before the last row is 0."""
     options, cost, parameters = chain(2)
-    front = pareto_front(options, cost, parameters=parameters, kinds=["weight_bits"], points=40)
+    front = pareto_front(options, cost, stored=parameters, kinds=["weight_bits"], points=40)
     assert len(front) < 40
     assert (front["shadow_price"].to_numpy()[:-1] > 0).all()
     assert front["shadow_price"].iloc[-1] == 0
@@ -141,7 +141,7 @@ def test_a_larger_budget_that_buys_nothing_has_no_row():
 def test_the_shadow_price_is_the_finite_difference():
     """Price times the step of the budget is the fall of the loss to the next row; there is none after the last."""
     options, cost, parameters = chain(5)
-    front = pareto_front(options, cost, parameters=parameters, points=8)
+    front = pareto_front(options, cost, stored=parameters, points=8)
     for _, curve in front.groupby("budget_kind"):
         fall = curve["shadow_price"].to_numpy()[:-1] * np.diff(curve["budget"])
         loss = curve["objective"].to_numpy()
@@ -155,9 +155,9 @@ def test_the_budget_asked_for_is_a_point_and_the_others_hold():
     options, cost, parameters = chain(5)
     budget = PlanBudget(weight_bits=3.0, activation_bits=4.5)
     calls = []
-    front = pareto_front(options, cost, parameters=parameters, budget=budget, points=4, solved=lambda: calls.append(1))
+    front = pareto_front(options, cost, stored=parameters, budget=budget, points=4, solved=lambda: calls.append(1))
     assert len(calls) >= len(front)
-    plan = plan_bits(options, cost, budget=budget, parameters=parameters)
+    plan = plan_bits(options, cost, budget=budget, stored=parameters)
     for kind, limit in budget.as_dict().items():
         own = front[(front["budget_kind"] == kind) & (front["budget"] == limit)]
         assert own["objective"].tolist() == pytest.approx([plan.objective])
@@ -168,7 +168,7 @@ def test_uniform_bits_lie_on_the_front_or_above():
     """No uniform plan beats the front at its own cost; those outside the other budgets are left out."""
     options, cost, parameters = chain(4)
     budget = PlanBudget(activation_bits=4.0)
-    uniform = uniform_points(options, cost, parameters=parameters, budget=budget)
+    uniform = uniform_points(options, cost, stored=parameters, budget=budget)
     assert list(uniform.columns) == list(UNIFORM_COLUMNS)
     assert uniform.loc[uniform["budget_kind"] == "weight_bits", "bit_width"].tolist() == [2, 3, 4, 8]
     assert uniform.loc[uniform["budget_kind"] == "bitops", "bit_width"].tolist() == [2, 3, 4]
@@ -176,7 +176,7 @@ def test_uniform_bits_lie_on_the_front_or_above():
         held = {"activation_bits": 4.0} if row.budget_kind != "activation_bits" else {}
         limit = getattr(row, row.budget_kind)
         limit = int(limit) if row.budget_kind in ("size_bytes", "bitops") else limit
-        best = plan_bits(options, cost, budget=PlanBudget(**held, **{row.budget_kind: limit}), parameters=parameters)
+        best = plan_bits(options, cost, budget=PlanBudget(**held, **{row.budget_kind: limit}), stored=parameters)
         assert row.objective >= best.objective - 1e-9
     own = uniform[uniform["budget_kind"] == "weight_bits"]
     assert own["weight_bits"].tolist() == own["bit_width"].tolist()
@@ -187,12 +187,12 @@ def test_a_latency_budget_stays_in_force():
     options, cost, parameters = chain(3)
     latency = options[["module", "tensor", "bit_width"]].assign(milliseconds=options["bit_width"] / 4)
     budget = PlanBudget(latency_ms=6.0)
-    front = pareto_front(options, cost, parameters=parameters, budget=budget, latency=latency, points=3)
-    free = pareto_front(options, cost, parameters=parameters, points=3)
+    front = pareto_front(options, cost, stored=parameters, budget=budget, latency=latency, points=3)
+    free = pareto_front(options, cost, stored=parameters, points=3)
     assert front["budget_kind"].drop_duplicates().tolist() == [*TOTALS, "latency_ms"]
     front = front[front["budget_kind"] != "latency_ms"]
     assert (front.groupby("budget_kind")["objective"].min() > free["objective"].min()).all()
-    best = plan_bits(options, cost, budget=budget, parameters=parameters, latency=latency)
+    best = plan_bits(options, cost, budget=budget, stored=parameters, latency=latency)
     last = front.groupby("budget_kind").last()
     assert last["objective"].tolist() == pytest.approx([best.objective] * 4)
 
@@ -206,17 +206,17 @@ def test_a_budget_of_bytes_or_time_has_its_own_curve(kind):
     plans = []
     for choice in itertools.product(*(list(rows.index) for _, rows in options.groupby(["module", "tensor"]))):
         one = options.loc[list(choice)]
-        spent = plan_bits(one, cost, budget=PlanBudget(**{kind: 10**9}), parameters=parameters, latency=latency)
+        spent = plan_bits(one, cost, budget=PlanBudget(**{kind: 10**9}), stored=parameters, latency=latency)
         plans.append((getattr(spent.totals, kind), spent.objective))
     least = min(spent for spent, _ in plans)
     front = pareto_front(
-        options, cost, parameters=parameters, budget=PlanBudget(**{kind: 10**9}), latency=latency, points=6
+        options, cost, stored=parameters, budget=PlanBudget(**{kind: 10**9}), latency=latency, points=6
     )
     own = front[front["budget_kind"] == kind]
     assert own["budget"].iloc[0] == least
     for row in own.itertuples():
         assert row.objective == pytest.approx(min(loss for spent, loss in plans if spent <= row.budget))
-    uniform = uniform_points(options, cost, parameters=parameters, kinds=[kind], latency=latency)
+    uniform = uniform_points(options, cost, stored=parameters, kinds=[kind], latency=latency)
     assert uniform["bit_width"].tolist() == [2, 4, 8]
     ax = plot_pareto(front, kind=kind, uniform=uniform)
     assert ax.get_xlabel() == {"activation_bytes": "activations (MiB)", "latency_ms": "latency (ms)"}[kind]
@@ -225,11 +225,11 @@ def test_a_budget_of_bytes_or_time_has_its_own_curve(kind):
 def test_a_pinned_network_has_one_plan():
     """Where nothing is left to choose, the front is that plan alone, without a price and without a knee."""
     options, cost, parameters = chain(2, bit_widths=(4,))
-    front = pareto_front(options, cost, parameters=parameters)
+    front = pareto_front(options, cost, stored=parameters)
     assert len(front) == 4
     assert (front["shadow_price"] == 0).all()
     assert knee(front).empty
-    assert uniform_points(options, cost, parameters=parameters).empty
+    assert uniform_points(options, cost, stored=parameters).empty
     assert pareto_figure(front, "pinned").axes
 
 
@@ -237,19 +237,19 @@ def test_wrong_requests_are_refused():
     """A kind without sites or that is none, a curve without two ends, other budgets that no plan can meet."""
     options, cost, parameters = chain(2)
     weights = options[options["tensor"] == "weight"]
-    front = pareto_front(weights, cost, parameters=parameters, points=3)
+    front = pareto_front(weights, cost, stored=parameters, points=3)
     assert set(front["budget_kind"]) == {"weight_bits", "size_bytes", "bitops"}
     assert front["activation_bits"].isna().all()
     with pytest.raises(InputError, match="activation_bits has no site"):
-        pareto_front(weights, cost, parameters=parameters, kinds=["activation_bits"])
+        pareto_front(weights, cost, stored=parameters, kinds=["activation_bits"])
     with pytest.raises(InputError, match="no budget 'watts'"):
-        pareto_front(options, cost, parameters=parameters, kinds=["watts"])
+        pareto_front(options, cost, stored=parameters, kinds=["watts"])
     with pytest.raises(InputError, match="needs a latency table"):
-        pareto_front(options, cost, parameters=parameters, kinds=["latency_ms"])
+        pareto_front(options, cost, stored=parameters, kinds=["latency_ms"])
     with pytest.raises(InputError, match="1 points has no two ends"):
-        pareto_front(options, cost, parameters=parameters, points=1)
+        pareto_front(options, cost, stored=parameters, points=1)
     with pytest.raises(InputError, match=r"No plan is within 1\.5 mean weight bits"):
-        pareto_front(options, cost, parameters=parameters, kinds=["bitops"], budget=PlanBudget(weight_bits=1.5))
+        pareto_front(options, cost, stored=parameters, kinds=["bitops"], budget=PlanBudget(weight_bits=1.5))
 
 
 def curve(bits, loss):
@@ -276,8 +276,8 @@ def test_the_knee_of_a_known_curve():
 def test_the_figure_holds_the_points():
     """Each panel has the plans, the uniform crosses and the ringed knee in the units of its axis."""
     options, cost, parameters = chain(3)
-    front = pareto_front(options, cost, parameters=parameters, points=5)
-    uniform = uniform_points(options, cost, parameters=parameters)
+    front = pareto_front(options, cost, stored=parameters, points=5)
+    uniform = uniform_points(options, cost, stored=parameters)
     figure = pareto_figure(front, "net", uniform=uniform, objective="kl")
     figure.canvas.draw()
     units = {"weight_bits": 1, "activation_bits": 1, "size_bytes": 2**20, "bitops": 1e9}

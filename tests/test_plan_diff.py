@@ -30,7 +30,7 @@ OPTIONS, COST, PARAMETERS = chain(4)
 
 def plan(weight_bits, options=OPTIONS, loss=0.5):
     """The best plan of a chain at a budget of mean weight bits."""
-    solution = plan_bits(options, COST, budget=PlanBudget(weight_bits=weight_bits), parameters=PARAMETERS)
+    solution = plan_bits(options, COST, budget=PlanBudget(weight_bits=weight_bits), stored=PARAMETERS)
     return BitPlan(
         model=PlanModel(name="chain", kwargs={}, weights_sha256="aa"),
         layout="strict",

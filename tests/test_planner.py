@@ -96,7 +96,7 @@ def test_the_plan_is_the_best_of_all_assignments(program, kinds, anchor, slack):
         cost_frame(products, numel, macs),
         latency=latency_frame(options),
         budget=PlanBudget(**limits),
-        parameters=parameters,
+        stored=parameters,
         ties=[tuple(Site.parse(name) for name in sites[:2])] if tied else (),
         relative_gap=0.0,
     )
@@ -120,7 +120,7 @@ def test_more_budget_never_hurts(kind):
     latency = latency_frame(options)
 
     def plan(table: pd.DataFrame, **budget: Any) -> PlanSolution:
-        return plan_bits(table, cost, budget=PlanBudget(**budget), parameters=parameters, latency=latency)
+        return plan_bits(table, cost, budget=PlanBudget(**budget), stored=parameters, latency=latency)
 
     low = plan(options[options["bit_width"] == 2]).totals
     high = plan(options[options["bit_width"] == 8]).totals
@@ -141,7 +141,7 @@ def test_the_certificate_of_a_large_plan_holds():
         options,
         cost,
         budget=PlanBudget(weight_bits=3.0, activation_bits=4.0, size_bytes=parameters // 2),
-        parameters=parameters,
+        stored=parameters,
         relative_gap=1e-4,
     )
     assert solution.totals.weight_bits <= 3.0
@@ -158,7 +158,7 @@ def test_sites_without_a_budget_take_their_least_score():
     scores |= {("a:input", 8): 0.5, ("b:input", 2): 0.0, ("b:input", 4): -2.0, ("b:input", 8): -2.0}
     numel = dict.fromkeys(("a:weight", "a:input", "b:weight", "b:input"), 10)
     cost = cost_frame(NETWORKS[0], numel, [7, 7])
-    solution = plan_bits(option_frame(scores), cost, budget=PlanBudget(weight_bits=3), parameters=20)
+    solution = plan_bits(option_frame(scores), cost, budget=PlanBudget(weight_bits=3), stored=20)
     bits = {str(site): bits for site, bits in solution.bits.items()}
     assert bits == {"a:weight": 2, "a:input": 4, "b:input": 8}
     assert (solution.objective, solution.gap, solution.status) == (2.0, 0.0, "optimal")
@@ -184,7 +184,7 @@ def test_an_unreachable_budget_names_the_cheapest_plan(budget, message):
     """A budget below every plan is an InputError with the least and the most that a plan can have."""
     options, cost, parameters = chain(3)
     with pytest.raises(InputError, match=message):
-        plan_bits(options, cost, budget=PlanBudget(**budget), parameters=parameters)
+        plan_bits(options, cost, budget=PlanBudget(**budget), stored=parameters)
 
 
 def test_the_named_cheapest_plan_can_be_had():
@@ -192,8 +192,8 @@ def test_the_named_cheapest_plan_can_be_had():
     scores = {("a:weight", 2): 1.0, ("a:weight", 3): 0.0, ("b:weight", 3): 0.0}
     cost = cost_frame(NETWORKS[0], {"a:weight": 1, "a:input": 1, "b:weight": 2, "b:input": 1}, [1, 1])
     with pytest.raises(InputError, match=r"the cheapest has 2\.666667"):
-        plan_bits(option_frame(scores), cost, budget=PlanBudget(weight_bits=2.6), parameters=3)
-    plan_bits(option_frame(scores), cost, budget=PlanBudget(weight_bits=2.666667), parameters=3)
+        plan_bits(option_frame(scores), cost, budget=PlanBudget(weight_bits=2.6), stored=3)
+    plan_bits(option_frame(scores), cost, budget=PlanBudget(weight_bits=2.666667), stored=3)
 
 
 def test_unusable_options_are_refused():
@@ -201,7 +201,7 @@ def test_unusable_options_are_refused():
     options, cost, parameters = chain(2)
 
     def plan(table: pd.DataFrame, **budget: float) -> None:
-        plan_bits(table, cost, budget=PlanBudget(**budget), parameters=parameters)  # type: ignore[arg-type]
+        plan_bits(table, cost, budget=PlanBudget(**budget), stored=parameters)  # type: ignore[arg-type]
 
     with pytest.raises(
         InputError, match=r"score of fc0:weight at 2 bits is nan, as are 15 more.*\(without labels: kl\)"
@@ -224,8 +224,8 @@ def test_budgets_that_exclude_each_other_are_named():
     cost = cost_frame(NETWORKS[0], dict.fromkeys(("a:weight", "a:input", "b:weight", "b:input"), 8), [1, 1])
     budget = PlanBudget(weight_bits=2.5, activation_bits=4, size_bytes=54)
     with pytest.raises(InputError, match=r"within [\d.e-]+ MiB and 2\.5 mean weight bits at once.* can have 3 of the"):
-        plan_bits(options, cost, budget=budget, parameters=16)
-    plan_bits(options, cost, budget=PlanBudget(weight_bits=3, activation_bits=4, size_bytes=54), parameters=16)
+        plan_bits(options, cost, budget=budget, stored=16)
+    plan_bits(options, cost, budget=PlanBudget(weight_bits=3, activation_bits=4, size_bytes=54), stored=16)
 
 
 def test_a_latency_budget_needs_its_table():
@@ -234,7 +234,7 @@ def test_a_latency_budget_needs_its_table():
     table = latency_frame(options)
 
     def plan(latency: pd.DataFrame | None) -> PlanSolution:
-        return plan_bits(options, cost, budget=PlanBudget(latency_ms=0.5), parameters=parameters, latency=latency)
+        return plan_bits(options, cost, budget=PlanBudget(latency_ms=0.5), stored=parameters, latency=latency)
 
     assert (plan(table).totals.latency_ms or math.inf) <= 0.5
     with pytest.raises(InputError, match=r"latency_ms=0\.5 needs a latency table"):

@@ -36,7 +36,7 @@ FOLDERS = (
 FRONT = {
     "models": "inputs", "data": "inputs", "runs": "storage", "running_stats": "statistics",
     "scoring": "inputs", "task": "inputs", "tasks": "inputs", "memory": "terminal", "estimate": "sweeps",
-    "results": "page", "measure": "steps", "evaluate": "steps", "compare": "page", "live_report": "page",
+    "results": "page", "measure": "steps", "evaluation": "steps", "network_comparison": "page", "live_report": "page",
     "allocation": "page",
     "tensor_stats": "statistics", "variation": "statistics", "replay": "sweeps",
     "sensitivity": "sweeps", "proxies": "sweeps", "cost": "planning", "planner": "planning", "plots": "figures",

@@ -109,8 +109,8 @@ def measured() -> Measured:
                "proxy_correlation": proxy_correlations(proxies, beside, frames["sensitivity_images"])}  # fmt: skip
     parameters = sum(p.numel() for p in model.parameters())
     options = preferred_rows(frames["sensitivity"]).assign(score=lambda table: table["kl"])
-    frames["pareto"] = pareto_front(options, frames["cost"], parameters=parameters, points=3)
-    frames["pareto_uniform"] = uniform_points(options, frames["cost"], parameters=parameters)
+    frames["pareto"] = pareto_front(options, frames["cost"], stored=parameters, points=3)
+    frames["pareto_uniform"] = uniform_points(options, frames["cost"], stored=parameters)
     costs = {
         "plan": ["float", "planned"], "weight_bits": [32.0, 3.0], "activation_bits": [32.0, 4.0],
         "size_bytes": [4000, 500], "bitops": [10**9, 10**7], "top1": [0.5, 0.4], "top1_se": [0.01, 0.01],
@@ -305,7 +305,7 @@ def test_an_unknown_table_is_read_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        (10, r"The model has 10 parameters by run\.json, which is \d+ less than the planned weights hold\. Mend"),
+        (10, r"The model has 10 parameters by run\.json, which is \d+ less than the planned weights hold\. Correct"),
         (-1, r"run\.json is not a record of a run: model\.parameters: .*greater than or equal to 0"),
         (10**400, r"run\.json is not a record of a run: model\.parameters: .*less than or equal to"),
         (math.nan, r"run\.json is not a record of a run: model\.parameters"),
@@ -318,7 +318,7 @@ def test_parameters_that_no_network_has_are_told(measured, tmp_path, capfd, para
     record = json.loads((tmp_path / "run.json").read_text())
     record["model"]["parameters"] = parameters
     (tmp_path / "run.json").write_text(json.dumps(record))
-    for budget in (["--weight-bits", 6], ["--size-mib", 1], ["--like", "w4a4"]):
+    for budget in (["--weight-bits", 6], ["--size", "1MiB"], ["--like", "w4a4"]):
         assert qvw("plan", "--run", tmp_path, *budget) == 2
         error = capfd.readouterr().err
         assert re.search(message, error), error

@@ -1,6 +1,7 @@
 """Options of the command line that several commands share, and the types of their values."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +55,28 @@ class BitWidths(click.ParamType):
             return parse_widths(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Bytes(click.ParamType):
+    """A size: a number of bytes, or with a unit of 1,000 (KB, MB, GB) or 1,024 (KiB, MiB, GiB)."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The size in whole bytes, rounded down."""
+        found = _SIZE.fullmatch(str(value).strip())
+        size = float(found["number"]) * _UNITS[found["unit"].lower()] if found else 0.0
+        if not 1 <= size < 2**60:
+            self.fail(f"{str(value)[:80]!r} is not a size. Write 50KB, 1.5MiB or a number of bytes.", param, ctx)
+        return int(size)
+
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{unit}": base**power
+    for unit, base in (("b", 1000), ("ib", 1024))
+    for power, prefix in enumerate("kmg", start=1)
+}
+_SIZE = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<unit>(?:[KMG]i?)?B|)", re.IGNORECASE)
 
 
 class JsonObject(click.ParamType):

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from analysis.commands.first_word import first_word
-from analysis.commands.options import BitWidths, quiet_option
+from analysis.commands.options import BitWidths, Bytes, quiet_option
 
 
 @click.command(short_help="Choose bit-widths within a budget.")
@@ -15,9 +15,10 @@ from analysis.commands.options import BitWidths, quiet_option
 @click.option("--weight-bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of all weights.")
 @click.option("--activation-bits", type=click.FloatRange(min=0, min_open=True), help="Mean bits of all activations.")
 @click.option(
-    "--size-mib",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Size of the whole model; unplanned parameters have 32 bits.",
+    "--size",
+    "size_bytes",
+    type=Bytes(),
+    help="Size of the packed file: 50KB, 1.5MiB; a plain number is bytes.",
 )
 @click.option("--gbitops", type=click.FloatRange(min=0, min_open=True), help="GBitOps per image (10^9 bit operations).")
 @click.option("--activation-mib", type=click.FloatRange(min=0, min_open=True),

@@ -35,6 +35,10 @@ def plot_pareto(
     `objective` names what the scores are (a key of LABELS). The scale is logarithmic where all losses are above 0,
     else linear near 0 and logarithmic beyond; the knee is that of linear axes all the same, and the legend says so.
     The lower bound is dashed where a gap is wider than 1 %.
+
+    >>> rows = {"budget_kind": "weight_bits", "weight_bits": [2, 3, 4], "objective": [1.0, 0.3, 0.1], "gap": 0.0}
+    >>> rows |= {"budget": [2, 3, 4], "lower_bound": [1.0, 0.3, 0.1]}
+    >>> ax = plot_pareto(pd.DataFrame(rows), kind="weight_bits")
     """
     label, unit = BUDGET_KINDS[kind].label, BUDGET_KINDS[kind].unit
     curve = front[front["budget_kind"] == kind]

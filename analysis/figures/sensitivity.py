@@ -20,6 +20,9 @@ def plot_costs(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Each site's KL divergence with twice its standard error, the costliest on top.
 
     `rows` are single-site rows of sensitivity.parquet at one bit-width.
+
+    >>> rows = {"module": ["conv", "head"], "tensor": "weight", "divergence": [0.1, 0.02], "divergence_se": 0.01}
+    >>> ax = plot_costs(pd.DataFrame(rows))
     """
     ordered = _costliest_first(rows)
     ax = new_axes(ax, _size(len(rows)))
@@ -49,6 +52,9 @@ def plot_rank_bands(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """The ranks of each site in 95 % of resampled images, in the order of `plot_costs`.
 
     Sites whose bands overlap cannot be told apart.
+
+    >>> rows = {"module": ["conv", "head"], "tensor": "weight", "divergence": [0.1, 0], "rank_low": 1, "rank_high": 2}
+    >>> ax = plot_rank_bands(pd.DataFrame(rows))
     """
     ordered = _costliest_first(rows)
     ax = new_axes(ax, _size(len(rows)))
@@ -94,6 +100,9 @@ def plot_groups(rows: pd.DataFrame, *, everything: float = math.nan, ax: Axes | 
     """Bars of the KL of groups, with twice its standard error, one for each bit-width; dashed: everything quantized.
 
     `rows` are group rows of one protocol, without the group `all`.
+
+    >>> rows = {"group": ["mlp.fc1", "mlp.fc2"], "bit_width": 2, "divergence": [0.1, 0.2], "divergence_se": 0.01}
+    >>> ax = plot_groups(pd.DataFrame(rows))
     """
     names = list(dict.fromkeys(rows["group"]))
     widths = sorted(rows["bit_width"].unique())

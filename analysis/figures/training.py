@@ -24,6 +24,9 @@ def plot_history(history: pd.DataFrame, *, value: str = "loss", ax: Axes | None 
 
     `history` has the columns training, step, split and `value`. Training batches are a thin line, validation is a line
     with markers; rows without the value are left out. The loss is logarithmic where it spans more than a factor of 10.
+
+    >>> rows = {"training": "qat", "step": [1, 2, 3], "split": "train", "loss": [3.0, 2.0, 1.0]}
+    >>> ax = plot_history(pd.DataFrame(rows))
     """
     ax = _axes(ax)
     shown = history.dropna(subset=[value])
@@ -70,6 +73,9 @@ def plot_oscillation(
 
     `shares` is that of `analysis.page.content.oscillation_frame`: training, step and `value`, a fraction. `names` are
     all trainings of the panels beside it, which have the same colours; those without rows get no line.
+
+    >>> rows = {"training": "qat", "step": [1, 2, 3], "oscillating": [0.0, 0.1, 0.2]}
+    >>> ax = plot_oscillation(pd.DataFrame(rows))
     """
     ax = _axes(ax)
     names = shares["training"].unique().tolist() if names is None else list(names)

@@ -1,5 +1,8 @@
 """What a plan costs: mean bits, bytes and BitOps, by one accounting for every plan and baseline.
 
+`stored` is the network as a file holds it, from which sizes are exact; of tables that were made without it only its
+number of parameters, and then header and buffers are not counted.
+
 `cost` is the frame of cost.parquet, one row per site: module, tensor, numel (of the weight, or of one image's
 activation), elements_per_image (NaN for weights), macs (per image, of the matrix products that the site takes part
 in), edges (the `module:tensor` it is multiplied with), channels, heads (0 if none), kind, order, quantizable, pinned.
@@ -14,6 +17,9 @@ from analysis.planning.user_tables import LATENCY_COLUMNS
 from quant.bit_plan import PlannedSite, PlanTotals, check_known_sites
 from quant.errors import InputError
 from quant.site import PRODUCT, Site
+from quant.stored_model import StoredModel
+
+Stored = StoredModel | int
 
 FLOAT_BITS = 32  # of a tensor that the plan does not name
 FLOAT_BYTES = 4  # of a scale, an offset, and a parameter outside the plan
@@ -129,35 +135,45 @@ def bitops(bits: Mapping[Site, int], cost: pd.DataFrame) -> int:
 
 
 def totals(
-    plan_sites: Iterable[PlannedSite], cost: pd.DataFrame, parameters: int, latency: pd.DataFrame | None = None
+    plan_sites: Iterable[PlannedSite], cost: pd.DataFrame, stored: Stored, latency: pd.DataFrame | None = None
 ) -> PlanTotals:
     """The cost of quantizing `plan_sites` and nothing else, pinned sites included.
 
-    Mean bits are over the elements of the planned sites; bytes count ceil(numel * bits / 8) per weight, 4 per scale
-    or offset, and 4 per parameter outside the plan, of `parameters` in the whole model; activation bytes count
+    Mean bits are over the elements of the planned sites; bytes are those of the packed file: ceil(numel * bits / 8) per
+    weight, 4 per scale or offset, the parameters outside the plan, buffers and header; activation bytes count
     ceil(elements * bits / 8) per planned activation of one image. The latency is the sum over the planned sites, by a
     frame with LATENCY_COLUMNS, in whole picoseconds. InputError for a site that `cost` or `latency` lacks, for a
-    granularity that it cannot have, and for fewer `parameters` than planned weights.
+    granularity that it cannot have, and for fewer parameters than planned weights.
     """
     plan_sites, rows = tuple(plan_sites), cost_rows(cost)
     check_known_sites((planned.site for planned in plan_sites), rows)
     weights = [(p, elements(p.site, rows[p.site])) for p in plan_sites if p.site.is_weight]
     activations = [(p, elements(p.site, rows[p.site])) for p in plan_sites if not p.site.is_weight]
     times = None if latency is None else latency_table(latency, cost)
+    parameters = stored if isinstance(stored, int) else stored.parameters
     outside = parameters - sum(numel for _, numel in weights)
     if outside < 0:
         raise InputError(
             f"The model has {parameters} parameters by run.json, which is {-outside} less than the planned weights "
-            "hold. Mend `parameters` there, or measure anew: `qvw sensitivity` with --overwrite."
+            "hold. Correct it there, or measure again: `qvw sensitivity` with --overwrite."
         )
     return PlanTotals(
         weight_bits=_mean_bits(weights),
         activation_bits=_mean_bits(activations),
-        size_bytes=sum(site_bytes(p, rows[p.site]) for p in plan_sites) + FLOAT_BYTES * outside,
+        size_bytes=stored_bytes(plan_sites, rows, stored),
         activation_bytes=sum(activation_bytes(p, rows[p.site]) for p in plan_sites),
         bitops=bitops({p.site: p.bit_width for p in plan_sites}, cost),
         latency_ms=None if times is None else sum(site_latency(p, times) for p in plan_sites) / PICOSECONDS,
     )
+
+
+def stored_bytes(plan_sites: Iterable[PlannedSite], rows: Mapping[Site, Any], stored: Stored) -> int:
+    """Bytes of the network's file with these sites quantized; `rows` are those of `cost_rows`."""
+    plan_sites = tuple(plan_sites)
+    own = sum(site_bytes(p, rows[p.site]) for p in plan_sites)  # refuses what no site can have
+    if not isinstance(stored, int):
+        return stored.size(plan_sites)
+    return own + FLOAT_BYTES * (stored - sum(elements(p.site, rows[p.site]) for p in plan_sites if p.site.is_weight))
 
 
 def _mean_bits(parts: list[tuple[PlannedSite, int]]) -> float | None:

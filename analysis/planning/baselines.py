@@ -41,7 +41,7 @@ def lowered(
     choose: Choose,
     *,
     budget: PlanBudget,
-    parameters: int,
+    stored: accounting.Stored,
     ties: Sequence[Collection[Site]] = (),
     latency: pd.DataFrame | None = None,
 ) -> tuple[PlannedSite, ...] | None:
@@ -59,7 +59,7 @@ def lowered(
         bits = {site: unit.bits[k] for unit, k in zip(units, place, strict=True) for site in unit.sites}
         return tuple(by_bits[bits[site]] for site, by_bits in planned.items())
 
-    while exceeded := _exceeded(accounting.totals(chosen(), cost, parameters, latency), budget):
+    while exceeded := _exceeded(accounting.totals(chosen(), cost, stored, latency), budget):
         steps, rates = [], []
         for u, (unit, k) in enumerate(zip(units, place, strict=True)):
             saved = sum(_per_bit(site, rows[site], exceeded) for site in unit.sites)
@@ -89,7 +89,7 @@ def largest_uniform(
     cost: pd.DataFrame,
     *,
     budget: PlanBudget,
-    parameters: int,
+    stored: accounting.Stored,
     latency: pd.DataFrame | None = None,
     any_width: bool = False,
 ) -> tuple[PlannedSite, ...] | None:
@@ -111,7 +111,7 @@ def largest_uniform(
         ]
     for weight_bits, activation_bits in itertools.product(*widths):
         plan = uniform(options, cost, weight_bits, activation_bits)
-        if not _exceeded(accounting.totals(plan, cost, parameters, latency), budget):
+        if not _exceeded(accounting.totals(plan, cost, stored, latency), budget):
             return tuple(plan)
     return None
 

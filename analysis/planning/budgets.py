@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 
@@ -73,19 +73,38 @@ def tied_units(
     return units
 
 
+def fixed_bytes(
+    planned: Mapping[Site, Mapping[int, PlannedSite]], cost: pd.DataFrame, stored: accounting.Stored
+) -> tuple[int, int]:
+    """The least and the most bytes of the file beside codes, scales and offsets, whatever bits are chosen.
+
+    They differ by the digits of numbers in the header, which grow with what the file holds.
+    """
+    rows = accounting.cost_rows(cost)
+    found = []
+    for pick, some in ((min, all), (max, any)):
+        sites = [
+            replace(options[pick(options)], offset=some(option.offset for option in options.values()))
+            for options in planned.values()
+        ]
+        own = sum(accounting.site_bytes(one, rows[one.site]) for one in sites)
+        found.append(accounting.stored_bytes(sites, rows, stored) - own)
+    return found[0], found[1]
+
+
 def binding_limits(
     units: Sequence[Unit],
     planned: Mapping[Site, Mapping[int, PlannedSite]],
     cost: pd.DataFrame,
     budget: PlanBudget,
-    parameters: int,
+    fixed_bytes: int,
     latency: Mapping[tuple[Site, int], int] | None = None,
 ) -> list[PlanLimit]:
     """The budgets that can bind, in whole numbers; InputError for one that no plan can meet.
 
-    `latency` is that of accounting.latency_table.
+    `fixed_bytes` are those of the file that no choice changes, `latency` is that of accounting.latency_table.
     """
-    limits = [_limit(name, float(limit), units, planned, cost, parameters, latency) for name, limit in
+    limits = [_limit(name, float(limit), units, planned, cost, fixed_bytes, latency) for name, limit in
               budget.as_dict().items()]  # fmt: skip
     for one in limits:
         every = [*one.costs.own, *one.costs.pairs.values()]
@@ -105,7 +124,7 @@ def _limit(
     units: Sequence[Unit],
     planned: Mapping[Site, Mapping[int, PlannedSite]],
     cost: pd.DataFrame,
-    parameters: int,
+    fixed_bytes: int,
     latency: Mapping[tuple[Site, int], int] | None,
 ) -> PlanLimit:
     rows = accounting.cost_rows(cost)
@@ -129,8 +148,7 @@ def _limit(
         own, pairs, constant = _bitops(units, cost)
     elif name == "size_bytes":
         own = per_unit(lambda option: accounting.site_bytes(option, rows[option.site]))
-        inside = sum(int(rows[site].numel) for site in planned if site.is_weight)
-        constant = accounting.FLOAT_BYTES * (parameters - inside)
+        constant = fixed_bytes
     elif name == "activation_bytes":
         own = per_unit(lambda option: accounting.activation_bytes(option, rows[option.site]))
     elif name == "latency_ms":

@@ -34,7 +34,7 @@ def pareto_front(
     options: pd.DataFrame,
     cost: pd.DataFrame,
     *,
-    parameters: int,
+    stored: accounting.Stored,
     kinds: Sequence[str] | None = None,
     budget: PlanBudget | None = None,
     ties: Iterable[Collection[Site]] = (),
@@ -63,7 +63,7 @@ def pareto_front(
         raise InputError(f"A Pareto front of {points} points has no two ends. Ask for 2 or more.")
     ties = [tuple(tie) for tie in ties]  # read once for each plan
     plan = partial(
-        plan_bits, cost=cost, parameters=parameters, ties=ties, latency=latency,
+        plan_bits, cost=cost, stored=stored, ties=ties, latency=latency,
         relative_gap=relative_gap, time_limit=time_limit,
     )  # fmt: skip
     curves = []
@@ -88,7 +88,7 @@ def uniform_points(
     options: pd.DataFrame,
     cost: pd.DataFrame,
     *,
-    parameters: int,
+    stored: accounting.Stored,
     kinds: Sequence[str] | None = None,
     budget: PlanBudget | None = None,
     ties: Iterable[Collection[Site]] = (),
@@ -101,7 +101,7 @@ def uniform_points(
     within all other budgets, as on the front, so no point lies below it. A bit-width that a site was not offered, or
     that is not within the other budgets, has no row.
     """
-    plan = partial(plan_bits, cost=cost, parameters=parameters, ties=[tuple(tie) for tie in ties], latency=latency)
+    plan = partial(plan_bits, cost=cost, stored=stored, ties=[tuple(tie) for tie in ties], latency=latency)
     is_weight = options["tensor"].str.startswith("weight")
     is_open = options.groupby(["module", "tensor"])["bit_width"].transform("nunique") > 1
     rows = []

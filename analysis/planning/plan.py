@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis.planner import PlanSolution, plan_bits
+from analysis.planning.accounting import Stored
 from analysis.planning.objectives import MEASURED, Products, summed
 from analysis.planning.offer import offered, tied
 from analysis.planning.request import PlanRequest
@@ -32,7 +33,7 @@ def planned(
     request: PlanRequest,
     *,
     model: PlanModel,
-    parameters: int,
+    stored: Stored,
     latency: pd.DataFrame | None = None,
     products: Callable[[pd.DataFrame], Products] | None = None,
     time_limit: float = 60.0,
@@ -44,10 +45,10 @@ def planned(
     is the frame of `cost_table`. `products` gives those of the options, where interactions are to count.
     """
     options = offered(scored_rows, rows, cost, request, tell)
-    budget = request.budget(options, cost, parameters)
+    budget = request.budget(options, cost, stored)
     ties = tied(request.tie, options, cost)
     solution = plan_bits(
-        options, cost, budget=budget, parameters=parameters, ties=ties, latency=latency,
+        options, cost, budget=budget, stored=stored, ties=ties, latency=latency,
         products=None if products is None else products(options), time_limit=time_limit,
     )  # fmt: skip
     loss = summed(solution.sites, rows, "delta_loss")

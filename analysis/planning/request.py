@@ -16,6 +16,8 @@ from quant.errors import InputError
 if TYPE_CHECKING:  # a request is checked without pandas
     import pandas as pd
 
+    from analysis.planning.accounting import Stored
+
 OBJECTIVES = (
     "divergence", "kl", "score", "metric", "loss", "top1", "logit_nmse",
     "fisher", "fit", "output_gradient", "hessian_trace", "noise", "stats_range", "stats_kurtosis", "stats_outliers",
@@ -29,7 +31,6 @@ class PlanRequest:
 
     weight_bits: float | None = None
     activation_bits: float | None = None
-    size_mib: float | None = None
     size_bytes: int | None = None
     gbitops: float | None = None
     activation_mib: float | None = None
@@ -92,7 +93,7 @@ class PlanRequest:
     def check_budgets(self) -> None:
         """Raise InputError for no budget, one out of range, or some that exclude each other."""
         for option, value, largest in (
-            ("size_mib", self.size_mib, 2**40), ("gbitops", self.gbitops, 1e12),
+            ("gbitops", self.gbitops, 1e12),
             ("activation_mib", self.activation_mib, 2**40), ("size_bytes", self.size_bytes, 2**60),
         ):  # fmt: skip
             if value is not None and not 0 < value <= largest:
@@ -102,7 +103,7 @@ class PlanRequest:
             if self.weight_bits is not None or self.activation_bits is not None:
                 raise InputError("`like` sets the mean bits; leave out `weight_bits` and `activation_bits`.")
         kinds = (
-            self.weight_bits, self.activation_bits, self.like, self.size_mib, self.size_bytes, self.gbitops,
+            self.weight_bits, self.activation_bits, self.like, self.size_bytes, self.gbitops,
             self.activation_mib, self.latency_ms,
         )  # fmt: skip
         if all(kind is None for kind in kinds):
@@ -113,7 +114,7 @@ class PlanRequest:
         if (self.latency_ms is None) != (self.latency is None):
             raise InputError("--latency-ms and --latency FILE.csv need each other: the budget, and what sites cost.")
 
-    def budget(self, options: "pd.DataFrame", cost: "pd.DataFrame", parameters: int) -> PlanBudget:
+    def budget(self, options: "pd.DataFrame", cost: "pd.DataFrame", stored: "Stored") -> PlanBudget:
         """The budgets in the units of the plan file; at least one must be set."""
         self.check_budgets()
         weight_bits, activation_bits = self.weight_bits, self.activation_bits
@@ -121,12 +122,12 @@ class PlanRequest:
             from analysis.planning import accounting
             from analysis.planning.baselines import uniform
 
-            same = accounting.totals(uniform(options, cost, *parse_uniform(self.like, "`like`")), cost, parameters)
+            same = accounting.totals(uniform(options, cost, *parse_uniform(self.like, "`like`")), cost, stored)
             weight_bits, activation_bits = same.weight_bits, same.activation_bits
         return PlanBudget(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
-            size_bytes=self.size_bytes or (None if self.size_mib is None else max(1, int(self.size_mib * 2**20))),
+            size_bytes=self.size_bytes,
             bitops=None if self.gbitops is None else max(1, int(self.gbitops * 1e9)),
             activation_bytes=None if self.activation_mib is None else max(1, int(self.activation_mib * 2**20)),
             latency_ms=self.latency_ms,

@@ -25,6 +25,7 @@ from quant.bit_plan import PlanModel
 from quant.errors import InputError
 from quant.network import Network
 from quant.site import Site, SiteInfo
+from quant.stored_model import StoredModel
 from quant.trace import Trace
 
 
@@ -52,6 +53,11 @@ class Opened:
         """What a plan says of the model."""
         record = self.record
         return PlanModel(name=record.typed, kwargs=dict(record.kwargs), weights_sha256=record.weights_sha256)
+
+    @property
+    def stored(self) -> StoredModel:
+        """The floating-point model as a file holds it, from which sizes follow."""
+        return self.network.stored
 
     @property
     def model(self) -> nn.Module:

@@ -67,7 +67,7 @@ def _one_scale_a_tensor(setup: Setup, arm: Arm, uniform: str, key: str, processe
         opened = open_run(setup, needs_data=True)
         made = calibrated(
             opened.network, uniform, calibration_batches(opened, CALIBRATION_IMAGES), layout=arm.layout,
-            estimator="mse", model=opened.plan_model, parameters=opened.record.parameters,
+            estimator="mse", model=opened.plan_model, stored=opened.stored,
         )  # fmt: skip
         write_bytes(file, _without_heads(made.plan).to_json().encode())
 

@@ -50,7 +50,7 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
         if plan is not None:
             made = calibrated(
                 opened.network, plan, calibration_batches(opened, request.calibration_images), layout=request.layout,
-                estimator=request.estimator, model=opened.plan_model, parameters=opened.record.parameters,
+                estimator=request.estimator, model=opened.plan_model, stored=opened.stored,
             )  # fmt: skip
             warn_of_fewer(made, request.calibration_images, "--calibration-images")
             sites, calibration = made.plan.sites, [images for images, _ in made.data]

@@ -1,26 +1,17 @@
 """`qvw export`: a trained model as one safetensors file of packed integer codes; and back into a model."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from analysis.cost import cost_table
-from analysis.planning import accounting
 from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.setup import Setup
-from analysis.storage.files import write_atomic
 from analysis.storage.run_record import typed_command
 from analysis.storage.trained_files import (
-    PACKED_FORMAT,
     TRAINED,
     check_export_target,
     check_packed,
@@ -28,14 +19,12 @@ from analysis.storage.trained_files import (
     packable_folder,
 )
 from analysis.terminal.console import say, warn
-from analysis.training.calibration import read_plan, uncalibrated
+from analysis.training.calibration import read_plan
 from analysis.training.trained_model import load_trained_
-from quant.bit_plan import BitPlan, PlannedSite, check_known_sites
-from quant.errors import InputError, first_line
-from quant.insertion import attach_quantizers_
-from quant.pack import PARTS, load_packed_, pack
-
-VERSION = 1
+from quant.bit_plan import BitPlan, PlannedSite
+from quant.pack import PARTS
+from quant.packed_file import load_packed, packed_scheme, read_packed, save_packed
+from quant.site import Site
 
 
 def run_export(setup: Setup, out: Path, *, name: str | None = None) -> None:
@@ -45,14 +34,6 @@ def run_export(setup: Setup, out: Path, *, name: str | None = None) -> None:
     opened = open_run(setup, needs_data=False)
     load_trained_(opened, trained)
     plan = read_plan(trained / "plan.json", opened, other_weights=True)
-    tensors = pack(opened.model)
-    content = {
-        "format": PACKED_FORMAT, "version": VERSION,
-        "model": {"name": opened.record.typed, "kwargs": dict(opened.record.kwargs), "seed": opened.record.seed},
-        "input": asdict(opened.input_config), "plan": json.loads(plan.to_json()),
-    }  # fmt: skip
-    # One key with one text: safetensors writes several in an order that changes from run to run.
-    metadata = {PACKED_FORMAT: _sealed(content, tensors)}
     inputs = opened.inputs(None) | {"model_sha256": hashlib.sha256((trained / TRAINED).read_bytes()).hexdigest()}
     inside = out.resolve().is_relative_to(opened.run.path.resolve())
     with opened.run.start_step(
@@ -60,8 +41,8 @@ def run_export(setup: Setup, out: Path, *, name: str | None = None) -> None:
         files=[str(out.resolve().relative_to(opened.run.path.resolve()))] if inside else [],
         seed=0, device=opened.setup.device, renew=True,
     ):  # fmt: skip
-        write_atomic(out, lambda path: save_file(tensors, path, metadata=metadata))
-    say(_account(opened, plan, tensors, out.stat().st_size), quiet=setup.quiet)
+        save_packed(opened.model, out)
+    say(_account(opened, plan, load_file(out), out.stat().st_size), quiet=setup.quiet)
     say(f"the packed model is in {out}", quiet=setup.quiet)
 
 
@@ -73,80 +54,25 @@ def load_checkpoint_(opened: Opened, path: Path) -> Sequence[PlannedSite]:
     """
     if is_trained_folder(path):
         return load_trained_(opened, path)
-    name, plan, tensors = _read(path)
-    try:
-        known = {info.site for info in opened.sites if info.quantizable}
-        check_known_sites((planned.site for planned in plan.sites), known, what="--checkpoint")
-        quantizers = uncalibrated(opened, plan)
-    except InputError as error:
-        raise InputError(f"{path} is of another network, {name}: {error}") from error
-    attach_quantizers_(opened.model, quantizers, trace=opened.trace, sites=opened.by_site, image=opened.probe_image())
-    load_packed_(opened.model, tensors, source=f"{path}, a packed {name},")
-    opened.model.eval()
-    return plan.sites
-
-
-def _read(path: Path) -> tuple[str, BitPlan, dict[str, Tensor]]:
-    """The model's name, the plan and the tensors of a packed file, checked against their checksum."""
     check_packed(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {})[PACKED_FORMAT]
-        tensors = load_file(path)
-    except Exception as error:  # damaged files raise whatever their reader stumbles over
-        raise InputError(
-            f"--checkpoint {path} cannot be read ({first_line(error)}): not a packed model, or cut short. Name a file "
-            "of `qvw export`, or a folder of `qvw train`."
-        ) from error
-    try:
-        content = json.loads(text)
-        version, name, plan = content["version"], content["model"]["name"], content["plan"]
-        del content["sha256"]
-        intact = text == _sealed(content, tensors)
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        version, intact = VERSION, False
-    if version != VERSION:
-        raise InputError(f"{path}: version is {version!r}, expected {VERSION}. Export it again with this qvw.")
-    if not intact:
-        raise InputError(
-            f"{path} is damaged or was changed: its plan and tensors do not have the checksum that it names. "
-            "Export it again."
-        )
-    return name, BitPlan.from_json(json.dumps(plan), source=str(path)), tensors
-
-
-def _sealed(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """The header's text: its content with the SHA-256 of it and of names, dtypes, shapes and bytes of the tensors."""
-    digest = hashlib.sha256(json.dumps(content).encode())
-    for name, x in sorted(tensors.items()):
-        digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
-        digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return json.dumps({**content, "sha256": digest.hexdigest()})
+    load_packed(opened.model, path)
+    layout, _ = read_packed(path)
+    return [PlannedSite.of(Site(site.module, site.tensor), packed_scheme(site)) for site in layout.sites]
 
 
 def _account(opened: Opened, plan: BitPlan, tensors: Mapping[str, Tensor], size: int) -> str:
-    """What each part of the file takes, beside the plan's bytes and the model in float32."""
+    """What each part of the file takes, beside the plan's bytes and the model in floating point."""
     held = {part: [x for name, x in tensors.items() if name.partition("/")[0] == part] for part in PARTS}
     taken = {part: sum(x.nbytes for x in found) for part, found in held.items()}
-    counted = taken["codes"] + taken["scale"] + taken["offset"] + taken["parameter"]
-    planned = accounting.totals(
-        plan.sites, cost_table(opened.sites, opened.trace.unplanned), opened.record.parameters
-    ).size_bytes
-    header = size - sum(taken.values())
-    floating = accounting.FLOAT_BYTES * opened.record.parameters + taken["buffer"]
+    planned, floating = opened.stored.size(plan.sites), opened.stored.size(())
     lines = {
         f"codes of {len(held['codes'])} weights": taken["codes"],
         "scales and offsets": taken["scale"] + taken["offset"],
-        "parameters outside the plan": taken["parameter"],
-        "these three": counted, "size_bytes of the plan": planned,
-        "buffers": taken["buffer"], "header: names and plan": header, "the file": size,
-        "the model in float32": floating,
+        "parameters outside the plan": taken["parameter"], "buffers": taken["buffer"],
+        "header: names and layout": size - sum(taken.values()), "the file": size, "size_bytes of the plan": planned,
+        "the model in floating point": floating,
     }  # fmt: skip
-    if counted != planned:
-        warn(
-            f"the file holds {abs(counted - planned)} bytes {'more' if counted > planned else 'less'} than the plan "
-            "counts: it keeps each number in its own type, and a weight that an unplanned layer shares in full too."
-        )
+    if size != planned:
+        warn(f"the file has {abs(size - planned)} bytes {'more' if size > planned else 'less'} than the plan counts.")
     table = "\n".join(f"  {name:28}{value:14,} bytes" for name, value in lines.items())
-    without = floating / (size - header)
-    return f"{table}\n{floating / size:.2f} times smaller than in float32 ({without:.2f} without the header)"
+    return f"{table}\n{floating / size:.2f} times smaller than in floating point"

@@ -27,6 +27,7 @@ from analysis.steps.plan_words import knee_words, loose_budgets, plan_words, ris
 from analysis.steps.verify import other_plans, run_verify
 from analysis.storage.files import write_bytes
 from analysis.storage.run_record import typed_command
+from analysis.storage.stored_file import read_stored
 from analysis.terminal.console import progress, say, warn
 from quant.bit_plan import BitPlan, PlanModel
 from quant.site import Site
@@ -42,6 +43,7 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     table, cost = run.read_table("sensitivity", SENSITIVITY_COLUMNS), run.read_table("cost", COST_COLUMNS)
     model = run.record.model
     assert model is not None
+    stored = read_stored(run.path, model.parameters)
     rows = preferred_rows(table)
     scores = scored(run, rows, request.minimised, robust=request.robust, scores=request.scores)
     latency = None if request.latency is None else read_csv(request.latency, LATENCY_COLUMNS)
@@ -58,7 +60,7 @@ def run_plan(path: Path, request: PlanRequest) -> None:
         return products
 
     made = planned(
-        scores, rows, cost, request, parameters=model.parameters, latency=latency,
+        scores, rows, cost, request, stored=stored, latency=latency,
         model=PlanModel(name=model.typed, kwargs=dict(model.kwargs), weights_sha256=model.weights_sha256),
         products=of_run if request.interactions else None,
     )  # fmt: skip
@@ -79,14 +81,14 @@ def run_plan(path: Path, request: PlanRequest) -> None:
         frame = pd.DataFrame([{"module": s.module, "tensor": s.tensor, "bit_width": s.bit_width} for s in plan.sites])
         chart = bits_figure(bits_frame(frame, cost), model.name, budget=budget_words(budget))
         save_figure(chart, files.out.with_suffix(""))
-        front = _front(files, plan, options, cost, ties, latency, request.quiet) if request.pareto else ""
+        front = _front(files, plan, options, cost, stored, ties, latency, request.quiet) if request.pareto else ""
     rising = rising_scores(options, str(plan.solver.objective))
     if rising:
         warn(rising)
     say(plan_words(plan, solution, options, search=request.interactions), quiet=request.quiet)
     if front:
         say(front, quiet=request.quiet)
-    _tell_loose_budgets(plan, options, cost, latency, request, model.parameters)
+    _tell_loose_budgets(plan, options, cost, latency, request, stored)
     say(f"plan of {len(plan.sites)} sites in {files.out}, as a table and a chart in {files.out.stem}.csv and .png",
         quiet=request.quiet)  # fmt: skip
     verification = files.in_run("verification.parquet")
@@ -101,7 +103,7 @@ def run_plan(path: Path, request: PlanRequest) -> None:
             skip_broken=bool(run.record.steps["sensitivity"].inputs.get("skip_broken")),
         )  # fmt: skip
         others = other_plans(
-            plan, options, cost, parameters=model.parameters, ties=ties, latency=latency,
+            plan, options, cost, stored=stored, ties=ties, latency=latency,
             interactions=request.interactions, any_width=request.offers_any_width,
         )  # fmt: skip
         say(run_verify(setup, plan, others, rows, products, files=files), quiet=request.quiet)
@@ -112,6 +114,7 @@ def _front(
     plan: BitPlan,
     options: pd.DataFrame,
     cost: pd.DataFrame,
+    stored: accounting.Stored,
     ties: Sequence[Sequence[Site]],
     latency: pd.DataFrame | None,
     quiet: bool,
@@ -119,14 +122,14 @@ def _front(
     """Write the Pareto front and its figure; returns the knee of each curve in words."""
     run = files.run
     assert run.record.model is not None
-    parameters, name = run.record.model.parameters, run.record.model.name
+    name = run.record.model.name
     curves = CURVES + sum(getattr(plan.budget, kind) is not None for kind in ON_REQUEST)
     with progress(curves * POINTS, "pareto", "plan", quiet=quiet) as bar:
         front = pareto_front(
-            options, cost, parameters=parameters, budget=plan.budget, ties=ties, latency=latency, points=POINTS,
+            options, cost, stored=stored, budget=plan.budget, ties=ties, latency=latency, points=POINTS,
             time_limit=FRONT_SECONDS, solved=bar.update,
         )  # fmt: skip
-    crosses = uniform_points(options, cost, parameters=parameters, budget=plan.budget, ties=ties, latency=latency)
+    crosses = uniform_points(options, cost, stored=stored, budget=plan.budget, ties=ties, latency=latency)
     run.write_table(files.in_run("pareto"), front.assign(plan_sha256=plan.sha256))
     run.write_table(files.in_run("pareto_uniform"), crosses)
     objective = plan.solver.objective or ""
@@ -141,7 +144,7 @@ def _tell_loose_budgets(
     cost: pd.DataFrame,
     latency: pd.DataFrame | None,
     request: PlanRequest,
-    parameters: int,
+    stored: accounting.Stored,
 ) -> None:
     """Warn of a budget that even the most bits keep: a slip of the unit, or a wish that nothing fulfils."""
     if request.like is not None:  # its means are those of uniform bits, which may well be the most
@@ -149,7 +152,7 @@ def _tell_loose_budgets(
             say(line, quiet=request.quiet)
         return
     dearest = [by_bits[max(by_bits)] for by_bits in read_options(options, cost)[0].values()]
-    loose = loose_budgets(plan, dearest, accounting.totals(dearest, cost, parameters, latency))
+    loose = loose_budgets(plan, dearest, accounting.totals(dearest, cost, stored, latency))
     for line in loose:
         warn(line)
     for line in () if loose else unspent_budgets(plan):

@@ -29,7 +29,8 @@ from analysis.session.processes import Processes, work_together
 from analysis.session.session import Session
 from analysis.session.setup import Setup
 from analysis.steps.proxies import PROXY_FILES, run_proxies
-from analysis.storage.files import RowLog
+from analysis.storage.files import RowLog, write_bytes
+from analysis.storage.stored_file import STORED
 from analysis.sweeps.rows import informative_first, is_out_of_memory, measured_rows, within
 from analysis.sweeps.summary import sensitivity_summary
 from analysis.sweeps.sweep import CACHE_MIB
@@ -43,7 +44,7 @@ from quant.sites import check_plain_weights, select_sites
 IMAGES = 256
 LOG = "sensitivity.partial"
 FILES = (
-    "sensitivity.parquet", "sensitivity_images.parquet", "cost.parquet", *PROXY_FILES,
+    "sensitivity.parquet", "sensitivity_images.parquet", "cost.parquet", STORED, *PROXY_FILES,
     *(file for stem in STEMS for file in figure_files(stem)),
 )  # fmt: skip
 
@@ -297,6 +298,7 @@ def write_rows(session: Session, rows: Sequence[Mapping[str, Any]]) -> None:
     """The tables and figures of rows, measured or estimated."""
     run = session.run
     run.write_table("cost", cost_table(session.sites, session.network.trace.unplanned))
+    write_bytes(run.path / STORED, session.network.stored.to_json().encode())
     run.write_table("sensitivity_images", images_table(rows))
     table = sensitivity_table(rows)
     run.write_table("sensitivity", table)

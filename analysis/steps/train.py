@@ -116,7 +116,7 @@ def _prepare_(
         return None, [x for x, _ in opened.stream(data, "calibration")] if batchnorms(opened.model) else []
     made = calibrated(
         opened.network, plan, calibration_batches(opened, config.calibration_images), layout=request.layout,
-        estimator=config.estimator, model=opened.plan_model, parameters=opened.record.parameters,
+        estimator=config.estimator, model=opened.plan_model, stored=opened.stored,
     )  # fmt: skip
     warn_of_fewer(made, config.calibration_images, "--set calibration_images")
     attach_quantizers_(

@@ -48,7 +48,7 @@ def other_plans(
     options: pd.DataFrame,
     cost: pd.DataFrame,
     *,
-    parameters: int,
+    stored: accounting.Stored,
     ties: Sequence[Sequence[Site]],
     latency: pd.DataFrame | None = None,
     interactions: bool = False,
@@ -62,19 +62,17 @@ def other_plans(
     """
     found: list[tuple[str, Sequence[PlannedSite] | None]] = []
     if interactions:
-        alone = plan_bits(options, cost, budget=plan.budget, parameters=parameters, ties=ties, latency=latency)
+        alone = plan_bits(options, cost, budget=plan.budget, stored=stored, ties=ties, latency=latency)
         found.append(("additive", alone.sites))
-    uniform = largest_uniform(
-        options, cost, budget=plan.budget, parameters=parameters, latency=latency, any_width=any_width
-    )
+    uniform = largest_uniform(options, cost, budget=plan.budget, stored=stored, latency=latency, any_width=any_width)
     found.append(("uniform", uniform))
     ways = [("greedy", greedy), ("reverse", worst_first), *(("random", random_choice(i)) for i in range(RANDOM_PLANS))]
     for name, choose in ways:
-        sites = lowered(options, cost, choose, budget=plan.budget, parameters=parameters, ties=ties, latency=latency)
+        sites = lowered(options, cost, choose, budget=plan.budget, stored=stored, ties=ties, latency=latency)
         found.append((name, sites))
     return [
         replace(
-            plan, sites=tuple(sites), totals=accounting.totals(sites, cost, parameters, latency),
+            plan, sites=tuple(sites), totals=accounting.totals(sites, cost, stored, latency),
             predicted_delta_loss=None, solver=PlanSolver(name=name, status="given"),
         )
         for name, sites in found if sites is not None
@@ -121,7 +119,7 @@ def run_verify(
             if _bits(each) not in known:
                 made = calibrated(
                     opened.network, each, calibration.get(), layout=each.layout, estimator=estimator,
-                    model=opened.plan_model, parameters=opened.record.parameters,
+                    model=opened.plan_model, stored=opened.stored,
                 )  # fmt: skip
                 if clean is None:
                     clean = _floating(opened, made.data, batches.get(), sweep_batches.get(), treatment)

@@ -41,7 +41,7 @@ def verify_row(
     score, score_se = mean_and_error(per_image.score)
     change, change_se = (math.nan, math.nan) if divergence is None else mean_and_error(divergence)
     classes = opened.task.name == "classification"
-    totals = accounting.totals(sites, cost_table(opened.sites, opened.trace.unplanned), opened.record.parameters)
+    totals = accounting.totals(sites, cost_table(opened.sites, opened.trace.unplanned), opened.stored)
     floating = float(accounting.FLOAT_BITS)
     return {
         "plan": kind,

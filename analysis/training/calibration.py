@@ -46,22 +46,21 @@ def calibrated(
     data: Sequence[Any],
     *,
     model: PlanModel,
-    parameters: int,
+    stored: accounting.Stored,
     layout: Layout,
     estimator: Estimator,
     forward: Forward | None = None,
 ) -> Calibrated:
     """The quantizers of a plan, or of uniform bits given as `w3a4`, calibrated on the batches `data`.
 
-    `layout` is that of uniform bits; a plan brings its own. `model` and `parameters` are what its plan says of the
-    network.
+    `layout` is that of uniform bits; a plan brings its own. `model` and `stored` are what its plan says of the network.
     """
     if isinstance(plan, str):
         cost = cost_table(net.infos, net.trace.unplanned)
         sites = planned_sites(net, uniform_bits(cost, *parse_uniform(plan), layout), data, forward=forward)
         plan = BitPlan(
             model=model, layout=layout, budget=PlanBudget(), sites=tuple(sites), predicted_delta_loss=None,
-            totals=accounting.totals(sites, cost, parameters), solver=PlanSolver(name="uniform", status="given"),
+            totals=accounting.totals(sites, cost, stored), solver=PlanSolver(name="uniform", status="given"),
         )  # fmt: skip
     quantizers = calibrate(net, plan.sites, data, estimator=estimator, forward=forward)
     return Calibrated(plan=plan, quantizers=quantizers, data=data)
@@ -122,7 +121,7 @@ def _check_shapes(plan: BitPlan, opened: Opened, path: Path) -> None:
 
     Heads show in the elements of the attention maps, all other shapes in the products.
     """
-    here = accounting.totals(plan.sites, cost_table(opened.sites, opened.trace.unplanned), opened.record.parameters)
+    here = accounting.totals(plan.sites, cost_table(opened.sites, opened.trace.unplanned), opened.stored)
     for name in ("bitops", "weight_bits", "activation_bits", "activation_bytes"):
         said, found = getattr(plan.totals, name), getattr(here, name)
         if said is not None and found is not None and not math.isclose(said, found, rel_tol=1e-9):

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from analysis.allocation import parameter_count, plan_model
+from analysis.allocation import plan_model
 from analysis.cost import cost_table
 from analysis.measure import kept, network, placed, read, suitable_task
 from analysis.memory import reuse_freed_memory
@@ -186,20 +186,19 @@ def _running(
     batchnorm: str,
 ) -> Iterator[tuple[nn.Module, PlanTotals | None, str]]:
     """The model that runs for an entry, what the entry costs (None where that is not known), and a note."""
-    parameters = parameter_count(net.model)
     if isinstance(entry, nn.Module):
         with unchanged(entry):
             yield entry, None, "a model of its own: its costs are not known here"
         return
     if entry is None:
-        yield net.model, accounting.totals((), cost_table(net.infos, net.trace.unplanned), parameters), ""
+        yield net.model, accounting.totals((), cost_table(net.infos, net.trace.unplanned), net.stored), ""
         return
     made = calibrated(
-        net, entry, calibration.get(), model=plan_model(net), parameters=parameters, layout=layout,
+        net, entry, calibration.get(), model=plan_model(net), stored=net.stored, layout=layout,
         estimator=estimator, forward=task.forward,
     )  # fmt: skip
     with running_quantized(net, made, batchnorm, task.forward) if made else nullcontext():
-        yield net.model, accounting.totals(made.plan.sites, cost_table(net.infos, net.trace.unplanned), parameters), ""
+        yield net.model, accounting.totals(made.plan.sites, cost_table(net.infos, net.trace.unplanned), net.stored), ""
 
 
 def _costs(totals: PlanTotals | None, net: Network) -> dict[str, Any]:
