@@ -1,7 +1,8 @@
 """Figures: a tidy frame in, Axes out; nothing is computed or saved here. Sizes in inches fit a paper's columns."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
@@ -48,12 +49,25 @@ ROW_HEIGHT, LETTER_WIDTH = 0.105, 0.05  # inches: a line of 6 pt text with its g
 BIT_SHADES = {1: 0.0, 2: 0.12, 3: 0.36, 4: 0.56, 5: 0.66, 6: 0.74, 7: 0.8, 8: 0.88, 16: 1.0}  # far apart below 5 bit
 
 
+@contextmanager
+def styled() -> Iterator[None]:
+    """The style of all figures, while a function draws.
+
+    The first figure of a notebook loads its backend, which turns `interactive` on: that stays, or later figures would
+    not be shown.
+    """
+    with mpl.rc_context(STYLE):
+        yield
+        interactive = mpl.rcParams["interactive"]
+    mpl.rcParams["interactive"] = interactive
+
+
 def heatmap_size(rows: int) -> tuple[float, float]:
     """Width and height in inches of a heatmap of `rows` sites, every one of them labelled."""
     return COLUMN, 1.2 + ROW_HEIGHT * max(rows, 4)
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_sensitivity_heatmap(
     sensitivity: pd.DataFrame,
     *,
@@ -124,7 +138,7 @@ def _within_noise(table: pd.DataFrame, value: str, grid: pd.DataFrame) -> np.nda
     return np.abs(grid.to_numpy(dtype=np.float64)) < 2 * errors.to_numpy(dtype=np.float64)
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_distribution(stats: pd.DataFrame, *, tensor: str = "weight", ax: Axes | None = None) -> Axes:
     """Where the values of each site lie, in units of its own standard deviation about its mean, in network order.
 
@@ -175,7 +189,7 @@ def plot_distribution(stats: pd.DataFrame, *, tensor: str = "weight", ax: Axes |
     return ax
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_bits(plan_frame: pd.DataFrame, *, legend: Collection[int] | None = None, ax: Axes | None = None) -> Axes:
     """Bits of each site of a plan: modules in network order across, tensors down, colour and digit are the bit-width.
 

@@ -371,6 +371,11 @@ def _why_not_scores(x: Tensor, batch: Any, probabilities: bool) -> str:
     if x.shape[1] == 1:
         return "the output has a single column, whose softmax is always 1; tasks.multilabel() takes one logit"
     values = x.detach()
+    if values.numel() > 1 and bool((values == values.flatten()[0]).all()):
+        return (
+            "every output is the same number, as of a head with zero weights; no quantization would change the answer: "
+            "load trained weights"
+        )
     within = bool(((values >= 0) & (values <= 1)).all())
     sums = values.sum(1)
     to_one = within and bool(((sums - 1).abs() < _SUMS_TO_ONE).all())

@@ -52,6 +52,8 @@ def page_of(notebook: NotebookNode) -> str:
     """The whole page; no state of widgets, no metadata of the kernel."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
+        if "outputs" in cell:  # without progress bars and warnings of the kernel
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = _small(output.data["image/png"])

@@ -1,6 +1,5 @@
 """The figure of an ablation: accuracy and oscillation of each arm, a dot a seed. Frames in, Axes out."""
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -8,13 +7,13 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots import PAGE, STYLE, new_axes, plain
+from analysis.plots import PAGE, new_axes, plain, styled
 
 _ROW = 0.2  # inches an arm
 LABELS = {"top1": "top-1 (%)", "oscillating": "oscillating weights (%)"}
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_arms(results: pd.DataFrame, summary: pd.DataFrame, *, value: str = "top1", ax: Axes | None = None) -> Axes:
     """One row an arm, in the order of `summary`: a dot a seed, the mean as a bar, its 95 % interval as a line.
 
@@ -43,7 +42,7 @@ def plot_arms(results: pd.DataFrame, summary: pd.DataFrame, *, value: str = "top
     return ax
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def ablation_figure(results: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     """A row of panels a network: accuracy, and the share of oscillating weights."""
     subjects = list(dict.fromkeys(summary["subject"]))

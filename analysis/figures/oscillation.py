@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.figures.variation import KIND_STYLES
-from analysis.plots import COLUMN, PAGE, STYLE, heatmap_size, new_axes, plain
+from analysis.plots import COLUMN, PAGE, heatmap_size, new_axes, plain, styled
 from analysis.statistics.names import shorten
 from analysis.training.oscillation_frames import ALL
 
@@ -22,7 +22,7 @@ LABELS = {
 }
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_kind_shares(frame: pd.DataFrame, *, value: str = "oscillating", ax: Axes | None = None) -> Axes:
     """Share of oscillating weights over steps, in percent: a line for each kind of layer, a thick black one for all.
 
@@ -48,7 +48,7 @@ def plot_kind_shares(frame: pd.DataFrame, *, value: str = "oscillating", ax: Axe
     return ax
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_edges(densities: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Where latent weights lie around the edges of their bins, a line for each step that was kept, the last one dark.
 
@@ -76,7 +76,7 @@ def plot_edges(densities: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_oscillation_map(frame: pd.DataFrame, *, value: str = "oscillating", ax: Axes | None = None) -> Axes:
     """One row per module in network order, a cell from each logged step to the next; colour is the share in percent.
 
@@ -104,7 +104,7 @@ def plot_oscillation_map(frame: pd.DataFrame, *, value: str = "oscillating", ax:
     return ax
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def oscillation_figure(kinds: pd.DataFrame, modules: pd.DataFrame, densities: pd.DataFrame, name: str) -> Figure:
     """Of one training: shares over steps by kind, weights around the edges below, the map of modules beside both.
 

@@ -23,7 +23,7 @@ FORMATS: dict[str, dict] = {"png": {"dpi": 200}, "svg": {"metadata": {"Date": No
 DEPTH_VALUES = ("abs_mean", "std", "excess_kurtosis", "outlier_fraction", "channel_range_ratio", "channel_std_cv")
 
 
-@mpl.rc_context(plots.STYLE)
+@plots.styled()
 def distribution_figure(stats: pd.DataFrame, name: str) -> Figure:
     """Quantile bands of weights, inputs and attention tensors, in network order; one panel each that was measured."""
     tensors = _classes(stats)
@@ -37,7 +37,7 @@ def distribution_figure(stats: pd.DataFrame, name: str) -> Figure:
     return figure
 
 
-@mpl.rc_context(plots.STYLE)
+@plots.styled()
 def sensitivity_figure(rows: pd.DataFrame, name: str, *, value: str) -> Figure:
     """Heatmaps of site by bit-width for weights, inputs and attention tensors, side by side on one colour scale.
 
@@ -61,7 +61,7 @@ def sensitivity_figure(rows: pd.DataFrame, name: str, *, value: str) -> Figure:
     return figure
 
 
-@mpl.rc_context(plots.STYLE)
+@plots.styled()
 def depth_figure(frame: pd.DataFrame, tensor: str, models: Sequence[str] = ()) -> Figure:
     """Six measures against relative depth, one below the other, a column a run, lines by kind of layer.
 
@@ -85,7 +85,7 @@ def depth_figure(frame: pd.DataFrame, tensor: str, models: Sequence[str] = ()) -
     return figure
 
 
-@mpl.rc_context(plots.STYLE)
+@plots.styled()
 def heads_figure(frame: pd.DataFrame) -> Figure:
     """Spread of the heads over the attention layers above the heads' own standard deviations, a column a run.
 
@@ -106,7 +106,7 @@ def heads_figure(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-@mpl.rc_context(plots.STYLE)
+@plots.styled()
 def ridges_figure(frame: pd.DataFrame, tensor: str) -> Figure:
     """Densities of standardised values by kind and run; `frame` is that of `variation_frames.distribution_frame`."""
     ax = variation_plots.plot_ridges(frame)
@@ -122,7 +122,7 @@ def ridges_figure(frame: pd.DataFrame, tensor: str) -> Figure:
     return figure
 
 
-@mpl.rc_context(plots.STYLE)
+@plots.styled()
 def channels_figure(frame: pd.DataFrame, patterns: Sequence[str] = ()) -> Figure:
     """Ranges of all channels of one layer a run, its weight beside its input, a row a run.
 
@@ -142,7 +142,7 @@ def channels_figure(frame: pd.DataFrame, patterns: Sequence[str] = ()) -> Figure
     return figure
 
 
-@mpl.rc_context(plots.STYLE)
+@plots.styled()
 def bits_figure(frame: pd.DataFrame, name: str, *, budget: str = "") -> Figure:
     """Bits of every planned site in network order, as many rows as name every module; `frame` as of `plot_bits`.
 

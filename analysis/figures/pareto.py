@@ -2,7 +2,6 @@
 
 import textwrap
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -13,14 +12,14 @@ from matplotlib.ticker import LogLocator
 
 from analysis.planning.budget_kinds import BUDGET_KINDS, budget_words
 from analysis.planning.pareto import knee
-from analysis.plots import LABELS, PAGE, STYLE, leave_room, new_axes, plain, tick_label
+from analysis.plots import LABELS, PAGE, leave_room, new_axes, plain, styled, tick_label
 from quant.bit_plan import PlanBudget
 
 TITLE_LETTERS = 96  # of 9 pt across a page
 _GAP = 0.01  # a smaller one is thinner than the line
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_pareto(
     front: pd.DataFrame,
     *,
@@ -76,7 +75,7 @@ def plot_pareto(
     return ax
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def pareto_figure(
     front: pd.DataFrame,
     name: str,

@@ -2,7 +2,6 @@
 
 import math
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
-from analysis.plots import LABELS, PAGE, STYLE, TENSOR_CLASSES, new_axes, plain, tick_label
+from analysis.plots import LABELS, PAGE, TENSOR_CLASSES, new_axes, plain, styled, tick_label
 from analysis.proxies import PROXIES
 from analysis.sweeps.proxy_correlation import SITE_KEY
 
@@ -30,7 +29,7 @@ COLOURS = dict(zip(TENSOR_CLASSES, sns.color_palette("colorblind")[:3], strict=T
 MARKERS = dict(zip(TENSOR_CLASSES, "o^s", strict=True))
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_proxy(frame: pd.DataFrame, *, proxy: str, ax: Axes | None = None) -> Axes:
     """A score against the measured KL of each site, a colour and shape for each class of tensor.
 
@@ -70,7 +69,7 @@ def _scale(ax: Axes, scores: NDArray[np.float64]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def proxies_figure(proxies: pd.DataFrame, measured: pd.DataFrame, correlation: pd.DataFrame, name: str) -> Figure:
     """A panel for each proxy at the lowest measured bit-width, with its rank correlation."""
     bits = int(measured["bit_width"].min()) if len(measured) else int(proxies["bit_width"].min())

@@ -2,20 +2,19 @@
 
 import math
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
-from analysis.plots import COLUMN, LABELS, PAGE, ROW_HEIGHT, STYLE, new_axes
+from analysis.plots import COLUMN, LABELS, PAGE, ROW_HEIGHT, new_axes, styled
 from analysis.statistics.names import shorten, shorten_site
 
 BLOCK_COLUMNS = ("qkv", "query", "key", "value", "softmax", "proj", "fc1", "fc2", "norm", "conv")
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_costs(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Each site's KL divergence with twice its standard error, the costliest on top.
 
@@ -47,7 +46,7 @@ def plot_costs(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_rank_bands(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """The ranks of each site in 95 % of resampled images, in the order of `plot_costs`.
 
@@ -66,7 +65,7 @@ def plot_rank_bands(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_blocks(frame: pd.DataFrame, *, value: str = "divergence", ax: Axes | None = None) -> Axes:
     """Heatmap of depth against kind of tensor, white where there is none; the largest where a cell has several.
 
@@ -95,7 +94,7 @@ def plot_blocks(frame: pd.DataFrame, *, value: str = "divergence", ax: Axes | No
     return ax
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_groups(rows: pd.DataFrame, *, everything: float = math.nan, ax: Axes | None = None) -> Axes:
     """Bars of the KL of groups, with twice its standard error, one for each bit-width; dashed: everything quantized.
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
@@ -67,7 +66,7 @@ def block_frame(rows: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(place=frame["part"].map(order)).sort_values("place", kind="stable").drop(columns="place")
 
 
-@mpl.rc_context(plots.STYLE)
+@plots.styled()
 def _ranks_figure(rows: pd.DataFrame, title: str) -> Figure:
     """What each site costs, and how sure its rank is, side by side."""
     height = 0.9 + plots.ROW_HEIGHT * max(len(rows), 6)
@@ -79,7 +78,7 @@ def _ranks_figure(rows: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-@mpl.rc_context(plots.STYLE)
+@plots.styled()
 def _groups_figure(rows: pd.DataFrame, everything: pd.DataFrame, title: str) -> Figure:
     """A panel for each way of grouping."""
     ways = rows["group"].str.partition(":")[0]

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -18,7 +17,7 @@ MARKERS, DASHES = "osD^vPX*", ("-", "--", "-.", ":")
 LABELS = {"loss": "loss (nats)", "top1": "top-1 (%)"}
 
 
-@mpl.rc_context(plots.STYLE)
+@plots.styled()
 def plot_history(history: pd.DataFrame, *, value: str = "loss", ax: Axes | None = None) -> Axes:
     """One colour per training over steps: `loss` (nats) or `top1` (a fraction, drawn in percent).
 
@@ -45,7 +44,7 @@ def plot_history(history: pd.DataFrame, *, value: str = "loss", ax: Axes | None 
     return ax
 
 
-@mpl.rc_context(plots.STYLE)
+@plots.styled()
 def plot_terms(history: pd.DataFrame, terms: Sequence[str], *, gradients: bool = False, ax: Axes | None = None) -> Axes:
     """One line per term of the loss over steps, of one training's batches (rows of split `train`).
 
@@ -65,7 +64,7 @@ def plot_terms(history: pd.DataFrame, terms: Sequence[str], *, gradients: bool =
     return ax
 
 
-@mpl.rc_context(plots.STYLE)
+@plots.styled()
 def plot_oscillation(
     shares: pd.DataFrame, *, value: str = "oscillating", names: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
@@ -90,7 +89,7 @@ def plot_oscillation(
     return ax
 
 
-@mpl.rc_context(plots.STYLE)
+@plots.styled()
 def training_figure(history: pd.DataFrame, shares: pd.DataFrame, name: str) -> Figure:
     """Loss, top-1 and, where it was tracked, the share of oscillating weights of a run's trainings, side by side."""
     names = history["training"].unique().tolist()
@@ -107,7 +106,7 @@ def training_figure(history: pd.DataFrame, shares: pd.DataFrame, name: str) -> F
     return figure
 
 
-@mpl.rc_context(plots.STYLE)
+@plots.styled()
 def terms_figure(history: pd.DataFrame, terms: Sequence[str], name: str, *, gradients: bool = False) -> Figure:
     """The terms of the loss, or the norms of their `gradients`, a panel a training; `history` has rows of all."""
     names = history["training"].unique().tolist()

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from analysis.plots import COLUMN, LABELS, PAGE, STYLE, leave_room, new_axes, plain
+from analysis.plots import COLUMN, LABELS, PAGE, leave_room, new_axes, plain, styled
 from analysis.statistics.names import shorten
 from quant.site import ATTENTION_TENSORS
 from quant.sites import KINDS
@@ -45,7 +44,7 @@ STEPS = 100  # of the figure of channels, at most
 RIDGE = 0.86  # height of a full ridge where the next one starts at 1
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_variation_by_depth(
     frame: pd.DataFrame, *, value: str = "abs_mean", model: str | None = None, ax: Axes | None = None
 ) -> Axes:
@@ -68,7 +67,7 @@ def plot_variation_by_depth(
     return ax
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_head_std(frame: pd.DataFrame, *, tensor: str, model: str | None = None, ax: Axes | None = None) -> Axes:
     """The standard deviation of each head of one tensor as a point, those of a layer joined, over the layers.
 
@@ -88,7 +87,7 @@ def plot_head_std(frame: pd.DataFrame, *, tensor: str, model: str | None = None,
     return ax
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_head_spread(frame: pd.DataFrame, *, model: str | None = None, ax: Axes | None = None) -> Axes:
     """How much the heads of a layer differ in standard deviation, a line for query, key, value and attention each.
 
@@ -109,7 +108,7 @@ def plot_head_spread(frame: pd.DataFrame, *, model: str | None = None, ax: Axes 
     return ax
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_ridges(frame: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Densities of standardised values, a ridge for each kind and run, attention's operands last; dashed: a Gaussian.
 
@@ -163,7 +162,7 @@ def ridges_size(frame: pd.DataFrame) -> tuple[float, float]:
     return PAGE, 0.75 + 0.29 * (frame.groupby(["tensor", "kind", "model"]).ngroups + 0.25 * kinds)
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_channels(
     frame: pd.DataFrame, *, tensor: str = "input", model: str | None = None, ax: Axes | None = None
 ) -> Axes:

@@ -6,7 +6,6 @@
 import textwrap
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -17,14 +16,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from analysis.planning.verdicts import NAMES, plan_names
-from analysis.plots import PAGE, STYLE, new_axes, plain, tick_label
+from analysis.plots import PAGE, new_axes, plain, styled, tick_label
 
 INTERVAL = 1.96  # standard errors: half a 95 % interval
 _COLOURS = dict(zip(NAMES, (sns.color_palette("colorblind")[i] for i in (0, 4, 1, 2, 3, 7)), strict=True))
 _MARKERS = dict(zip(NAMES, "oPs^vD", strict=True))
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_accuracy(table: pd.DataFrame, *, floating: float | None = None, ax: Axes | None = None) -> Axes:
     """Top-1 of each plan with its 95 % interval, the best above; on the right how far the plan is ahead of it.
 
@@ -56,7 +55,7 @@ def plot_accuracy(table: pd.DataFrame, *, floating: float | None = None, ax: Axe
     return ax
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def plot_prediction(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Measured KL of each plan, with its 95 % interval, against the sum over its sites; the line is equality.
 
@@ -86,7 +85,7 @@ def plot_prediction(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-@mpl.rc_context(STYLE)
+@styled()
 def verification_figure(table: pd.DataFrame, name: str, *, floating: float | None = None) -> Figure:
     """Accuracy, where there were labels, beside the KL foretold and measured; arguments as of `plot_accuracy`."""
     count = 2 if table["top1"].notna().any() else 1
