@@ -186,7 +186,7 @@ class Odd(nn.Module):
                 return self.head(self.first(x).relu())
         if self.way == "overflow":
             return self.head(torch.sqrt(torch.relu(self.first(x)) * 0) + self.first(x).relu())
-        return self.head(self.first(x).relu()) * 0 + x[:, :10]
+        return self.head(self.first(x).relu()) * 0 + 4 * x[:, :10] - 2
 
 def no_grad(): return Odd()
 def overflow(): return Odd("overflow")
