@@ -59,7 +59,7 @@ def project_table() -> dict:
     return tomllib.loads(read("pyproject.toml"))["project"]
 
 
-OPTIONAL = {"peers", "lightning", "onnx"}
+OPTIONAL = {"peers", "lightning", "onnx", "transformers"}
 """Extras that no set-up installs: what needs them is skipped without them."""
 
 
