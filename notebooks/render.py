@@ -8,6 +8,7 @@ import io
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nbformat
 from nbclient import NotebookClient
@@ -42,7 +43,9 @@ def main() -> None:
     for path in chosen:
         started = time.monotonic()
         notebook = nbformat.read(path, as_version=4)
-        NotebookClient(notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": HERE}}).execute()
+        with TemporaryDirectory() as folder:  # files that a notebook writes stay there
+            place = {"metadata": {"path": folder}}
+            NotebookClient(notebook, timeout=3600, kernel_name="python3", resources=place).execute()
         page = PAGES / f"{path.stem}.html"
         page.write_text(page_of(notebook), encoding="utf-8")
         print(f"{path.name}: {time.monotonic() - started:.0f} s, {page.stat().st_size // 1024} KiB in {page}")
