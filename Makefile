@@ -36,13 +36,13 @@ docs: setup
 # Makes .venv, completes it, or leaves it as it is.
 setup:
 	@if test -e .venv/.installed && ! $(VENV_PYTHON) -c '$(ENVIRONMENT_IS_WHOLE)' 2>/dev/null; then \
-		echo "The environment in .venv is damaged: making it anew."; \
+		echo "The environment in .venv is damaged: making it again."; \
 		rm -rf .venv; \
 	fi
 	@$(MAKE) -s --no-print-directory .venv/.installed
 
 # .installed is written last. .installing is there while the set-up works: if one is found, the last set-up was stopped
-# half-way and pip may take a half-written package for a whole one, so all is made anew (pip keeps its downloads).
+# half-way and pip may take a half-written package for a whole one, so all is made again (pip keeps its downloads).
 .venv/.installed: pyproject.toml constraints.txt
 	@if test -e .venv/.installing || ! $(VENV_PYTHON) -m pip --version >/dev/null 2>&1; then \
 		found=; for python in "$(PYTHON)" python3.13 python3.12 python3.11 python3; do \
@@ -62,7 +62,7 @@ setup:
 	$(VENV_PYTHON) -c "import torch, timm; print('torch', torch.__version__, 'and timm', timm.__version__, 'work')"
 	@rm .venv/.installing && touch .venv/.installed
 
-# Writes constraints.txt anew from the environment: upgrade there first, run the tests, then keep the new versions.
+# Writes constraints.txt from the environment: upgrade there first, run the tests, then keep the new versions.
 lock: setup
 	@{ sed -n '/^#/p' constraints.txt; \
 		$(VENV_PYTHON) -m pip freeze --all --exclude pip --exclude-editable | grep -Ev '^(nvidia-|cuda-|triton==)'; } > constraints.txt.new

@@ -281,7 +281,7 @@ def test_the_figure_holds_the_points():
     figure = pareto_figure(front, "net", uniform=uniform, objective="kl")
     figure.canvas.draw()
     units = {"weight_bits": 1, "activation_bits": 1, "size_bytes": 2**20, "bitops": 1e9}
-    labels = ["mean weight bits", "mean activation bits", "size (MiB)", "GBitOps an image"]
+    labels = ["mean weight bits", "mean activation bits", "size (MiB)", "GBitOps per image"]
     assert [ax.get_xlabel() for ax in figure.axes] == labels
     for ax, (kind, unit) in zip(figure.axes, units.items(), strict=True):
         assert ax.get_ylabel() == "predicted KL of the logits (nats)"

@@ -83,7 +83,7 @@ def test_a_run_has_the_sections_that_it_has_tables_for(run):
 def test_the_front_is_in_units_that_people_read(content):
     """A table a kind, its rows those of pareto.parquet in bits, MiB and GBitOps; knee and plan are marked."""
     units = {"mean weight bits": ("weight_bits", 1), "mean activation bits": ("activation_bits", 1),
-             "size (MiB)": ("size_bytes", 2**20), "GBitOps an image": ("bitops", 1e9)}  # fmt: skip
+             "size (MiB)": ("size_bytes", 2**20), "GBitOps per image": ("bitops", 1e9)}  # fmt: skip
     tables = front_tables(content)
     assert len(tables) == 4
     for table, (label, (kind, unit)) in zip(tables, units.items(), strict=True):

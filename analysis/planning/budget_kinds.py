@@ -32,7 +32,7 @@ BUDGET_KINDS = {
         counts="activations",
     ),
     "bitops": BudgetKind(
-        label="GBitOps an image", words="GBitOps", next_unit="a GBitOp", unit=10**9, counts="all"
+        label="GBitOps per image", words="GBitOps", next_unit="a GBitOp", unit=10**9, counts="all"
     ),
     "latency_ms": BudgetKind(label="latency (ms)", words="ms", next_unit="a ms", unit=1, counts="all"),
 }  # fmt: skip
