@@ -47,7 +47,7 @@ def estimated_rows(
     small = small_batches(data, task)
     if task.prepare is not None:
         task = task.prepared(outputs_of(lambda batch: task.forward(net.model, batch), data, task))
-    samples = sample_activations(net, {info.site: info for info in sites}, data, task.forward)
+    samples = sample_activations(net, [info.site for info in sites], data, task.forward)
     quantizers: dict[Site, dict[int, Quantizer]] = {
         info.site: {
             bits: site_quantizer(net.model, info, bits, samples.get(info.site), estimator, granularity)

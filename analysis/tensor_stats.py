@@ -93,7 +93,7 @@ def measure_activations(
     try:
         with (
             torch.no_grad(),
-            intercept(net.model, net.trace, handlers),
+            intercept(net, handlers),
         ):  # `shared` needs what inference_mode leaves out
             for current in data:
                 shared.forget()
@@ -200,7 +200,7 @@ def _runs_finite(net: Network, run: Callable[[Any], Any], site: Site | None, sam
     """Whether a forward pass of one sample leaves the site, or where None the model's output, without NaN and Inf."""
     seen: list[bool] = []
     look = {} if site is None else {site: lambda x: seen.append(_is_finite(x))}
-    with torch.inference_mode(), intercept(net.model, net.trace, look):
+    with torch.inference_mode(), intercept(net, look):
         output = run(sample)
     return all(seen) if site is not None else _is_finite(output)
 

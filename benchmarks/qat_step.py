@@ -48,9 +48,9 @@ from quant.errors import InputError
 from quant.functional import check_compiler
 from quant.insertion import attach_quantizers_, latent_weights
 from quant.loss_terms import weight_terms
+from quant.network import Network
 from quant.quantizer import LSQQuantizer
 from quant.scheme import QuantScheme
-from quant.sites import find_sites
 
 MODELS = {
     "resnet18": "resnet18",
@@ -92,17 +92,16 @@ class Step:
 
     def _quantize(self, attention: bool, *, compiled: bool) -> None:
         images = self.images[:CALIBRATION_IMAGES]
-        trace, found = find_sites(self.model.eval(), images[:1])
-        infos = {info.site: info for info in found}
-        bits = uniform_bits(cost_table(found), 4, 4, "paper")
-        wanted = {site: infos[site] for site in bits if attention or not site.is_attention}
-        samples = observe_activations(self.model, trace, wanted, [images], count=1)
+        net = Network(self.model, images)
+        bits = uniform_bits(cost_table(net.infos), 4, 4, "paper")
+        wanted = {site: net.by_site[site] for site in bits if attention or not site.is_attention}
+        samples = observe_activations(net, wanted, [images], count=1)
         quantizers = {}
         for site, info in wanted.items():
             sample = samples.get(site)
             scheme = default_scheme(self.model, info, bits[site], sample=sample)
             quantizers[site] = make_quantizer(self.model, info, scheme, sample=sample, estimator="minmax")
-        attach_quantizers_(self.model, quantizers, trace=trace, sites=infos, image=images[:1], compiled=compiled)
+        attach_quantizers_(net, quantizers, compiled=compiled)
 
     def __call__(self) -> float:
         """Do one; its seconds."""

@@ -43,29 +43,24 @@ from analysis.sweeps.sweep import sweep
 from analysis.tasks import classification
 from quant.calibrate import default_scheme, make_quantizer
 from quant.insertion import quantized
-from quant.site import Site, SiteInfo
-from quant.sites import find_sites
-from quant.trace import Trace
-from tests.networks import net_of
+from quant.network import Network
+from quant.site import Site
 
 MODELS = ("resnet18", "swin_tiny_patch4_window7_224", "deit_tiny_patch16_224")
 FIGURES = ("loss", "delta_loss", "kl", "kl_se", "logit_nmse")
 
 
-def plain_loop(
-    model: nn.Module, trace: Trace, sites: list[SiteInfo], batches: list[tuple[Tensor, Tensor]], keys: list[dict]
-) -> list[dict[str, Any]]:
+def plain_loop(net: Network, batches: list[tuple[Tensor, Tensor]], keys: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The figures of each key by a full pass over all images."""
-    by_site = {info.site: info for info in sites}
     task = classification()
-    run = partial(task.forward, model)
+    run = partial(task.forward, net.model)
     reference = reference_of(task, outputs_of(run, batches, task), batches)
     rows = []
     for key in keys:
-        info = by_site[Site(key["module"], key["tensor"])]
-        scheme = default_scheme(model, info, key["bit_width"], sample=None)
-        quantizer = make_quantizer(model, info, scheme, sample=None, estimator=key["estimator"])
-        with quantized(model, trace, {info.site: info}, {info.site: quantizer}):
+        info = net.by_site[Site(key["module"], key["tensor"])]
+        scheme = default_scheme(net.model, info, key["bit_width"], sample=None)
+        quantizer = make_quantizer(net.model, info, scheme, sample=None, estimator=key["estimator"])
+        with quantized(net, {info.site: quantizer}):
             outputs = outputs_of(run, batches, task)
         rows.append(key | compare(task, outputs, reference, batches)[0])
     return rows
@@ -112,16 +107,16 @@ def main(models: tuple[str, ...], images: int, batch_size: int, every: int, roun
         size = model.pretrained_cfg["input_size"]
         labels = torch.randint(1000, (images,))
         batches = list(zip(torch.randn(images, *size).split(batch_size), labels.split(batch_size), strict=True))
-        trace, found = find_sites(model, batches[0][0][:2])
-        sites = [info for info in found if info.quantizable and info.site.is_weight][::every]
+        net = Network(model, batches[0], name=name)
+        sites = [info for info in net.infos if info.quantizable and info.site.is_weight][::every]
         config = SweepConfig(bit_widths=(2, 4, 8), batchnorm="stored")
         keys = sweep_keys(model, sites, config)
         ratios, seconds = [], []
         for _ in range(rounds):
             start = time.perf_counter()
-            ours = list(sweep(net_of(model, trace, sites, name), sites, batches, keys, task=classification()))
+            ours = list(sweep(net, sites, batches, keys, task=classification()))
             middle = time.perf_counter()
-            plain = plain_loop(model, trace, sites, batches, keys)
+            plain = plain_loop(net, batches, keys)
             seconds.append((middle - start, time.perf_counter() - middle))
             ratios.append(seconds[-1][0] / seconds[-1][1])
             assert all(a[figure] == b[figure] for a, b in zip(ours, plain, strict=True) for figure in FIGURES)

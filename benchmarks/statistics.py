@@ -39,9 +39,9 @@ from analysis.memory import reuse_freed_memory
 from analysis.statistics.fused_pass import fused_pass
 from analysis.tensor_stats import measure_activations, measure_weights, start_activations, stats_tables
 from quant.intercept import intercept
+from quant.network import Network
 from quant.site import SiteInfo
-from quant.sites import find_sites, is_layer
-from quant.trace import Trace
+from quant.sites import is_layer
 
 MODELS = ("resnet18", "swin_tiny_patch4_window7_224")
 BATCH = 16
@@ -55,8 +55,8 @@ class Subject:
         self.name, self.model = name, timm.create_model(name).eval()
         size = self.model.pretrained_cfg["input_size"]
         self.images = [torch.randn(BATCH, *size) for _ in range(batches)]
-        self.trace: Trace
-        self.trace, self.every_site = find_sites(self.model, self.images[0][:2])
+        self.net = Network(self.model, self.images[0], name=name)
+        self.every_site = self.net.infos
         layers = {name for name, module in self.model.named_modules() if is_layer(module)}
         self.layer_sites = [
             info for info in self.every_site
@@ -84,7 +84,7 @@ class Subject:
         for info in self.layer_sites:
             if not info.site.is_weight:
                 handlers[info.site] = _observing(HistogramObserver())
-        with torch.no_grad(), intercept(self.model, self.trace, handlers):
+        with torch.no_grad(), intercept(self.net, handlers):
             for images in self.images:
                 self.model(images)
 
@@ -93,10 +93,10 @@ class Subject:
         measured = measure_weights(self.model, sites)
         once.append(time.perf_counter() - start)
         running = start_activations(sites)
-        measure_activations(self.model, self.trace, sites, self._named(), running)
+        measure_activations(self.net, sites, self._named(), running)
         measured |= running
         start = time.perf_counter()
-        stats_tables(sites, measured, self.trace, name=self.name, with_activations=True)
+        stats_tables(self.net, sites, measured, with_activations=True)
         once[-1:] = [once[-1] + time.perf_counter() - start] if once else []
 
     def _named(self) -> Iterator[tuple[Tensor, list[str]]]:
@@ -117,7 +117,7 @@ def _peak_mib(name: str, work: str, batches: int, threads: int) -> float:
     subject = Subject(name, batches)
     subject.plain()
     fused_pass(np.zeros((2, 2, 32), dtype=np.float32), 0.0, 1)  # numba's own code is not what is asked for
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     getattr(subject, work)()
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(peak.split()[1]) / 1024

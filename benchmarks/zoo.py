@@ -46,10 +46,9 @@ from analysis.tasks import classification
 from analysis.tensor_stats import collect_stats
 from benchmarks.executed import AttentionOperators, executed
 from quant.intercept import intercept
-from quant.site import ATTENTION_TENSORS, Site, SiteInfo
-from quant.sites import find_sites
+from quant.network import Network
+from quant.site import ATTENTION_TENSORS, Site
 from quant.trace import Trace, first_tensor
-from tests.networks import net_of
 
 BESIDES = (
     "botnet26t_256", "lambda_resnet26t", "halonet26t", "gcresnext26ts", "resnet50_clip", "mobilenetv4_hybrid_medium",
@@ -128,17 +127,17 @@ def check(model: nn.Module, size: int, result: Result) -> Iterator[str]:
     with torch.no_grad():
         plain = _answer(model, images)
     used, operators = executed(model, images[:1])
-    trace, sites = find_sites(model, images[:1])
+    net = Network(model, images[:1], name=result.variant)
     if not torch.isfinite(plain).all():
         yield "the answers of random weights are not finite"
         return
-    stats = collect_stats(net_of(model, trace, sites, result.variant), sites, [images]).stats
-    held = sum(i.numel for i in sites if i.site.is_weight)
+    stats = collect_stats(net, net.infos, [images]).stats
+    held = sum(i.numel for i in net.infos if i.site.is_weight)
     result.weights = held / sum(p.numel() for p in model.parameters() if p.ndim > 1)
     yield from _check_rows(stats, used, result)
-    yield from _check_attention(trace, stats, operators, result)
-    yield from _check_answers(model, trace, images, plain)
-    yield from _check_sensitivity(model, trace, sites, images)
+    yield from _check_attention(net.trace, stats, operators, result)
+    yield from _check_answers(net, images, plain)
+    yield from _check_sensitivity(net, images)
     if _state(model) != before:
         yield "a hook, a changed class or a changed switch stays behind"
     with torch.no_grad():
@@ -209,27 +208,28 @@ def _check_shapes(trace: Trace, operators: AttentionOperators) -> Iterator[str]:
             yield f"{name} has {seen} elements of attention, torch dispatched {counted}"
 
 
-def _check_answers(model: nn.Module, trace: Trace, images: Tensor, plain: Tensor) -> Iterator[str]:
-    outside = {site: lambda x: None for site in trace.shapes if not site.is_attention}
-    with torch.no_grad(), intercept(model, trace, outside):
+def _check_answers(net: Network, images: Tensor, plain: Tensor) -> Iterator[str]:
+    model = net.model
+    outside = {site: lambda x: None for site in net.trace.shapes if not site.is_attention}
+    with torch.no_grad(), intercept(net, outside):
         if not torch.equal(_answer(model, images), plain):
             yield "observed outside attention, the model answers otherwise"
-    everywhere = {site: lambda x: None for site in trace.shapes}
-    with torch.no_grad(), intercept(model, trace, everywhere):
+    everywhere = {site: lambda x: None for site in net.trace.shapes}
+    with torch.no_grad(), intercept(net, everywhere):
         difference = (_answer(model, images) - plain).norm() / plain.norm()
     if not difference <= TOLERANCE:
         yield f"observed inside attention, the answers differ by {difference:.1e} of their size"
 
 
-def _check_sensitivity(model: nn.Module, trace: Trace, sites: Sequence[SiteInfo], images: Tensor) -> Iterator[str]:
+def _check_sensitivity(net: Network, images: Tensor) -> Iterator[str]:
     batches = [(images, torch.zeros(IMAGES, dtype=torch.long))]
-    weights = [i for i in sites if i.quantizable and i.site.is_weight]
-    attention = [i for i in sites if i.quantizable and i.site.is_attention]
+    weights = [i for i in net.infos if i.quantizable and i.site.is_weight]
+    attention = [i for i in net.infos if i.quantizable and i.site.is_attention]
     chosen = [group[len(group) // 2] for group in (weights, attention) if group]
     if not weights:
         yield "no weight can be quantized"
-    keys = sweep_keys(model, chosen, SweepConfig(bit_widths=(4,), estimator="minmax", batchnorm="stored"))
-    for row in sweep(net_of(model, trace, chosen, "zoo"), chosen, batches, keys, task=classification()):
+    keys = sweep_keys(net.model, chosen, SweepConfig(bit_widths=(4,), estimator="minmax", batchnorm="stored"))
+    for row in sweep(net, chosen, batches, keys, task=classification()):
         figures = {name: row[name] for name in ("loss", "delta_loss", "kl", "sqnr_db")}
         if not all(map(torch.isfinite, map(torch.tensor, figures.values()))):
             yield f"sensitivity of {row['module']}:{row['tensor']} is not finite: {figures}"

@@ -6,19 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant import batches
 from quant.bit_plan import PlannedSite, check_known_sites
 from quant.choices import Estimator, Granularity
 from quant.errors import InputError
 from quant.functional import to_groups
 from quant.insertion import weight_of
 from quant.intercept import intercept
-from quant.network import Network
+from quant.network import Forward, Network
 from quant.quantizer import Quantizer
 from quant.range_estimators import estimate_range
 from quant.scheme import QuantScheme, axis_and_groups, default_granularity, default_range
 from quant.site import Site, SiteInfo
-from quant.trace import Trace
 
 SAMPLE = 2**16
 """About how many values are kept of each activation for the search of its scale; its extremes are kept besides."""
@@ -69,29 +67,29 @@ class ActivationSample:
 
 
 def observe_activations(
-    model: nn.Module,
-    trace: Trace,
-    sites: Mapping[Site, SiteInfo],
+    net: Network,
+    sites: Iterable[Site],
     data: Iterable[Any],
     *,
     count: int,
     granularities: Mapping[Site, Granularity] | None = None,
-    forward: Callable[[nn.Module, Any], Any] = batches.forward,
+    forward: Forward | None = None,
 ) -> dict[Site, ActivationSample]:
     """A sample of every activation site among `sites`, of the floating-point model over `count` batches.
 
     `granularities` says which values share a scale where that is not the default.
     """
     samples = {}
-    for site, info in sites.items():
+    for site in sites:
         if not site.is_weight:
-            chosen = (granularities or {}).get(site) or granularity_of(info, model, None)
+            info = net.by_site[site]
+            chosen = (granularities or {}).get(site) or granularity_of(info, net.model, None)
             samples[site] = ActivationSample(*axis_and_groups(info, chosen), count)
     if not samples:
         return samples
-    with torch.no_grad(), intercept(model, trace, {site: sample.update for site, sample in samples.items()}):
+    with torch.no_grad(), intercept(net, {site: sample.update for site, sample in samples.items()}):
         for batch in data:
-            forward(model, batch)
+            (forward or net.forward)(net.model, batch)
     for site, sample in samples.items():
         if not sample.parts:
             raise InputError(f"{site} was not executed on the calibration data; leave its module out with `exclude`.")
@@ -164,9 +162,8 @@ def calibrate(
     batched = list(data)
     activations = {planned.site: planned.granularity for planned in sites if not planned.site.is_weight}
     samples = observe_activations(
-        net.model, net.trace, {site: net.by_site[site] for site in activations}, batched, count=len(batched),
-        granularities=activations, forward=forward or net.forward,
-    )  # fmt: skip
+        net, activations, batched, count=len(batched), granularities=activations, forward=forward
+    )
     return {
         planned.site: make_quantizer(
             net.model, net.by_site[planned.site], scheme_of(planned), sample=samples.get(planned.site),
@@ -201,10 +198,7 @@ def planned_sites(
 ) -> list[PlannedSite]:
     """Sites at the given bit-widths, each at its default scheme: sign and offset of inputs by what `data` shows."""
     batched = list(data)
-    activations = {info.site: info for info in net.infos if info.site in bits and not info.site.is_weight}
-    samples = observe_activations(
-        net.model, net.trace, activations, batched, count=len(batched), forward=forward or net.forward
-    )
+    samples = observe_activations(net, bits, batched, count=len(batched), forward=forward)
     return [
         PlannedSite.of(info.site, default_scheme(net.model, info, bits[info.site], sample=samples.get(info.site)))
         for info in net.infos

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quant import batches
 from quant.attention import close_attention_, open_attention_
 from quant.attention_search import KNOWN_LAYOUTS
 from quant.choices import GradientScale
@@ -16,9 +14,9 @@ from quant.functional import check_compiler, dequantize
 from quant.intercept import intercept
 from quant.layers import is_quantized, quantize_layer_, restore_layer_, share_quantizer_, weight_parts
 from quant.multihead import leave_fast_path_, return_to_fast_path_
+from quant.network import Network, unchanged
 from quant.quantizer import LSQQuantizer, Quantizer, ScaleWatch
 from quant.site import Site, SiteInfo
-from quant.trace import Trace
 
 
 def weight_of(model: nn.Module, info: SiteInfo) -> Tensor:
@@ -28,18 +26,14 @@ def weight_of(model: nn.Module, info: SiteInfo) -> Tensor:
 
 
 @contextmanager
-def quantized(
-    model: nn.Module,
-    trace: Trace,
-    sites: Mapping[Site, SiteInfo],
-    quantizers: Mapping[Site, Callable[[Tensor], Tensor]],
-) -> Iterator[None]:
-    """Fake-quantize the given sites of `model` while the block runs, without training.
+def quantized(net: Network, quantizers: Mapping[Site, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Fake-quantize the given sites of a network while the block runs, without training.
 
     A quantized weight stands in a parameter of its own, in every module that has it, and the model's own parameter
     object comes back on exit, so that it is the same bit for bit, also after an error; activations are replaced on
     their way (`intercept`).
     """
+    model, sites = net.model, net.by_site
     originals: list[tuple[nn.Module, str, nn.Parameter]] = []
     replaced: set[int] = set()
     try:
@@ -58,7 +52,7 @@ def quantized(
             with torch.no_grad():
                 rows = weight_of(model, sites[site])
                 rows.copy_(quantizer(rows))
-        with intercept(model, trace, {site: q for site, q in quantizers.items() if not site.is_weight}):
+        with intercept(net, {site: q for site, q in quantizers.items() if not site.is_weight}):
             yield
     finally:
         for module, name, original in originals:
@@ -66,28 +60,23 @@ def quantized(
 
 
 def attach_quantizers_(
-    model: nn.Module,
+    net: Network,
     quantizers: Mapping[Site, Quantizer],
     *,
-    trace: Trace,
-    sites: Mapping[Site, SiteInfo],
-    image: Any,
-    forward: Callable[[nn.Module, Any], Any] = batches.forward,
     gradient_scale: GradientScale = "lsq",
     compiled: bool = False,
 ) -> None:
     """Quantize the sites of `quantizers` from now on, each with learned scales that start at the given ones.
 
-    `trace` and `sites` are those of the floating-point model on the batch `image`. `forward` of that batch then proves
-    that every site was executed as it was traced: as many elements, each on its grid. Raises InputError with all sites
-    that were not, the model restored, and for a fused qkv weight whose layout is not known. `detach_quantizers_` undoes
-    it. `gradient_scale` is that of weights; activations keep LSQ's. `compiled` fake-quantizes through torch.compile;
-    InputError where that does not work.
+    The network's example then runs through the model and proves that every site is executed as it was traced: as many
+    elements, each on its grid. Raises InputError with all sites that were not, the model restored, and for a fused qkv
+    weight whose layout is not known. `detach_quantizers_` undoes it. `gradient_scale` is that of weights; activations
+    keep LSQ's. `compiled` fake-quantizes through torch.compile; InputError where that does not work.
     """
+    model, sites = net.model, net.by_site
     _refuse_unknown_layouts(quantizers, sites)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if compiled:
-        check_compiler(device)
+        check_compiler(net.device)
     watch = ScaleWatch()
     learned = {
         site: LSQQuantizer(
@@ -96,7 +85,7 @@ def attach_quantizers_(
             gradient_scale=gradient_scale if site.is_weight else "lsq",
             watch=watch,
         )
-        .to(device)
+        .to(net.device)
         .train(model.training)
         for site, start in quantizers.items()
     }
@@ -105,11 +94,11 @@ def attach_quantizers_(
         by_module.setdefault(site.module, {})[site.tensor] = quantizer
     try:
         for name, by_tensor in by_module.items():
-            _attach_(model, name, by_tensor, trace, sites)
-        _share_(model, learned, trace, sites)
+            _attach_(net, name, by_tensor)
+        _share_(net, learned)
         leave_fast_path_(model)
         # To the bit, which a GPU's compiler does not promise.
-        _check_execution(model, learned, trace, sites, image, forward)
+        _check_execution(net, learned)
         for quantizer in learned.values():
             quantizer.compiled = compiled
     except BaseException:
@@ -132,55 +121,49 @@ def _refuse_unknown_layouts(quantizers: Mapping[Site, Quantizer], sites: Mapping
         )
 
 
-def _attach_(
-    model: nn.Module,
-    name: str,
-    by_tensor: Mapping[str, LSQQuantizer],
-    trace: Trace,
-    sites: Mapping[Site, SiteInfo],
-) -> None:
+def _attach_(net: Network, name: str, by_tensor: Mapping[str, LSQQuantizer]) -> None:
+    model, trace = net.model, net.trace
     module = model.get_submodule(name)
     inside = {tensor: q for tensor, q in by_tensor.items() if Site(name, tensor).is_attention}
     outside = {tensor: q for tensor, q in by_tensor.items() if tensor not in inside}
     if inside:
-        _open(module, trace, name, inside)
+        _open(net, name, inside)
     around = next((n for n in trace.in_proj if name in (n, f"{n}.out_proj")), None)
     if around in trace.attention and not hasattr(model.get_submodule(around), "attention_quantizers"):
-        _open(model.get_submodule(around), trace, around, {})  # by linears, whatever of it is quantized
+        _open(net, around, {})  # by linears, whatever of it is quantized
     if outside:
-        infos = [sites[Site(name, tensor)] for tensor in outside]
+        infos = [net.by_site[Site(name, tensor)] for tensor in outside]
         weights = {info.site.tensor.removeprefix("weight."): (info.rows, outside[info.site.tensor])
                    for info in infos if info.site.is_weight}  # fmt: skip
         parameters = {info.site.tensor.removeprefix("weight."): info.parameter for info in infos if info.site.is_weight}
         if not weights and name in trace.in_proj:  # its input meets them all the same
             parameters = {part: parameter for part, (parameter, _) in trace.in_proj[name].items()}
-        quantize_layer_(module, weights, outside.get("input"), user=_user(model, name, trace), parameters=parameters)
+        quantize_layer_(module, weights, outside.get("input"), user=_user(net, name), parameters=parameters)
 
 
-def _user(model: nn.Module, name: str, trace: Trace) -> nn.Module | None:
+def _user(net: Network, name: str) -> nn.Module | None:
     """The module whose forward multiplies by the weight of a layer that is never called; None for one that is."""
-    if name in trace.in_proj:
-        return model.get_submodule(name)
-    return model.get_submodule(trace.users[name]) if name in trace.functional else None
+    if name in net.trace.in_proj:
+        return net.model.get_submodule(name)
+    return net.model.get_submodule(net.trace.users[name]) if name in net.trace.functional else None
 
 
-def _open(module: nn.Module, trace: Trace, name: str, inside: Mapping[str, LSQQuantizer]) -> None:
+def _open(net: Network, name: str, inside: Mapping[str, LSQQuantizer]) -> None:
+    module = net.model.get_submodule(name)
     module.attention_quantizers = nn.ModuleDict(dict(inside))
-    open_attention_(module, trace.attention[name], module.attention_quantizers)
+    open_attention_(module, net.trace.attention[name], module.attention_quantizers)
 
 
-def _share_(
-    model: nn.Module, learned: Mapping[Site, LSQQuantizer], trace: Trace, sites: Mapping[Site, SiteInfo]
-) -> None:
+def _share_(net: Network, learned: Mapping[Site, LSQQuantizer]) -> None:
     """Let other modules that have a planned weight too use the quantizers of the one that owns it."""
     for site, quantizer in learned.items():
-        info = sites[site]
-        original = model.get_submodule(site.module)._parameters.get(info.parameter) if site.is_weight else None
+        info = net.by_site[site]
+        original = net.model.get_submodule(site.module)._parameters.get(info.parameter) if site.is_weight else None
         for name in info.shared_with:
-            module = model.get_submodule(name)
+            module = net.model.get_submodule(name)
             own = next(key for key, p in module._parameters.items() if p is original)
             part = site.tensor.removeprefix("weight.")
-            share_quantizer_(module, part, (info.rows, quantizer), own, user=_user(model, name, trace))
+            share_quantizer_(module, part, (info.rows, quantizer), own, user=_user(net, name))
 
 
 def detach_quantizers_(model: nn.Module) -> None:
@@ -209,16 +192,9 @@ def latent_weights(model: nn.Module) -> dict[Site, tuple[Tensor, LSQQuantizer]]:
     return found
 
 
-def _check_execution(
-    model: nn.Module,
-    learned: Mapping[Site, LSQQuantizer],
-    trace: Trace,
-    sites: Mapping[Site, SiteInfo],
-    image: Any,
-    forward: Callable[[nn.Module, Any], Any],
-) -> None:
-    """Raise InputError unless a batch passes every quantizer exactly as it passed the floating-point model."""
-    expected = {site: sites[site].numel if site.is_weight else trace.elements[site] for site in learned}
+def _check_execution(net: Network, learned: Mapping[Site, LSQQuantizer]) -> None:
+    """Raise InputError unless the example passes every quantizer exactly as it passed the floating-point model."""
+    expected = {site: net.by_site[site].numel if site.is_weight else net.trace.elements[site] for site in learned}
     elements = dict.fromkeys(learned, 0)
     off_grid: set[Site] = set()
 
@@ -232,13 +208,10 @@ def _check_execution(
         return hook
 
     handles = [quantizer.register_forward_hook(watch(site)) for site, quantizer in learned.items()]
-    training = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            forward(model.eval(), image)
+        with unchanged(net.model), torch.no_grad():
+            net(net.example)
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for handle in handles:
             handle.remove()
     wrong = [

@@ -10,13 +10,14 @@ from torch.overrides import TorchFunctionMode
 
 from quant.attention import Handler, close_attention_, open_attention_
 from quant.multihead import multi_head_attention, without_fast_path
+from quant.network import Network
 from quant.products import LAYER_FUNCTIONS, first_tensor
 from quant.site import Site
 from quant.trace import Trace
 
 
 @contextmanager
-def intercept(model: nn.Module, trace: Trace, handlers: Mapping[Site, Handler]) -> Iterator[None]:
+def intercept(net: Network, handlers: Mapping[Site, Handler]) -> Iterator[None]:
     """Call each handler with its activation (detached from nothing, not copied) while the block runs.
 
     A handler returns the tensor that takes the activation's place, or None to leave it. Sites: `input` and `output` of
@@ -25,6 +26,7 @@ def intercept(model: nn.Module, trace: Trace, handlers: Mapping[Site, Handler]) 
     where one of its own sites has a handler; torch's fast path is off, whatever the handlers. Hooks and modes are
     removed on exit, also after an error.
     """
+    model, trace = net.model, net.trace
     attention: dict[str, dict[str, Handler]] = {}
     functional: dict[str, dict[str, Handler]] = {}
     handles = []

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from quant import batches
 from quant.errors import ForwardError, InputError, first_line
+from quant.multihead import without_fast_path
 from quant.site import Site, SiteInfo
 from quant.sites import classifier_names, find_sites
 from quant.stored_model import StoredModel
@@ -124,7 +125,7 @@ class Network:
 
     def _traced(self, heads: Sequence[str]) -> tuple[Trace, list[SiteInfo]]:
         try:
-            with unchanged(self.model):
+            with unchanged(self.model), without_fast_path():
                 check_evaluation_mode(self.model, self.name)
                 check_repeatable(lambda batch: self.forward(self.model, batch), self.example, self.name)
                 return find_sites(

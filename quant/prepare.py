@@ -70,10 +70,7 @@ def prepare_qat_(
     model = net.model
     with unchanged(model):
         quantizers = calibrate(net, plan.sites, data, estimator=estimator, forward=lambda _model, batch: net(batch))
-        attach_quantizers_(
-            model, quantizers, trace=net.trace, sites=net.by_site, image=net.example, forward=net.forward,
-            gradient_scale=gradient_scale, compiled=compiled,
-        )  # fmt: skip
+        attach_quantizers_(net, quantizers, gradient_scale=gradient_scale, compiled=compiled)
         if reestimate_batchnorm:
             try:
                 _reestimate_(model, data, net)

@@ -14,7 +14,7 @@ from quant.trace import Trace
 def net_of(
     model: nn.Module,
     trace: Trace,
-    sites: Iterable[SiteInfo] | Mapping[Site, SiteInfo],
+    sites: Iterable[SiteInfo] | Mapping[Site, SiteInfo] = (),
     name: str = "m",
     *,
     blocks: Collection[str] | None = None,

@@ -83,8 +83,8 @@ def test_training_with_and_without_it_is_the_same(name):
     results = {}
     for compiled in (False, True):
         model = model_of(name)
-        trace, infos, quantizers = opened(model, bits=3)
-        attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1], compiled=compiled)
+        net, quantizers = opened(model, bits=3)
+        attach_quantizers_(net, quantizers, compiled=compiled)
         learned = [module for module in model.modules() if isinstance(module, LSQQuantizer)]
         assert {quantizer.compiled for quantizer in learned} == {compiled}
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)

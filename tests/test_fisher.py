@@ -72,7 +72,7 @@ def opened(model, images, bits):
     """Trace, sites that can be quantized, and of each site a quantizer for each bit-width."""
     trace, sites = find_sites(model, images[:2])
     sites = {info.site: info for info in sites if info.quantizable}
-    samples = observe_activations(model, trace, sites, [images], count=1)
+    samples = observe_activations(net_of(model, trace, sites), sites, [images], count=1)
     quantizers = {}
     for site, info in sites.items():
         quantizers[site] = {}
@@ -140,7 +140,7 @@ def test_small_errors_of_all_sites_together_have_the_kl_of_the_products():
         with torch.no_grad():
             p = model(images[:1]).log_softmax(dim=1)
             for together in (*([site] for site in chosen), list(chosen)):
-                with quantized(model, trace, sites, {site: chosen[site] for site in together}):
+                with quantized(net_of(model, trace, sites), {site: chosen[site] for site in together}):
                     q = model(images[:1]).log_softmax(dim=1)
                 kl = (p.exp() * (p - q)).sum().item()
                 products = sum(scores[site, 16].products[first].astype(np.float64) for site in together)
@@ -162,7 +162,7 @@ def test_on_a_transformer_the_kl_lies_within_the_sampling_error_of_the_products(
     )
     with torch.no_grad():
         p = model(IMAGES[:2]).log_softmax(dim=1)
-        with quantized(model, trace, sites, chosen):
+        with quantized(net_of(model, trace, sites), chosen):
             q = model(IMAGES[:2]).log_softmax(dim=1)
     kl = (p.exp() * (p - q)).sum(dim=1).mean().item()
     foretold = sum(score.products.astype(np.float64) for score in scores.values()) ** 2 / 2
@@ -192,7 +192,7 @@ def gradients_of(model, trace, sites, images, probes):
     watched = [*activations, *(Site(name, "output") for name in layers)]
     found = {site: [] for site in (*watched, *weights)}
     for image, u in zip(images, probes, strict=True):
-        with intercept(model, trace, {site: shifted(site) for site in watched}):
+        with intercept(net_of(model, trace), {site: shifted(site) for site in watched}):
             loss = (model(image[None]) * u).sum()
         leaves = {site: shifts[site] for site in watched} | weights
         for site, gradient in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
@@ -207,7 +207,7 @@ def tensors_of(model, trace, sites, images):
     names = dict.fromkeys(site.module for site in sites if not site.is_attention)
     watched = [site for site in sites if not site.is_weight] + [Site(name, "output") for name in names]
     handlers = {site: lambda x, site=site: found.setdefault(site, []).append(x.clone()) for site in watched}
-    with torch.no_grad(), intercept(model, trace, handlers):
+    with torch.no_grad(), intercept(net_of(model, trace), handlers):
         for image in images:
             model(image[None])
     return found
@@ -231,7 +231,7 @@ def test_every_score_is_what_one_image_at_a_time_gives(name):
     for (site, bits), score in scores.items():
         quantizer, logits = quantizers[site][bits], {}
         for t in (-1e-6, 1e-6):
-            with torch.no_grad(), quantized(model, trace, sites, {site: towards(quantizer, t)}):
+            with torch.no_grad(), quantized(net_of(model, trace, sites), {site: towards(quantizer, t)}):
                 logits[t] = model(IMAGES)
         products = (probes * (logits[1e-6] - logits[-1e-6])).sum(dim=1) / 2e-6
         np.testing.assert_allclose(score.products, products.numpy(), rtol=1e-4, atol=1e-5 * products.abs().max())
@@ -246,7 +246,7 @@ def test_every_score_is_what_one_image_at_a_time_gives(name):
             change, gradient = error, torch.stack(gradients[site])
         else:
             output = Site(site.module, "output")
-            with quantized(model, trace, sites, {site: quantizer}):
+            with quantized(net_of(model, trace, sites), {site: quantizer}):
                 changed = tensors_of(model, trace, {Site(site.module, "input"): None}, IMAGES)[output]
             change, gradient = torch.stack(changed) - torch.stack(tensors[output]), torch.stack(gradients[output])
         expected = (gradient * change).square().sum().item() / len(IMAGES)

@@ -113,12 +113,14 @@ def test_a_group_s_row_is_what_quantizing_by_hand_gives(swin, protocol):
     }
     key = next(key for key in keys if key["group"] == "stage:layers.1")
     chosen = dict(quantized_sites(key, sites, blocks=blocks))
-    samples = observe_activations(model, trace, {i.site: i for i in chosen}, IMAGES.split(8), count=3)
+    samples = observe_activations(
+        net_of(model, trace, list(chosen)), [i.site for i in chosen], IMAGES.split(8), count=3
+    )
     quantizers = {}
     for info, bits in chosen.items():
         scheme = default_scheme(model, info, bits, sample=samples.get(info.site))
         quantizers[info.site] = make_quantizer(model, info, scheme, sample=samples.get(info.site), estimator="mse")
-    with quantized(model, trace, {info.site: info for info in chosen}, quantizers):
+    with quantized(net_of(model, trace, list(chosen)), quantizers):
         logits = logits_of(model, BATCHES)
     whole = [(IMAGES, LABELS)]
     reference = reference_of(classification(), [logits_of(model, BATCHES)], whole)

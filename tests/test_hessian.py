@@ -78,11 +78,11 @@ def exact_trace(model, trace, info, image, label):
         at = own[rows]
     else:
         seen = []
-        with intercept(model, trace, {site: lambda x: seen.append(torch.zeros_like(x))}), torch.no_grad():
+        with intercept(net_of(model, trace), {site: lambda x: seen.append(torch.zeros_like(x))}), torch.no_grad():
             model(image[None])
 
         def loss(shift):
-            with intercept(model, trace, {site: lambda x: x + shift}):
+            with intercept(net_of(model, trace), {site: lambda x: x + shift}):
                 return F.cross_entropy(model(image[None]), label[None])
 
         (at,) = seen

@@ -15,9 +15,11 @@ from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.insertion import attach_quantizers_, latent_weights, quantized
 from quant.intercept import intercept
 from quant.multihead import multi_head_attention, without_fast_path
+from quant.network import Network
 from quant.prepare import restore_float_
 from quant.site import ATTENTION_TENSORS, Site
 from quant.sites import find_sites
+from tests.networks import net_of
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -108,16 +110,15 @@ def model(request):
 
 
 def opened(model, bits=4):
-    """Trace, sites by name, and calibrated quantizers of all that can be quantized."""
-    trace, found = find_sites(model, IMAGES[:1])
-    infos = {info.site: info for info in found}
-    wanted = {info.site: info for info in found if info.quantizable}
-    samples = observe_activations(model, trace, wanted, [IMAGES], count=1)
+    """The network, and calibrated quantizers of all that can be quantized."""
+    net = Network(model, IMAGES[:1])
+    wanted = {info.site: info for info in net.infos if info.quantizable}
+    samples = observe_activations(net, wanted, [IMAGES], count=1)
     quantizers = {}
     for site, info in wanted.items():
         scheme = default_scheme(model, info, bits, sample=samples.get(site))
         quantizers[site] = make_quantizer(model, info, scheme, sample=samples.get(site), estimator="minmax")
-    return trace, infos, quantizers
+    return net, quantizers
 
 
 def answer(model):
@@ -184,11 +185,11 @@ def test_every_tensor_of_it_is_a_site(model):
 
         return handler
 
-    with torch.no_grad(), intercept(model, trace, {site: keep(site) for site in trace.shapes}):
+    with torch.no_grad(), intercept(net_of(model, trace), {site: keep(site) for site in trace.shapes}):
         torch.testing.assert_close(model(IMAGES), before, atol=1e-6, rtol=1e-6)
     assert elements == trace.elements
     outside = {site: lambda x: None for site in trace.shapes if not site.is_attention}
-    with torch.no_grad(), intercept(model, trace, outside):
+    with torch.no_grad(), intercept(net_of(model, trace), outside):
         torch.testing.assert_close(model(IMAGES), before, atol=1e-6, rtol=1e-6)
 
 
@@ -203,13 +204,13 @@ def test_its_multiply_accumulates_are_torchs(model):
 
 def test_each_site_alone_changes_the_answers_and_comes_back(model):
     """In the sweep and in training alike: the same bits, and the model is as before."""
-    trace, infos, quantizers = opened(model, bits=2)
+    net, quantizers = opened(model, bits=2)
     before, state = answer(model), copy.deepcopy(model.state_dict())
     for site, quantizer in quantizers.items():
-        with torch.no_grad(), quantized(model, trace, infos, {site: quantizer}):
+        with torch.no_grad(), quantized(net, {site: quantizer}):
             changed = model(IMAGES)
         assert not torch.equal(changed, before), site
-        attach_quantizers_(model, {site: quantizer}, trace=trace, sites=infos, image=IMAGES[:1])
+        attach_quantizers_(net, {site: quantizer})
         torch.testing.assert_close(answer(model), changed, atol=1e-6, rtol=1e-6)
         restore_float_(model)
     assert torch.equal(answer(model), before)
@@ -218,11 +219,11 @@ def test_each_site_alone_changes_the_answers_and_comes_back(model):
 
 def test_it_trains(model):
     """All sites at once start as the calibrated network, also in evaluation, and every scale learns."""
-    trace, infos, quantizers = opened(model)
+    net, quantizers = opened(model)
     before = answer(model)
-    with torch.no_grad(), quantized(model, trace, infos, quantizers):
+    with torch.no_grad(), quantized(net, quantizers):
         expected = model(IMAGES)
-    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1])
+    attach_quantizers_(net, quantizers)
     assert latent_weights(model).keys() == {site for site in quantizers if site.is_weight}
     with torch.no_grad():  # where torch would take its fast path
         assert torch.equal(model(IMAGES), expected)
@@ -248,7 +249,7 @@ def test_the_switch_of_the_fast_path_comes_back():
 
 
 def _stopped(model, trace):
-    with intercept(model, trace, {}):
+    with intercept(net_of(model, trace), {}):
         assert not torch.backends.mha.get_fastpath_enabled()
         raise ValueError("stop")
 

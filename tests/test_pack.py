@@ -16,11 +16,11 @@ from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
 from quant.insertion import attach_quantizers_, latent_weights
 from quant.layers import quantize_layer_
+from quant.network import Network
 from quant.pack import PARTS, load_packed_, pack, pack_bits, unpack_bits
 from quant.quantizer import LSQQuantizer, Quantizer
 from quant.scheme import QuantScheme, axis_and_groups, default_granularity
 from quant.site import Site
-from quant.sites import find_sites
 from tests.test_sensitivity import IMAGES, model_of
 
 IMAGES = IMAGES[:4]
@@ -87,14 +87,14 @@ def schemes_of(model, infos, widths, *, odd):
 def prepared(name, schemes_for, images=IMAGES):
     """A network prepared for schemes, all its scales still 1; its sites and schemes."""
     model = model_of(name) if isinstance(name, str) else name
-    trace, infos = find_sites(model, images[:1])
-    sites, schemes = {info.site: info for info in infos}, schemes_for(model, infos)
+    net = Network(model, images[:1])
+    infos, sites, schemes = net.infos, net.by_site, schemes_for(model, net.infos)
     quantizers = {}
     for site, scheme in schemes.items():
         axis, groups = axis_and_groups(sites[site], scheme.granularity)
         offset = torch.zeros(groups) if scheme.offset else None
         quantizers[site] = Quantizer(scheme=scheme, scale=torch.ones(groups), offset=offset, axis=axis, groups=groups)
-    attach_quantizers_(model, quantizers, trace=trace, sites=sites, image=images[:1])
+    attach_quantizers_(net, quantizers)
     return model, infos, schemes
 
 

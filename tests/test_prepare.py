@@ -17,9 +17,9 @@ from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
 from quant.insertion import attach_quantizers_, detach_quantizers_, latent_weights, quantized
 from quant.layers import is_quantized
+from quant.network import Network
 from quant.quantizer import LSQQuantizer
 from quant.site import Site
-from quant.sites import find_sites
 from tests.test_sensitivity import IMAGES, model_of
 from tests.test_trace import small
 
@@ -27,16 +27,15 @@ IMAGE = IMAGES[:1]
 
 
 def opened(model, bits=4, images=IMAGES):
-    """Trace, sites by name, and calibrated quantizers of every site that can be quantized."""
-    trace, found = find_sites(model, images[:1])
-    infos = {info.site: info for info in found}
-    wanted = {info.site: info for info in found if info.quantizable}
-    samples = observe_activations(model, trace, wanted, [images], count=1)
+    """The network, and calibrated quantizers of every site that can be quantized."""
+    net = Network(model, images[:1])
+    wanted = {info.site: info for info in net.infos if info.quantizable}
+    samples = observe_activations(net, wanted, [images], count=1)
     quantizers = {}
     for site, info in wanted.items():
         scheme = default_scheme(model, info, bits, sample=samples.get(site))
         quantizers[site] = make_quantizer(model, info, scheme, sample=samples.get(site), estimator="mse")
-    return trace, infos, quantizers
+    return net, quantizers
 
 
 def same_padding():
@@ -70,8 +69,8 @@ def test_the_float_model_comes_back_bit_for_bit(name):
     classes = [type(module) for module in model.modules()]
     parameters = [id(p) for p in model.parameters()]
     switches = [getattr(module, "fused_attn", None) for module in model.modules()]
-    trace, infos, quantizers = opened(model)
-    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
+    net, quantizers = opened(model)
+    attach_quantizers_(net, quantizers)
     assert not torch.equal(model(IMAGES), logits)
     detach_quantizers_(model)
     assert [type(module) for module in model.modules()] == classes
@@ -87,10 +86,10 @@ def test_the_float_model_comes_back_bit_for_bit(name):
 def test_it_starts_as_the_calibrated_network(name):
     """Before the first step the logits are bit for bit those of the calibrated network, and so are a deep copy's."""
     model = NETWORKS[name]()
-    trace, infos, quantizers = opened(model)
-    with torch.no_grad(), quantized(model, trace, infos, quantizers):
+    net, quantizers = opened(model)
+    with torch.no_grad(), quantized(net, quantizers):
         expected = model(IMAGES)
-    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
+    attach_quantizers_(net, quantizers)
     with torch.no_grad():
         assert torch.equal(model(IMAGES), expected)
         twin = copy.deepcopy(model)
@@ -104,9 +103,9 @@ def test_it_starts_as_the_calibrated_network(name):
 def test_every_site_is_quantized_and_learns(name):
     """One quantizer a planned site, each with a gradient at its scale; each latent weight has one too."""
     model = NETWORKS[name]()
-    trace, infos, quantizers = opened(model)
+    net, quantizers = opened(model)
     keys = set(model.state_dict())
-    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
+    attach_quantizers_(net, quantizers)
     assert keys < set(model.state_dict())  # the latent weights keep their names
     learned = [module for module in model.modules() if isinstance(module, LSQQuantizer)]
     assert len(learned) == len(quantizers)
@@ -122,10 +121,10 @@ def test_every_site_is_quantized_and_learns(name):
 def test_a_part_of_a_fused_weight_can_be_quantized_alone():
     """Only the planned rows are on a grid, the others stay as they are."""
     model = model_of("vit")
-    trace, infos, quantizers = opened(model, bits=2)
+    net, quantizers = opened(model, bits=2)
     site = Site("blocks.0.attn.qkv", "weight.value")
     latent = model.blocks[0].attn.qkv.weight.detach().clone()
-    attach_quantizers_(model, {site: quantizers[site]}, trace=trace, sites=infos, image=IMAGE)
+    attach_quantizers_(net, {site: quantizers[site]})
     weight = model.blocks[0].attn.qkv.weight.detach()
     assert torch.equal(weight[:64], latent[:64])
     assert torch.equal(weight[64:], quantizers[site](latent[64:]))
@@ -152,20 +151,20 @@ def test_a_site_that_is_not_executed_as_planned_is_named(attribute, value, eleme
     """A layer that is passed over, or runs twice where it was traced once, is an error; the model comes back."""
     torch.manual_seed(0)
     model, images = Detour().eval(), torch.randn(16, 8)
-    trace, infos, quantizers = opened(model, images=images)
+    net, quantizers = opened(model, images=images)
     setattr(model, attribute, value)
     with pytest.raises(InputError, match=rf"not executed as planned: .*second:input \({elements} elements\)"):
-        attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=images[:1])
+        attach_quantizers_(net, quantizers)
     assert not any(is_quantized(module) for module in model.modules())
 
 
 def test_a_quantizer_that_does_nothing_is_found(monkeypatch):
     """The proof looks at what comes out: values that are not on the grid are not quantized, whatever their number."""
     model = model_of("vit")
-    trace, infos, quantizers = opened(model)
+    net, quantizers = opened(model)
     monkeypatch.setattr(LSQQuantizer, "forward", lambda self, x: x + 0)
     with pytest.raises(InputError, match=rf"{len(quantizers)} of {len(quantizers)} planned sites were not executed"):
-        attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
+        attach_quantizers_(net, quantizers)
 
 
 @pytest.mark.parametrize("name", ["cifar10_resnet20", "cifar10_vit_d128_l4", "cifar10_swin_e48"])
@@ -179,9 +178,9 @@ def test_four_bits_start_far_above_chance(shared, name):
     images = load_images(shared, name)
     with torch.no_grad():
         answers = model(images).argmax(dim=1)
-    trace, infos, quantizers = opened(model, images=images)
+    net, quantizers = opened(model, images=images)
     quantizers = {site: q for site, q in quantizers.items() if "downsample" not in site.module}
-    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=images[:1])
+    attach_quantizers_(net, quantizers)
     with torch.no_grad():
         agreement = (model(images).argmax(dim=1) == answers).float().mean().item()
     assert agreement > (0.4 if name == "cifar10_resnet20" else 0.7)  # BatchNorm's statistics are stale here

@@ -15,9 +15,9 @@ from quant.errors import InputError
 from quant.functional import to_groups
 from quant.insertion import attach_quantizers_, detach_quantizers_, quantized
 from quant.layers import is_quantized
+from quant.network import Network
 from quant.quantizer import LSQQuantizer
 from quant.site import ATTENTION_TENSORS, Site
-from quant.sites import find_sites
 from tests.test_prepare import IMAGE, NETWORKS, opened
 from tests.test_sensitivity import IMAGES
 from tests.test_trace import FORMS, small
@@ -28,9 +28,9 @@ ATTENTIONS = ("vit", "swin", "beit", "eva", "swinv2")
 def prepared(name, bits=4):
     """A small network with every site quantized, and its learned quantizers by site."""
     model = NETWORKS[name]()
-    trace, infos, quantizers = opened(model, bits=bits)
-    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
-    return model, trace, learned(model)
+    net, quantizers = opened(model, bits=bits)
+    attach_quantizers_(net, quantizers)
+    return model, net.trace, learned(model)
 
 
 def learned(model):
@@ -96,25 +96,25 @@ def test_each_site_has_at_most_16_codes_in_training(name):
 def test_layouts_decide_over_the_first_layer_and_the_classifier(name, layout):
     """`paper` keeps weights and inputs of these two at 8 bit, all else as planned; `strict` has no exception."""
     model = NETWORKS[name]()
-    trace, found = find_sites(model, IMAGE)
-    infos = {info.site: info for info in found}
-    planned = uniform_bits(cost_table(found), 2, 2, layout)
-    samples = observe_activations(model, trace, {site: infos[site] for site in planned}, [IMAGES], count=1)
+    net = Network(model, IMAGE)
+    infos = net.by_site
+    planned = uniform_bits(cost_table(net.infos), 2, 2, layout)
+    samples = observe_activations(net, planned, [IMAGES], count=1)
     quantizers = {}
     for site, width in planned.items():
         scheme = default_scheme(model, infos[site], width, sample=samples.get(site))
         quantizers[site] = make_quantizer(model, infos[site], scheme, sample=samples.get(site), estimator="minmax")
-    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
-    ends = {found[0].site.module, model.pretrained_cfg["classifier"]}
+    attach_quantizers_(net, quantizers)
+    ends = {net.infos[0].site.module, model.pretrained_cfg["classifier"]}
     widths = {key: quantizer.scheme.bit_width for key, quantizer in learned(model).items()}
-    assert len(widths) == len(planned) == sum(info.quantizable for info in found)
+    assert len(widths) == len(planned) == sum(info.quantizable for info in net.infos)
     for key, width in widths.items():
         at_an_end = any(key.startswith(f"{module}.") for module in ends)
         assert width == (8 if layout == "paper" and at_an_end else 2), key
     assert sum(width == 8 for width in widths.values()) == (4 if layout == "paper" else 0)
 
 
-class Network(nn.Module):
+class Mixed(nn.Module):
     """A convolution and a linear, called as modules or used by their weights, with every way to write it."""
 
     def __init__(self, way):
@@ -140,12 +140,12 @@ def test_a_layer_that_is_not_called_is_quantized_as_one_that_is(way, tensors):
     results = []
     for each in ("called", way):
         torch.manual_seed(0)
-        model = Network(each).eval()
-        trace, infos, quantizers = opened(model)
+        model = Mixed(each).eval()
+        net, quantizers = opened(model)
         chosen = {site: q for site, q in quantizers.items() if site.tensor in tensors}
-        with torch.no_grad(), quantized(model, trace, infos, chosen):
+        with torch.no_grad(), quantized(net, chosen):
             calibrated = model(IMAGES)
-        attach_quantizers_(model, chosen, trace=trace, sites=infos, image=IMAGE)
+        attach_quantizers_(net, chosen)
         twin = copy.deepcopy(model)
         for network in (model, twin):
             logits = network(IMAGES)
@@ -165,9 +165,9 @@ def test_a_layer_that_is_not_called_is_quantized_as_one_that_is(way, tensors):
 
 def test_what_is_made_of_a_weight_is_a_plain_tensor():
     """Shapes, types, slices and products of a weight that quantizes its input are those of the quantized weight."""
-    model = Network("by place").eval()
-    trace, infos, quantizers = opened(model)
-    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGE)
+    model = Mixed("by place").eval()
+    net, quantizers = opened(model)
+    attach_quantizers_(net, quantizers)
     weight = model.linear.weight
     expected = quantizers[Site("linear", "weight")](model.linear._parameters["weight"].detach())
     assert (weight.shape, weight.dtype, weight.device) == (expected.shape, expected.dtype, expected.device)
@@ -184,15 +184,15 @@ def test_a_layout_of_heads_that_is_not_known_is_refused():
     model = timm.create_model("tiny_vit_5m_224", embed_dims=(16, 16, 32, 32), depths=(1, 1, 1, 1),
                               num_heads=(2, 2, 2, 2), window_sizes=(4, 4, 4, 2), num_classes=10).eval()  # fmt: skip
     images = torch.randn(4, 3, 64, 64)
-    trace, infos, quantizers = opened(model, images=images)
+    net, quantizers = opened(model, images=images)
     with pytest.raises(InputError, match=r"stages\.1\.blocks\.0\.attn\.qkv .* three equal parts"):
-        attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=images[:1])
+        attach_quantizers_(net, quantizers)
     assert not any(is_quantized(module) for module in model.modules())
-    samples = observe_activations(model, trace, infos, [images], count=1)
+    samples = observe_activations(net, net.by_site, [images], count=1)
     for site in [site for site in quantizers if site.module.endswith("attn.qkv") and site.is_weight]:
-        scheme = default_scheme(model, infos[site], 4, sample=None, granularity="per_channel")
-        quantizers[site] = make_quantizer(model, infos[site], scheme, sample=samples.get(site), estimator="mse")
-    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=images[:1])  # a scale a row needs no layout
+        scheme = default_scheme(model, net.by_site[site], 4, sample=None, granularity="per_channel")
+        quantizers[site] = make_quantizer(model, net.by_site[site], scheme, sample=samples.get(site), estimator="mse")
+    attach_quantizers_(net, quantizers)  # a scale a row needs no layout
     assert len(learned(model)) == len(quantizers)
 
 
@@ -201,9 +201,9 @@ def test_other_forms_of_attention_train_too(name):
     """Cascaded heads, mixed heads, channels for tokens: each planned site is executed, and every scale learns."""
     model, size = small(name), FORMS[name][1]["img_size"]
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
-    trace, infos, quantizers = opened(model, images=images)
+    net, quantizers = opened(model, images=images)
     before = model(images)
-    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=images[:1])
+    attach_quantizers_(net, quantizers)
     twin = copy.deepcopy(model).train()  # BatchNorm's statistics move
     twin(images).square().sum().backward()
     assert not [key for key, q in learned(twin).items() if q.scale.grad is None or not q.scale.grad.isfinite().all()]

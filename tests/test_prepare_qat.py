@@ -71,7 +71,7 @@ def test_it_starts_as_the_calibrated_network_with_statistics_of_its_own():
     """The quantizers are those of `calibrate`, and BatchNorm's statistics those of the quantized network."""
     net, images = network()
     plan = uniform(net, [images])
-    with torch.no_grad(), quantized(net.model, net.trace, net.by_site, calibrate(net, plan.sites, [images])):
+    with torch.no_grad(), quantized(net, calibrate(net, plan.sites, [images])):
         stale = net(images)
         twin = copy.deepcopy(net.model)
         reestimate_batchnorm_(twin, [images])

@@ -16,7 +16,7 @@ from quant.quantizer import MIN_SCALE_RATIO, LSQQuantizer, Quantizer
 from quant.range_estimators import estimate_range
 from quant.scheme import QuantScheme
 from tests.test_prepare import opened
-from tests.test_sensitivity import IMAGES, model_of
+from tests.test_sensitivity import model_of
 
 
 def calibrated(x, *, bit_width, signed=True, offset=False, axis=0, groups=1, granularity="per_tensor"):
@@ -227,8 +227,8 @@ def test_the_module_dependent_factor_follows_the_weight():
 def test_module_dependent_gradients_are_for_weights():
     """`attach_quantizers_` gives them to weights alone; activations keep LSQ's."""
     model = model_of("vit")
-    trace, infos, quantizers = opened(model)
-    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1], gradient_scale="module")
+    net, quantizers = opened(model)
+    attach_quantizers_(net, quantizers, gradient_scale="module")
     weights = [id(quantizer) for _, quantizer in latent_weights(model).values()]
     learned = [module for module in model.modules() if isinstance(module, LSQQuantizer)]
     assert len(learned) > len(weights) > 0

@@ -140,7 +140,7 @@ def test_the_value_part_of_a_fused_qkv_changes_only_its_own_rows():
     info = next(i for i in sites if i.site == Site("blocks.0.attn.qkv", "weight.value"))
     quantizer = quantizer_of(model, info, 2)
     weight = model.blocks[0].attn.qkv.weight.detach().clone()
-    with quantized(model, trace, {info.site: info}, {info.site: quantizer}):
+    with quantized(net_of(model, trace, [info]), {info.site: quantizer}):
         during = model.blocks[0].attn.qkv.weight.detach().clone()
     assert torch.equal(during[:64], weight[:64])
     assert quantizer.scale.shape == (4,)
@@ -167,7 +167,7 @@ def test_attention_sites_have_at_most_2_to_the_b_codes_in_each_head():
     model, trace, sites = opened("swin")
     name = "layers.0.blocks.1.attn"
     chosen = {i.site: i for i in sites if i.site.module == name}
-    samples = observe_activations(model, trace, chosen, IMAGES.split(8), count=3)
+    samples = observe_activations(net_of(model, trace, chosen), chosen, IMAGES.split(8), count=3)
     quantizers = {s: quantizer_of(model, i, 3, samples[s]) for s, i in chosen.items()}
     assert {s.tensor for s in chosen} == {"query", "key", "value", "attention"}
     seen = {}
@@ -179,7 +179,7 @@ def test_attention_sites_have_at_most_2_to_the_b_codes_in_each_head():
 
         return handler
 
-    with torch.no_grad(), quantized(model, trace, chosen, {site: recorded(site) for site in chosen}):
+    with torch.no_grad(), quantized(net_of(model, trace, chosen), {site: recorded(site) for site in chosen}):
         model(IMAGES)
     for x in seen.values():
         assert x.shape[1] == 2

@@ -62,19 +62,19 @@ def tied(request):
 def test_a_shared_weight_is_quantized_in_all_its_uses(tied):
     """As if the parameter itself were on the grid; in training too, with one quantizer for all uses."""
     model, site = tied
-    trace, infos, quantizers = opened(model, bits=2)
-    assert [s for s in infos if s.is_weight and infos[s].quantizable and infos[s].shared_with] == [site]
-    assert infos[site].note
+    net, quantizers = opened(model, bits=2)
+    assert [s for s, info in net.by_site.items() if s.is_weight and info.quantizable and info.shared_with] == [site]
+    assert net.by_site[site].note
     by_hand = copy.deepcopy(model)
     with torch.no_grad():
         weight = by_hand.get_submodule(site.module).weight
         weight.copy_(quantizers[site](weight))
         expected, before = by_hand(IMAGES), model(IMAGES)
-        with quantized(model, trace, infos, {site: quantizers[site]}):
+        with quantized(net, {site: quantizers[site]}):
             torch.testing.assert_close(model(IMAGES), expected)
         assert torch.equal(model(IMAGES), before)
     keys = set(model.state_dict())
-    attach_quantizers_(model, {site: quantizers[site]}, trace=trace, sites=infos, image=IMAGES[:1])
+    attach_quantizers_(net, {site: quantizers[site]})
     torch.testing.assert_close(model(IMAGES), expected)
     assert latent_weights(model).keys() == {site}
     added = set(model.state_dict()) - keys
@@ -84,7 +84,7 @@ def test_a_shared_weight_is_quantized_in_all_its_uses(tied):
     twin(IMAGES).square().sum().backward()
     latent, quantizer = latent_weights(twin)[site]
     assert quantizer.scale.grad is not None
-    assert all(twin.get_submodule(name)._parameters["weight"] is latent for name in infos[site].shared_with)
+    assert all(twin.get_submodule(name)._parameters["weight"] is latent for name in net.by_site[site].shared_with)
     restore_float_(model)
     assert torch.equal(model(IMAGES), before)
     assert set(model.state_dict()) == keys
@@ -93,10 +93,10 @@ def test_a_shared_weight_is_quantized_in_all_its_uses(tied):
 def test_all_sites_around_a_shared_weight_train(tied):
     """Every input has a quantizer of its own; the calibrated network is where training starts."""
     model, _ = tied
-    trace, infos, quantizers = opened(model)
-    with torch.no_grad(), quantized(model, trace, infos, quantizers):
+    net, quantizers = opened(model)
+    with torch.no_grad(), quantized(net, quantizers):
         expected = model(IMAGES)
-    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1])
+    attach_quantizers_(net, quantizers)
     assert torch.equal(model(IMAGES), expected)
     model(IMAGES).square().sum().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]

@@ -17,6 +17,7 @@ from quant.attention import explicit_attention
 from quant.intercept import intercept
 from quant.site import ATTENTION_TENSORS, Site
 from quant.trace import trace_forward
+from tests.networks import net_of
 
 Pair = namedtuple("Pair", "a b")
 VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
@@ -82,7 +83,7 @@ def test_every_attention_module_shows_its_four_tensors(model):
 
         return handler
 
-    with torch.no_grad(), intercept(model, trace, {site: keep(site) for site in sites}):
+    with torch.no_grad(), intercept(net_of(model, trace), {site: keep(site) for site in sites}):
         model(IMAGES)
     assert {s: tuple(x.shape) for s, x in seen.items()} == {s: trace.shapes[s] for s in sites}
     for site in sites:
@@ -95,7 +96,7 @@ def test_handlers_that_leave_their_tensor_leave_the_logits(model):
     trace = trace_forward(model, IMAGES)
     with torch.no_grad():
         before = model(IMAGES)
-        with intercept(model, trace, {site: lambda x: None for site in trace.shapes}):
+        with intercept(net_of(model, trace), {site: lambda x: None for site in trace.shapes}):
             during = model(IMAGES)
         after = model(IMAGES)
     torch.testing.assert_close(during, before, atol=1e-5, rtol=1e-5)
@@ -110,7 +111,7 @@ def test_a_replaced_tensor_reaches_the_result(model):
     with torch.no_grad():
         plain = model(IMAGES)
         for tensor in ("query", "key", "value", "attention"):
-            with intercept(model, trace, {Site(name, tensor): torch.zeros_like}):
+            with intercept(net_of(model, trace), {Site(name, tensor): torch.zeros_like}):
                 assert not torch.equal(model(IMAGES), plain), tensor
 
 
@@ -120,8 +121,7 @@ def test_query_is_what_scaled_dot_product_attention_gets():
     trace = trace_forward(model, IMAGES)
     attention = model.layers[0].blocks[0].attn
     kept = {}
-    with torch.no_grad(), intercept(
-        model, trace,
+    with torch.no_grad(), intercept(net_of(model, trace),
         {Site("layers.0.blocks.0.attn", "query"): lambda x: kept.update(query=x.clone()),
          Site("layers.0.blocks.0.attn.qkv", "output"): lambda x: kept.update(qkv=x.clone())},
     ):  # fmt: skip
@@ -154,7 +154,9 @@ def test_every_form_of_attention_is_seen(name):
     seen = {site: [] for site in trace.shapes if site.is_attention}
     with torch.no_grad():
         plain = model(images)
-        with intercept(model, trace, {site: (lambda x, site=site: seen[site].append(x.clone())) for site in seen}):
+        with intercept(
+            net_of(model, trace), {site: (lambda x, site=site: seen[site].append(x.clone())) for site in seen}
+        ):
             torch.testing.assert_close(model(images), plain, atol=1e-4, rtol=1e-4)
     for site, tensors in seen.items():
         assert tuple(tensors[0].shape) == trace.shapes[site]
@@ -167,7 +169,7 @@ def test_every_form_of_attention_is_seen(name):
             torch.testing.assert_close(attention.sum(dim=-1), torch.ones(attention.shape[:-1]))
     first = next(iter(trace.attention))
     for tensor in ATTENTION_TENSORS:
-        with torch.no_grad(), intercept(model, trace, {Site(first, tensor): lambda x: x.flip(-1)}):
+        with torch.no_grad(), intercept(net_of(model, trace), {Site(first, tensor): lambda x: x.flip(-1)}):
             assert not torch.equal(model(images), plain), tensor
 
 
@@ -272,7 +274,7 @@ def test_the_switch_of_fused_attention_may_lie_in_a_submodule():
     x = torch.randn(2, 5, 8)
     trace = trace_forward(model, x)
     assert trace.attention[""].fused
-    with torch.no_grad(), intercept(model, trace, {Site("", "attention"): lambda x: seen.append(x)}):
+    with torch.no_grad(), intercept(net_of(model, trace), {Site("", "attention"): lambda x: seen.append(x)}):
         model(x)
     assert len(seen) == 1
     assert model.inner.fused_attn is False
@@ -293,7 +295,7 @@ def test_functional_convolutions_are_seen():
     trace = trace_forward(model, IMAGES)
     assert trace.functional == {"conv"}
     assert trace.shapes[Site("conv", "output")] == (2, 4, 30, 30)
-    with torch.no_grad(), intercept(model, trace, {Site("conv", "input"): torch.zeros_like}):
+    with torch.no_grad(), intercept(net_of(model, trace), {Site("conv", "input"): torch.zeros_like}):
         torch.testing.assert_close(model(IMAGES), model.conv.bias[:, None, None].expand(2, 4, 30, 30))
 
 
@@ -330,7 +332,7 @@ def test_of_several_tensors_returned_the_first_is_seen(kind):
     site = Site("several", "output")
     assert trace.shapes[site] == (2, 3)
     assert "the first tensor of a" in trace.notes[site]
-    with intercept(model, trace, {site: torch.zeros_like}):
+    with intercept(net_of(model, trace), {site: torch.zeros_like}):
         torch.testing.assert_close(model(x), 2 * (x + 1))
 
 
@@ -362,7 +364,7 @@ def test_linears_that_are_never_called_are_seen(model):
     for name in trace.functional:
         with torch.no_grad():
             plain = model(IMAGES)
-            with intercept(model, trace, {Site(name, "input"): torch.zeros_like}):
+            with intercept(net_of(model, trace), {Site(name, "input"): torch.zeros_like}):
                 assert not torch.equal(model(IMAGES), plain)
 
 
@@ -377,7 +379,7 @@ def test_hooks_are_gone_after_an_error():
     with torch.no_grad():
         plain = model(IMAGES)
         sites = {site: fail for site in trace.shapes if site.tensor in ("value", "output")}
-        with pytest.raises(RuntimeError, match="stop here"), intercept(model, trace, sites):
+        with pytest.raises(RuntimeError, match="stop here"), intercept(net_of(model, trace), sites):
             model(IMAGES)
         assert torch.equal(model(IMAGES), plain)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -483,7 +485,9 @@ def test_attention_by_einsum_is_seen(scores, values):
     with torch.no_grad():
         plain = model(x)
         sites = [Site("", tensor) for tensor in ATTENTION_TENSORS]
-        with intercept(model, trace, {site: (lambda x, site=site: seen.update({site: x.clone()})) for site in sites}):
+        with intercept(
+            net_of(model, trace), {site: (lambda x, site=site: seen.update({site: x.clone()})) for site in sites}
+        ):
             torch.testing.assert_close(model(x), plain)
         q, k, v = model.qkv(x).view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
     for tensor, expected in zip(ATTENTION_TENSORS, (q, k, v, None), strict=True):
@@ -496,7 +500,7 @@ def test_attention_by_einsum_is_seen(scores, values):
     assert trace.macs[Site("", "query")] == trace.macs[Site("", "attention")] == 3 * 5 * 5 * 4
     with torch.no_grad():
         for site in sites:
-            with intercept(model, trace, {site: lambda x: x.flip(-1)}):
+            with intercept(net_of(model, trace), {site: lambda x: x.flip(-1)}):
                 assert not torch.allclose(model(x), plain), site
 
 

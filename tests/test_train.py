@@ -73,8 +73,8 @@ def learning_resnet():
 def prepared(model, bits=3):
     """The model with every site quantized, and its floating-point teacher."""
     teacher = copy.deepcopy(model)
-    trace, infos, quantizers = opened(model, bits=bits, images=IMAGES[:16])
-    attach_quantizers_(model, quantizers, trace=trace, sites=infos, image=IMAGES[:1])
+    net, quantizers = opened(model, bits=bits, images=IMAGES[:16])
+    attach_quantizers_(net, quantizers)
     return model, teacher
 
 

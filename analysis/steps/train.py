@@ -119,10 +119,7 @@ def _prepare_(
         estimator=config.estimator, model=opened.plan_model, stored=opened.stored,
     )  # fmt: skip
     warn_of_fewer(made, config.calibration_images, "--set calibration_images")
-    attach_quantizers_(
-        opened.model, made.quantizers, trace=opened.trace, sites=opened.by_site, image=opened.probe_image(),
-        gradient_scale=config.gradient_scale, compiled=config.compile,
-    )  # fmt: skip
+    attach_quantizers_(opened.network, made.quantizers, gradient_scale=config.gradient_scale, compiled=config.compile)
     images = [x for x, _ in made.data]
     reestimate_batchnorm_(opened.model, images)
     return made.plan, images

@@ -85,7 +85,7 @@ def fisher_scores(
         for batch in data:
             pass_.images = task.samples(batch)
             count += pass_.images
-            with torch.enable_grad(), intercept(net.model, net.trace, handlers):
+            with torch.enable_grad(), intercept(net, handlers):
                 probed = task.probe(task.forward(net.model, mapped(batch, _leaf)), generator)
             if not probed.requires_grad:
                 raise InputError(

@@ -53,7 +53,7 @@ def hessian_traces(
         for weight in weights.values():
             weight.requires_grad_(True)
         handlers = {site: shifted(site) for site in activations}
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), intercept(model, net.trace, handlers):
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), intercept(net, handlers):
             for batch in data:
                 shifts.clear()
                 loss = task.loss(task.forward(model, batch), batch).sum()

@@ -1,7 +1,7 @@
 """The sweep: one site quantized at a time, all else in floating point, and what the network's answers lose by it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -51,7 +51,7 @@ def sweep(
     `image_delta_loss`, lists over the samples.
     """
     chosen = [quantized_sites(key, sites, blocks=net.blocks) for key in keys]
-    wanted = {info.site: info for items in chosen for info, _ in items}
+    wanted = dict.fromkeys(info.site for items in chosen for info, _ in items)
     samples = sample_activations(net, wanted, data, task.forward)
     forms = _Forms(net, data, task, _forms_of(keys, chosen), cache_bytes=cache_mib << 20, tell=tell)
     made: dict[tuple[Site, int, str, str], Quantizer] = {}
@@ -94,19 +94,18 @@ def site_quantizer(
 
 
 def sample_activations(
-    net: Network, sites: Mapping[Site, SiteInfo], data: Sequence[Any], forward: Forward
+    net: Network, sites: Iterable[Site], data: Sequence[Any], forward: Forward
 ) -> dict[Site, ActivationSample]:
     """A sample of each activation site over `data`, the same whatever other sites are asked for.
 
     Attention by its formula gives other last bits than the fused kernel, and so all that comes after it: the sites
     inside attention are sampled in a pass of their own.
     """
-    inside = {site: info for site, info in sites.items() if site.is_attention}
-    outside = {site: info for site, info in sites.items() if not site.is_attention}
-    samples = observe_activations(net.model, net.trace, outside, data, count=len(data), forward=forward)
+    inside, outside = ([site for site in sites if site.is_attention is wanted] for wanted in (True, False))
+    samples = observe_activations(net, outside, data, count=len(data), forward=forward)
     untouched = {Site(module, "attention"): _leave for module in net.trace.attention} if inside else {}
-    with intercept(net.model, net.trace, untouched):
-        return samples | observe_activations(net.model, net.trace, inside, data, count=len(data), forward=forward)
+    with intercept(net, untouched):
+        return samples | observe_activations(net, inside, data, count=len(data), forward=forward)
 
 
 def _order(key: Mapping[str, Any], sites: Sequence[SiteInfo], items: Sequence[tuple[SiteInfo, int]]) -> int:
@@ -146,7 +145,7 @@ class _Forms:
         cache_bytes: int,
         tell: Callable[[str], None],
     ) -> None:
-        self.model, self.trace, self.data, self.tell = net.model, net.trace, data, tell
+        self.net, self.model, self.data, self.tell = net, net.model, data, tell
         self.task, self.run = task, partial(task.forward, net.model)
         self.room = cache_bytes // (2 * max(1, forms))  # half for the inputs of cuts, half for outputs of the module
         self._cuts: list[Cut] | None = None
@@ -158,8 +157,8 @@ class _Forms:
     @contextmanager
     def attention(self, explicit: bool) -> Iterator[None]:
         """Let every attention module compute by its formula, as those with a quantized site do, or none."""
-        untouched = {Site(m, "attention"): _leave for m in self.trace.attention} if explicit else {}
-        with intercept(self.model, self.trace, untouched):
+        untouched = {Site(m, "attention"): _leave for m in self.net.trace.attention} if explicit else {}
+        with intercept(self.net, untouched):
             yield
 
     def replay(self, modules: Sequence[str], explicit: bool, batchnorm: str) -> Replay:
@@ -231,9 +230,8 @@ def _measure(
     forms: _Forms, quantizers: Mapping[SiteInfo, Quantizer], *, alone: bool, re_estimated: bool
 ) -> dict[str, Any]:
     """Figures of the quantized sites, and a note on what could not be measured."""
-    model, trace = forms.model, forms.trace
-    infos = {info.site: info for info in quantizers}
-    explicit = any(site.is_attention for site in infos)
+    model = forms.model
+    explicit = any(info.site.is_attention for info in quantizers)
     reference = forms.reference(explicit, re_estimated)
     first = next(iter(quantizers))
     measured: dict[Site, Any] = {info.site: quantizer for info, quantizer in quantizers.items()}
@@ -247,7 +245,7 @@ def _measure(
         modules = sorted({name for info in quantizers for name in (info.site.module, *info.shared_with)})
         run = forms.replay(modules, explicit, "re_estimated" if re_estimated else "stored")
         estimating = forms.replay(modules, explicit, "batch") if re_estimated else None
-        stack.enter_context(quantized(model, trace, infos, measured))
+        stack.enter_context(quantized(forms.net, measured))
         if estimating is not None:
             stack.enter_context(batchnorm_kept(model))
             skipped = () if estimating.cut is None else estimating.cut.skipped
@@ -260,7 +258,7 @@ def _measure(
             module_noise = stack.enter_context(output_noise(model, first.site.module, original, clean, first.parameter))
         outputs = outputs_of(run, forms.data, forms.task)
     figures, images = compare(forms.task, outputs, reference, forms.data)
-    called_once = trace.calls.get(first.site.module, 0) == 1
+    called_once = forms.net.trace.calls.get(first.site.module, 0) == 1
     inside = re_estimated and bool(batchnorms(model.get_submodule(first.site.module)))
     notes = [first.note] if alone and first.note else []
     if forms.task.loss is not None and math.isnan(figures["loss"]):
@@ -269,7 +267,7 @@ def _measure(
     if degenerate:
         notes.append(f"degenerate: {degenerate} of {sum(q.groups for q in quantizers.values())} scales borrowed")
     if not alone:
-        notes.append(f"{len(infos)} sites: no SQNR")
+        notes.append(f"{len(quantizers)} sites: no SQNR")
     elif not called_once:  # a later call gets an input that the earlier one has already changed
         notes.append("sqnr_output_db not measured: the module is called more than once")
     elif inside:

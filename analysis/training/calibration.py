@@ -72,7 +72,7 @@ def running_quantized(net: Network, made: Calibrated, batchnorm: str, forward: F
     re_estimated = batchnorm.replace("-", "_") == "re_estimate" and bool(batchnorms(net.model))
     run = partial(forward or net.forward, net.model)
     with (
-        quantized(net.model, net.trace, net.by_site, made.quantizers),
+        quantized(net, made.quantizers),
         batchnorm_reestimated(net.model, made.data, run) if re_estimated else nullcontext(),
     ):
         yield

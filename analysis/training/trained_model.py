@@ -37,13 +37,7 @@ def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
     plan = None
     if (folder / "plan.json").exists():
         plan = read_plan(folder / "plan.json", opened, other_weights=True)
-        attach_quantizers_(
-            opened.model,
-            uncalibrated(opened, plan),
-            trace=opened.trace,
-            sites=opened.by_site,
-            image=opened.probe_image(),
-        )
+        attach_quantizers_(opened.network, uncalibrated(opened, plan))
         sites = plan.sites
     try:
         with safe_open(weights, framework="pt") as file:
