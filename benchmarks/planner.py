@@ -139,7 +139,7 @@ def timed_edges(*, budgets: int, gap: float, seed: int) -> Timing:
     bitops = int(edges(cost)["macs"].sum()) * 16
     budget = PlanBudget(bitops=bitops, weight_bits=4.0 if budgets > 1 else None)
     start = time.process_time(), time.perf_counter()
-    solution = plan_bits(options, cost, budget=budget, parameters=parameters, relative_gap=gap)
+    solution = plan_bits(options, cost, budget=budget, stored=parameters, relative_gap=gap)
     return time.process_time() - start[0], time.perf_counter() - start[1], solution.gap
 
 

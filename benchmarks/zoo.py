@@ -114,7 +114,7 @@ def build(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, int]:
                     model(torch.rand(1, 3, size, size))
                     for parameter in model.parameters():  # many start at zero, and would hide what is inside a branch
                         parameter.add_(torch.randn_like(parameter) * 0.02)
-                return model, size
+                return model.eval(), size  # LeViT then forgets the attention biases of the former parameters
             except Exception as caught:  # each model refuses a size or an argument in its own way
                 error = caught
     raise ValueError(f"takes none of the sizes {SIZES}") from error
