@@ -15,8 +15,8 @@ from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from analysis.inputs.data_string import per_channel, read_class_map
-from analysis.inputs.listing import InputConfig, Listing, list_images
+from analysis.inputs.data_string import class_names_from, per_channel
+from analysis.inputs.listing import InputConfig, Listing, NotSkippedError, list_images
 from quant.errors import InputError, first_line
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)  # what Pillow raises
@@ -30,12 +30,23 @@ class ImageData:
     spec: str
     split: str
     images: int  # how many were chosen, broken ones included
-    classes: tuple[str, ...]  # names of the classes, by rising label; empty where unlabelled
+    class_names: Mapping[int, str]  # of the labels that there are, rising; empty where unlabelled
     sha256: str  # of the chosen names (relative to the data's root) and labels, in order
     note: str  # how a split came about that the data did not bring
     labelled: bool
+    remarks: tuple[str, ...] = ()  # on files that are no images, and splits that are not used
     skip_broken: bool = False
     skipped: list[str] = field(default_factory=list)  # the broken images that passes over the data have met
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, by rising label."""
+        return tuple(self.class_names.values())
+
+    def first_classes(self, count: int) -> str:
+        """The first classes with their labels, such as `0 cat, 1 dog, ...`."""
+        named = [f"{label} {name}" if name != str(label) else name for label, name in self.class_names.items()]
+        return ", ".join(named[:count]) + (", ..." if len(named) > count else "")
 
 
 class ChosenImages(Dataset[tuple[Tensor, int]]):
@@ -64,6 +75,8 @@ class ChosenImages(Dataset[tuple[Tensor, int]]):
         """The image as it was read, before it is prepared."""
         try:
             return self.read(int(self.indices[i]))
+        except NotSkippedError as error:
+            raise NotSkippedError(f"The image {self.path(i)} cannot be read: {error}.") from error
         except _UNREADABLE as error:
             raise InputError(
                 f"The image {self.path(i)} cannot be read: {first_line(error)}. "
@@ -76,6 +89,7 @@ class Broken(NamedTuple):
 
     name: str
     message: str
+    skipped: bool = True  # whether --skip-broken leaves it out
 
 
 class Batch(NamedTuple):
@@ -107,7 +121,7 @@ class _Guarded(Dataset[_Item | Broken]):
         try:
             return _Item(*self.dataset[i], self.dataset.path(i))
         except InputError as error:
-            return Broken(self.dataset.names[i], str(error))
+            return Broken(self.dataset.names[i], str(error), not isinstance(error, NotSkippedError))
 
 
 def _collate(items: Sequence[_Item | Broken]) -> tuple[Batch, list[Broken]]:
@@ -126,6 +140,7 @@ def resolve_input(
     std: Sequence[float] | None = None,
     input_size: Sequence[int] | None = None,
     crop_pct: float | None = None,
+    white_level: int | None = None,
 ) -> InputConfig:
     """How images of `data` become the model's input: as the user says, else as digits need, else as timm configures.
 
@@ -166,6 +181,7 @@ def resolve_input(
         interpolation=base["interpolation"],
         crop_pct=crop,
         crop_mode=base.get("crop_mode", "center"),
+        white_level=white_level,
     )
 
 
@@ -180,6 +196,7 @@ def load_data(
     num_classes: int | None,
     holdout: float = 0.5,
     class_map: str | Path | None = None,
+    class_order: str | Path | None = None,
     data_root: str | Path | None = None,
     skip_broken: bool = False,
 ) -> ImageData:
@@ -188,15 +205,17 @@ def load_data(
     Fewer than `images` are an error, unless `at_most` is set.
 
     `spec` is `digits`, `folder:PATH`, `csv:FILE` or the name of a timm data set. Data of one split is divided by
-    `seed`: the share `holdout` of each class becomes `val`; with 0 all images serve both. Raises InputError for data
-    that cannot be used, and where classes or labels do not fit a head of `num_classes`.
+    `seed`: the share `holdout` of each class becomes `val`; with 0 all images serve both. `class_order` numbers class
+    names: `plain` (torchvision's ImageFolder), `natural` (timm) or a file as `class_map`; it may be left out where the
+    two are the same. Raises InputError for data that cannot be used, and where classes or labels do not fit a head of
+    `num_classes`.
     """
     if not 0 <= holdout < 1:
         raise InputError(f"`--holdout` {holdout:g} is not in [0, 1).")
     if images is not None and images < 1:
         raise InputError(f"`--images` {images} is below 1.")
-    indices_of = None if class_map is None else read_class_map(Path(class_map))
-    listing = list_images(spec, split, images, data_root, input_config, named=indices_of is not None)
+    indices_of, by = class_names_from(class_map, class_order)
+    listing = list_images(spec, split, images, data_root, input_config, class_order=by, by_name=indices_of is not None)
     labels, classes = _head_labels(listing, spec, indices_of, num_classes)
     pool, note = np.arange(len(labels)), listing.note
     if listing.one_split:
@@ -213,10 +232,11 @@ def load_data(
         spec=spec,
         split=split,
         images=len(chosen),
-        classes=classes,
+        class_names=classes,
         sha256=hashlib.sha256("".join(lines).encode()).hexdigest(),
         note=note,
         labelled=bool((labels >= 0).all()),
+        remarks=listing.remarks,
         skip_broken=skip_broken,
     )
 
@@ -241,8 +261,8 @@ def shared_batches(
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     for batch, broken in loader:
-        for name, message in broken:
-            if not data.skip_broken:
+        for name, message, skipped in broken:
+            if not (data.skip_broken and skipped):
                 raise InputError(message)
             if name not in data.skipped:
                 data.skipped.append(name)
@@ -309,7 +329,7 @@ def _held_out(labels: np.ndarray, split: str, holdout: float, seed: int) -> tupl
 
 def _head_labels(
     listing: Listing, spec: str, indices_of: Mapping[str, int] | None, num_classes: int | None
-) -> tuple[np.ndarray, tuple[str, ...]]:
+) -> tuple[np.ndarray, dict[int, str]]:
     """Labels as indices into the model's head, and the names of the classes by rising label."""
     labels, names = listing.labels, listing.classes
     if indices_of is not None:
@@ -318,7 +338,7 @@ def _head_labels(
         unknown = [name for name in names.values() if name not in indices_of]
         if unknown:
             raise InputError(f"The class map has no line for {unknown[0]!r} of {spec} ({len(unknown)} such). Add it.")
-        labels = np.array([indices_of[names[label]] for label in labels.tolist()])
+        labels = np.array([indices_of[names[label]] if label >= 0 else -1 for label in labels.tolist()])
         names = {indices_of[name]: name for name in names.values()}
     elif num_classes is not None and names is not None and listing.complete and len(names) != num_classes:
         raise InputError(
@@ -331,4 +351,4 @@ def _head_labels(
             f"{spec} has the label {labels.max()}, the model's head has {num_classes} classes (0 to {num_classes - 1})."
         )
     present = np.unique(labels[labels >= 0]).tolist()
-    return labels, tuple((names or {}).get(label, str(label)) for label in present)
+    return labels, {label: (names or {}).get(label, str(label)) for label in present}

@@ -32,7 +32,7 @@ def test_the_whole_image_at_its_size_is_that_of_evaluation(tmp_path):
     """The same arithmetic from pixels to numbers: what differs in training is the view alone."""
     (tmp_path / "a").mkdir()
     Image.fromarray(PIXELS[:24, :16]).save(tmp_path / "a" / "0.png")
-    listing = list_images(f"folder:{tmp_path}", "train", None, None, CONFIG, named=False)
+    listing = list_images(f"folder:{tmp_path}", "train", None, None, CONFIG, class_order=None, by_name=False)
     image = listing.read(0)
     assert torch.equal(cut(image, Crop(0, 0, 24, 16, False), CONFIG), listing.transform(image))
 

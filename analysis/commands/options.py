@@ -160,7 +160,12 @@ preparation_options = _stacked(
     click.option("--holdout", type=click.FloatRange(0, 1, max_open=True), show_default="0.5",
                  help="Fraction of data without splits that becomes the validation split; 0: all images for both."),
     file_option("--class-map", help="File with lines `class` or `class,index`, if the data has only some of the head's "
-                "classes; without it, classes are numbered by name."),
+                "classes; without it, classes are numbered as --class-order says."),
+    click.option("--class-order", metavar="plain|natural|FILE", show_default="asked for where it matters",
+                 help="How class names were numbered when the network was trained: plain as torchvision's ImageFolder, "
+                 "natural as timm, or a FILE with a class per line."),
+    click.option("--white-level", type=click.IntRange(min=1), show_default="asked for where it matters",
+                 help="What is white in images of more than 8 bits: 65535, 4095."),
     click.option("--data-root", type=click.Path(exists=True, path_type=Path), metavar="FOLDER",
                  help="Folder of a timm data set."),
     click.option("--skip-broken", is_flag=True, help="Leave out images that cannot be read, and count them; without "

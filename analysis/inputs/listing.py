@@ -3,7 +3,7 @@
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.dataset_factory import create_dataset
 from timm.data.transforms_factory import create_transform
-from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from analysis.inputs.data_string import check_data, csv_table, folder_splits
+from analysis.inputs.data_string import check_data
+from analysis.inputs.image_folder import ImageFolder, list_folder
+from analysis.inputs.image_list import ImageList, list_csv
 from quant.errors import InputError
 
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_FULL_16_BITS = 2**16 - 1
 _VALIDATION_NAMES = ["validation", "val", "test"]  # in timm's words, and in those of the hub's data sets
 
 
@@ -39,6 +40,7 @@ class InputConfig:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0  # the centre crop's side over the resized image's
     crop_mode: str = "center"  # timm's: center, squash or border
+    white_level: int | None = None  # what is white in images of more than 8 bits; None where there are none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,22 +56,35 @@ class Listing:
     one_split: bool = False
     complete: bool = True  # whether `classes` must be exactly those of the head
     note: str = ""
+    remarks: tuple[str, ...] = ()  # on what was left out
 
 
 def list_images(
-    spec: str, split: str, images: int | None, data_root: str | Path | None, config: InputConfig, *, named: bool
+    spec: str,
+    split: str,
+    images: int | None,
+    data_root: str | Path | None,
+    config: InputConfig,
+    *,
+    class_order: str | None,
+    by_name: bool,
 ) -> Listing:
-    """All images of a split that the data string names; `named`: a class map will look the classes' names up."""
-    check_data(spec, split=split, data_root=data_root)
+    """All images of a split that the data string names.
+
+    `class_order` is plain or natural, where it matters; `by_name`: a class map will look the classes' names up.
+    """
+    check_data(spec, split=split, data_root=data_root, class_order="plain" if by_name else class_order)
     kind, _, place = spec.partition(":")
     if spec == "digits":
         return _list_digits(split, config)
     if config.input_size[0] not in (1, 3):
         raise InputError(f"The model takes {config.input_size[0]} channels; image files give 3, or 1 as grey.")
     if kind == "folder":
-        return _list_folder(Path(place), split, config)
+        path = Path(place)
+        return _list_files(path, list_folder(path, split, "plain" if by_name else class_order), config)
     if kind == "csv":
-        return _list_csv(Path(place), config, named=named)
+        found = list_csv(Path(place), split, class_order, by_name=by_name)
+        return _list_files(Path(place).parent, found, config, complete=not found.numbered)
     return _list_timm(spec, split, images, data_root, config)
 
 
@@ -99,99 +114,56 @@ def _upsample(image: Tensor, config: InputConfig) -> Tensor:
     return (large.expand(channels, -1, -1) - mean) / std
 
 
-def _list_folder(path: Path, split: str, config: InputConfig) -> Listing:
-    """PATH/SPLIT/CLASS/*, or PATH/CLASS/* where there is neither train/ nor val/."""
-    splits = folder_splits(path, split)
-    folder = path / split if splits else path
-    # Both splits together: a class without images in one of them must not shift the labels there.
-    found = {f.name for part in splits or ["."] for f in (path / part).iterdir() if f.is_dir() and f.name[0] != "."}
-    classes = dict(enumerate(sorted(found, key=natural_key)))
-    names, labels = [], []
-    for label, name in classes.items():
-        files = sorted(_image_files(folder / name))
-        if not files and (folder / name).is_dir():
-            raise InputError(
-                f"The class folder {folder / name} has no image ({' '.join(_SUFFIXES)}). Remove or fill it."
-            )
-        names += [file.relative_to(path).as_posix() for file in files]
-        labels += [label] * len(files)
-    if not names:
-        raise InputError(f"{folder} has no class folders with images. Expected {folder}/CLASS/*.jpg, or use csv:FILE.")
-    return _list_files(path, names, np.array(labels), classes, config, one_split=not splits)
-
-
-def _image_files(folder: Path) -> Iterator[Path]:
-    """The image files in a folder and below it, hidden ones left out."""
-    return (f for f in folder.rglob("*") if f.suffix.lower() in _SUFFIXES and f.name[0] != "." and f.is_file())
-
-
-def _list_csv(path: Path, config: InputConfig, *, named: bool) -> Listing:
-    """The files of a list, relative to its folder: columns `file` and `class_index` or `label`, or unlabelled.
-
-    Labels that are all whole numbers are indices, unless a class map names them.
-    """
-    header, table = csv_table(path)
-    names = [row["file"] for row in table]
-    column = next((c for c in (("label", "class_index") if named else ("class_index", "label")) if c in header), None)
-    if column is None:
-        return _list_files(path.parent, names, np.full(len(names), -1), None, config, one_split=True)
-    values = [row.get(column, "").strip() for row in table]
-    if column == "label" and (named or not all(value.isdecimal() and len(value) < 10 for value in values)):
-        classes = dict(enumerate(sorted(set(values), key=natural_key)))
-        index = {name: label for label, name in classes.items()}
-        labels = np.array([index[value] for value in values])
-        return _list_files(path.parent, names, labels, classes, config, one_split=True)
-    wrong = next((i for i, value in enumerate(values) if not (value.isdecimal() and len(value) < 10)), None)
-    if wrong is not None:
-        raise InputError(f"{path}: {column} of {names[wrong]!r} is {values[wrong]!r}, expected a whole number from 0.")
-    labels = np.array([int(value) for value in values], dtype=np.int64)
-    known = {int(value): row["label"] for value, row in zip(values, table, strict=True) if row.get("label")}
-    return _list_files(path.parent, names, labels, known or None, config, one_split=True, complete=False)
-
-
-def _list_files(
-    root: Path,
-    names: Sequence[str],
-    labels: np.ndarray,
-    classes: Mapping[int, str] | None,
-    config: InputConfig,
-    *,
-    one_split: bool,
-    complete: bool = True,
-) -> Listing:
+def _list_files(root: Path, found: ImageFolder | ImageList, config: InputConfig, *, complete: bool = True) -> Listing:
     """Image files below `root`, prepared as timm does for evaluation."""
     return Listing(
-        names=names,
-        labels=labels,
-        classes=classes,
-        read=partial(_read_file, [root / name for name in names], _mode(config)),
-        transform=_eval_transform(config),
-        root=str(root),
-        one_split=one_split,
-        complete=complete,
-    )
+        names=found.names, labels=np.array(found.labels, dtype=np.int64), classes=found.classes,
+        read=partial(_read_file, [root / name for name in found.names], _mode(config), config.white_level),
+        transform=_eval_transform(config), root=str(root), one_split=found.one_split, complete=complete,
+        remarks=found.remarks,
+    )  # fmt: skip
 
 
-def _read_file(paths: Sequence[Path], mode: str, i: int) -> Image.Image:
+def _read_file(paths: Sequence[Path], mode: str, white_level: int | None, i: int) -> Image.Image:
     """The decoded image."""
     with Image.open(paths[i]) as image:
-        return in_mode(image, mode)
+        return in_mode(image, mode, white_level)
 
 
-def in_mode(image: Image.Image, mode: str) -> Image.Image:
-    """The image with 8 bits a sample in `mode`, L or RGB.
+def in_mode(image: Image.Image, mode: str, white_level: int | None = None) -> Image.Image:
+    """The image upright, with 8 bits per sample, in `mode`, L or RGB.
 
-    Of transparent images the stored colours count, without their transparency, as in timm and torchvision; CMYK is
-    converted without a colour profile. Of 16-bit grey the upper 8 bits count, as Pillow takes them of 16-bit colour;
-    its own conversion would make all above 255 white. Raises ValueError for 32-bit samples, whose white is not known.
+    An orientation noted by a camera (EXIF) is applied. Of transparent images the stored colours count, without their
+    transparency, as in timm and torchvision; CMYK is converted without a colour profile. Samples of more than 8 bits
+    are scaled so that `white_level` is white; Pillow's own conversion would make all grey above 255 white. Raises
+    NotSkippedError where it is not given, and for 16-bit colour, of which Pillow reads the upper 8 bits, where it is
+    not 65535.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # both hold 16 bits
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"its samples are {image.mode}: 32 bits, of which none says what is white")
+    colour = image.mode in ("RGB", "RGBA", "CMYK")
+    deep_colour = colour and any("16" in str(tile[3]) for tile in getattr(image, "tile", []))
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        if white_level is None:
+            raise _white_level_error(image.mode)
+        grey = np.asarray(image, dtype=np.float64) * (255 / white_level)
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    elif deep_colour and white_level != _FULL_16_BITS:
+        raise _white_level_error(f"16-bit {image.mode}")
     elif image.mode in ("P", "PA"):
         image = image.convert("RGBA")  # to L or RGB at once, Pillow would warn of some transparent colours
     return image.convert(mode)
+
+
+class NotSkippedError(InputError):
+    """An image that cannot be used although it is not broken: `--skip-broken` does not leave it out."""
+
+
+def _white_level_error(samples: str) -> NotSkippedError:
+    return NotSkippedError(
+        f"its samples are {samples}, which does not say what is white. Give `--white-level`: "
+        f"{_FULL_16_BITS} where all 16 bits are used"
+        + ("" if samples.startswith("16-bit") else ", 4095 for 12 bits, 1 for floats up to 1")
+    )
 
 
 def _mode(config: InputConfig) -> str:
@@ -222,16 +194,21 @@ def _list_timm(spec: str, split: str, images: int | None, data_root: str | Path 
     read: Callable[[int], Any]
     if isinstance(dataset, IterableDataset):
         items = list(islice(dataset, images))
-        labels, read = [label for _, label in items], partial(_converted, [image for image, _ in items], mode)
+        labels, read = (
+            [label for _, label in items],
+            partial(_converted, [image for image, _ in items], mode, config.white_level),
+        )
         note = f"the first {len(items)} images of a stream"
     else:
         labels = _stored_labels(dataset)
-        read = partial(_read_timm, dataset, mode)
+        read = partial(_read_timm, dataset, mode, config.white_level)
     samples = getattr(dataset, "samples", None)
     names = [str(i) for i in range(len(labels))]
     if samples is not None:
         names = [os.path.relpath(path, data_root or ".") for path, _ in samples]
-        read = partial(_read_file, [Path(path) for path, _ in samples], mode)  # torchvision's loader clips 16 bits
+        read = partial(
+            _read_file, [Path(path) for path, _ in samples], mode, config.white_level
+        )  # torchvision's loader clips 16 bits
     classes = getattr(dataset, "classes", None)
     return Listing(
         names=names,
@@ -277,15 +254,15 @@ def _stored_labels(dataset: Any) -> Sequence[int | None]:
     return [dataset[i][1] for i in range(len(dataset))]
 
 
-def _read_timm(dataset: Any, mode: str, i: int) -> Image.Image:
+def _read_timm(dataset: Any, mode: str, white_level: int | None, i: int) -> Image.Image:
     """The decoded image; timm's own ImageDataset would put another image in the place of a broken one."""
     reader = getattr(dataset, "reader", None)
     if reader is None:
-        return in_mode(dataset[i][0], mode)
+        return in_mode(dataset[i][0], mode, white_level)
     with reader[i][0] as file, Image.open(file) as image:
-        return in_mode(image, mode)
+        return in_mode(image, mode, white_level)
 
 
-def _converted(images: Sequence[Image.Image], mode: str, i: int) -> Image.Image:
+def _converted(images: Sequence[Image.Image], mode: str, white_level: int | None, i: int) -> Image.Image:
     """An image of a stream that was read before."""
-    return in_mode(images[i], mode)
+    return in_mode(images[i], mode, white_level)

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from analysis.data import Broken, ImageData
 from analysis.inputs.crops import cut, fingerprint, read_for_crops, seeded
-from analysis.inputs.listing import InputConfig
+from analysis.inputs.listing import InputConfig, NotSkippedError
 from quant.config import QATConfig
 from quant.errors import InputError
 from quant.soft_label_format import UNREADABLE, StoredCrop
@@ -20,15 +20,11 @@ from quant.soft_labels import SoftLabels
 from quant.step_batches import StepBatches
 
 
-class OtherPixelsError(InputError):
-    """An image is not the one that a teacher saw: nothing that could be skipped."""
-
-
 class Item(NamedTuple):
     """The views of one image to train on, and the broken images that it stands in for.
 
     `views` is (views, channels, height, width), or None where the image is broken itself; `stored` has the teacher's
-    answers to them, where it was asked before; `refused` is the message of an OtherPixelsError.
+    answers to them, where it was asked before; `refused` is the message of a NotSkippedError.
     """
 
     views: Tensor | None
@@ -73,7 +69,7 @@ class TrainingImages(Dataset[Item]):
             try:
                 views, stored = self._augmented(i, epoch) if self.soft_labels is None else self._stored(i, epoch)
                 return Item(views, int(self.images.labels[i]), broken, stored)
-            except OtherPixelsError as error:
+            except NotSkippedError as error:
                 return Item(None, -1, broken, refused=str(error))
             except InputError as error:
                 broken.append(Broken(self.images.names[i], str(error)))
@@ -102,7 +98,7 @@ class TrainingImages(Dataset[Item]):
                 "or leave such images out with `--skip-broken`."
             )
         if fingerprint(image) != labels.fingerprint(i):
-            raise OtherPixelsError(
+            raise NotSkippedError(
                 f"{self.images.path(i)} is not the image that {labels.path} was made of: it has other pixels, or is "
                 "decoded otherwise. Put the old file back, or make the labels again with `qvw soft-labels`."
             )
@@ -132,14 +128,14 @@ def training_batches(
         images, batch_sampler=sampler, num_workers=num_workers, collate_fn=_listed, generator=torch.Generator()
     )
     for items in loader:
-        for name, message in (one for item in items for one in item.broken):
+        for name, message, _ in (one for item in items for one in item.broken):
             if not data.skip_broken:
                 raise InputError(message)
             if name not in data.skipped:
                 data.skipped.append(name)
         for item in items:
             if item.refused:
-                raise OtherPixelsError(item.refused)
+                raise NotSkippedError(item.refused)
             if item.views is None:
                 raise InputError(f"None of the {data.images} images of {data.spec} can be read. Check the data.")
         views = torch.cat([item.views for item in items])

@@ -45,7 +45,10 @@ def asked(setup: Setup, *, needs_data: bool, split: str | None = None) -> tuple[
     except InputError as error:
         raise moved(error, setup) from error
     if setup.data is not None:
-        check_data(setup.data, split=setup.split or split, data_root=setup.data_root, class_map=setup.class_map)
+        check_data(
+            setup.data, split=setup.split or split, data_root=setup.data_root, class_map=setup.class_map,
+            class_order=setup.class_order,
+        )  # fmt: skip
     if setup.task is not None:
         check_task(setup.task)
     channels = None if setup.input_size is None else setup.input_size[0]

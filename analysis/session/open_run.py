@@ -56,8 +56,9 @@ def open_run(setup: Setup, *, needs_data: bool) -> Opened:
 def _input_config(model: nn.Module, setup: Setup) -> InputConfig:
     if setup.data is not None:
         return resolve_input(
-            model, setup.data, mean=setup.mean, std=setup.std, input_size=setup.input_size, crop_pct=setup.crop_pct
-        )
+            model, setup.data, mean=setup.mean, std=setup.std, input_size=setup.input_size, crop_pct=setup.crop_pct,
+            white_level=setup.white_level,
+        )  # fmt: skip
     if setup.input_size is None and not getattr(model, "pretrained_cfg", None):
         raise InputError(
             "the model does not say which images it takes. Give --input-size 3,32,32, or --data, --mean and --std."

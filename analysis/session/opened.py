@@ -99,13 +99,16 @@ class Opened:
         assert setup.data is not None
         assert setup.seed is not None
         assert setup.holdout is not None
-        return load_data(
+        data = load_data(
             setup.data, split=split, images=at_most if count is None else count, at_most=count is None,
             seed=setup.seed, input_config=self.input_config,
             num_classes=num_classes(self.model) if self.task.name == "classification" else None,
-            holdout=setup.holdout, class_map=setup.class_map, data_root=setup.data_root,
+            holdout=setup.holdout, class_map=setup.class_map, class_order=setup.class_order, data_root=setup.data_root,
             skip_broken=setup.skip_broken,
         )  # fmt: skip
+        for remark in data.remarks:
+            warn(remark)
+        return data
 
     def probe_image(self) -> Tensor:
         """One image of noise (1, channels, height, width) on the device, always the same."""
@@ -136,7 +139,7 @@ class Opened:
             fixed |= {
                 "split": data.split, "images": data.images, "images_sha256": data.sha256,
                 "split_note": data.note, "batch_size": setup.batch_size, "skip_broken": setup.skip_broken,
-                **asdict(self.input_config),
+                **{name: value for name, value in asdict(self.input_config).items() if value is not None},
             }  # fmt: skip
             if setup.task not in (None, "classification"):
                 fixed["task"] = setup.task
@@ -145,7 +148,7 @@ class Opened:
     def identity(self, data: ImageData | None) -> dict[str, Any]:
         """All that fixes what a pass over images gives; by it unfinished work is known to be this one's.
 
-        Beside `inputs` these are the network as it was built, the text of a user's factory (a forward that was mended
+        Beside `inputs` these are the network as it was built, the text of a user's factory (a forward that was fixed
         gives other values with equal weights), the sort of device, and versions.
         """
         record = self.record

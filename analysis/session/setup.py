@@ -7,11 +7,15 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from analysis.inputs.class_names import ORDERS
 from analysis.inputs.model_source import factory_of
 from analysis.runs import Run
 from quant.errors import InputError
 
-REMEMBERED = ("data", "holdout", "seed", "class_map", "data_root", "mean", "std", "input_size", "crop_pct", "task")
+REMEMBERED = (
+    "data", "holdout", "seed", "class_map", "class_order", "data_root", "mean", "std", "input_size", "crop_pct",
+    "white_level", "task",
+)  # fmt: skip
 """Options that a later command takes from the run folder where it does not give them."""
 OF_NETWORK = ("mean", "std", "input_size", "crop_pct", "task")
 """Those of them that belong to the network, whatever the images."""
@@ -36,11 +40,13 @@ class Setup:
     num_workers: int = 2
     holdout: float | None = None
     class_map: Path | None = None
+    class_order: str | None = None  # plain, natural or a file
     data_root: Path | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     input_size: tuple[int, int, int] | None = None
     crop_pct: float | None = None
+    white_level: int | None = None
     skip_broken: bool = False
     device: str = "cpu"
     seed: int | None = None
@@ -72,6 +78,7 @@ def completed(setup: Setup, run: Run) -> Setup:
     return replace(
         setup, data=_absolute(setup.data), task=_absolute_task(setup.task),
         class_map=None if setup.class_map is None else setup.class_map.resolve(),
+        class_order=_absolute_order(setup.class_order),
         data_root=None if setup.data_root is None else setup.data_root.resolve(),
         seed=0 if setup.seed is None else setup.seed,
         holdout=0.5 if setup.holdout is None else setup.holdout,
@@ -82,6 +89,11 @@ def _absolute(data: str | None) -> str | None:
     """A data string that holds in every working directory."""
     kind, colon, path = (data or "").partition(":")
     return f"{kind}:{Path(path).resolve()}" if path and colon and kind in ("folder", "csv") else data
+
+
+def _absolute_order(order: str | None) -> str | None:
+    """An order of classes that holds in every working directory, where it is a file."""
+    return order if order is None or order in ORDERS else str(Path(order).resolve())
 
 
 def _absolute_task(task: str | None) -> str | None:

@@ -19,7 +19,7 @@ from analysis.steps.eval_request import EvalRequest
 from analysis.steps.export import load_checkpoint_
 from analysis.steps.verify_rows import keep_row, show_rows, verify_row, verify_rows
 from analysis.storage.input_changes import input_changes
-from analysis.terminal.console import warn
+from analysis.terminal.console import say, warn
 from analysis.training.calibration import calibrated, calibration_batches, read_plan, running_quantized, warn_of_fewer
 from quant.bit_plan import PlannedSite
 
@@ -27,7 +27,7 @@ from quant.bit_plan import PlannedSite
 def run_eval(setup: Setup, request: EvalRequest) -> None:
     """Evaluate what is asked for, and keep the result as a row of verify.parquet.
 
-    What was interrupted goes on after the last batch that was evaluated, to the same row.
+    What was interrupted resumes after the last batch that was evaluated, to the same row.
     """
     opened = open_run(setup, needs_data=True)
     plan = request.uniform if request.plan_file is None else read_plan(request.plan_file, opened)
@@ -35,6 +35,8 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
     if request.checkpoint is not None:
         sites = load_checkpoint_(opened, request.checkpoint)
     data = opened.step_images("eval", "val")
+    if request.floating and data.classes:
+        say(f"classes in the order of the head: {data.first_classes(5)}", quiet=setup.quiet)
     options = {name: None if value is None else str(value) for name, value in asdict(request).items()}
     text = plan if plan is None or isinstance(plan, str) else plan.to_json()
     options["plan_sha256"] = None if text is None else hashlib.sha256(text.encode()).hexdigest()
