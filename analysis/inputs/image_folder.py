@@ -29,8 +29,8 @@ def folder_splits(path: Path, split: str | None = None) -> dict[str, str]:
     """The subfolders that are splits, `train` and `val`; none where the subfolders are classes.
 
     Subfolders are splits by their names (`train`, `Training`, `val_set`, `Test`, ...). InputError where the folder is
-    not there, lacks `split`, and where its subfolders may be splits or classes: same-named subfolders in several of
-    them, as in `a/cat` and `b/cat`, a single one, or names such as `fold0`.
+    not there, lacks `split`, and where its subfolders may be splits or classes: they hold nothing but folders, of the
+    same names in several of them, as in `a/cat` and `b/cat`, or are a single one, or called such as `fold0`.
     """
     if not path.is_dir():
         raise InputError(f"There is no folder {path}. Check `--data folder:PATH`.")
@@ -46,10 +46,14 @@ def folder_splits(path: Path, split: str | None = None) -> dict[str, str]:
         named = []  # a class of trains, say
     if not named:
         above = [name for name in inside if inside[name] and not _loose(path / name)]  # hold folders alone
-        if _share_a_name(inside.values()) or any(map(is_numbered_part, above)) or (above and len(inside) == 1):
+        if (
+            _share_a_name(inside[name] for name in above)
+            or any(map(is_numbered_part, above))
+            or (above and len(inside) == 1)
+        ):
             raise InputError(
-                f"{path} has {_some(list(inside))} with folders in them, as splits have, but they are not called train "
-                f"and val. Rename them, or give one of them alone: `--data folder:{path / min(above or inside)}`."
+                f"{path} has {_some(above)} with nothing but folders in them, as splits have, but they are not called train "
+                f"and val. Rename them, or give one of them alone: `--data folder:{path / min(above)}`."
             )
         return {}
     mixed = sorted(name for name in named if inside[name] and _loose(path / name))
