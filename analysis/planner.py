@@ -101,7 +101,7 @@ def plan_bits(
             break
         fixed, narrowed = min(most, fixed + int(over)), True
     exceeded = [name for name, limit in budget.as_dict().items() if getattr(totals, name) > limit]
-    if exceeded:  # the solver counts in whole numbers, the totals are counted anew
+    if exceeded:  # the solver counts in whole numbers, the totals are counted again
         raise RuntimeError(f"The plan exceeds its budget of {exceeded[0]}: {getattr(totals, exceeded[0])}.")
     if objective is not None:
         return PlanSolution(

@@ -46,7 +46,7 @@ class RunningStats:
     def __init__(self, groups: int = 1) -> None:
         """`groups`: number of channels or heads; 1 where there are none."""
         self.groups = groups
-        self.reason = ""  # why nothing could be measured, or no channels told apart
+        self.reason = ""  # why nothing could be measured, or no channels distinguished
         self.histogram: FloatHistogram | None = None
         self.moments: Moments | None = None  # per group; None where nothing was seen
         self._exact: dict[str, float] = {}

@@ -58,7 +58,7 @@ class Run:
             where = ".".join(str(part) for part in first["loc"]) or "the whole"
             raise InputError(
                 f"{self.path / 'run.json'} is not a record of a run: {where}: {first['msg']}. "
-                "Mend it, or choose another `run`."
+                "Fix it, or choose another `run`."
             ) from error
 
     def set_model(self, record: ModelRecord, *, overwrite: bool = False) -> None:
@@ -118,7 +118,7 @@ class Run:
 
         `inputs` is all that fixes the result. Where the folder holds the step with other inputs, finished or not,
         raises InputError that lists them. `overwrite` removes what the step left; `renew` keeps it until it writes
-        anew. `files` are all that it may write, relative to the run folder; `temporary` are there for resuming alone,
+        again. `files` are all that it may write, relative to the run folder; `temporary` are there for resuming alone,
         and removed when the step is done: without a record of the step they are refused. `instead` is the option that
         keeps both results. While the context runs no other process can start the same step.
         """
@@ -262,20 +262,20 @@ class Run:
         path = self.path / file
         folder, own = path.parent.resolve(), self.path.resolve()  # of a link its own place counts
         if path.name in ("", ".", "..") or own not in (folder, *folder.parents):
-            raise InputError(f"{self.path / 'run.json'} names {file!r}, which lies outside the run folder. Mend it.")
+            raise InputError(f"{self.path / 'run.json'} names {file!r}, which lies outside the run folder. Fix it.")
         return path
 
 
 def _remedy(name: str) -> str:
     """What to do about a damaged file of the run folder."""
     if name == "run":
-        return "Mend it, or choose another `run`."
+        return "Fix it, or choose another `run`."
     if name == "cost":
-        return "Make it anew: the same `qvw sensitivity` once more, which keeps what was measured."
+        return "Make it again: the same `qvw sensitivity` once more, which keeps what was measured."
     if name == "verify":
-        return "Delete it, and measure anew: `qvw eval`."
-    anew = "" if _maker(name).startswith("`qvw plan") else " with `overwrite=True`"
-    return f"Make it anew: {_maker(name)}{anew}."
+        return "Delete it, and measure again: `qvw eval`."
+    again = "" if _maker(name).startswith("`qvw plan") else " with `overwrite=True`"
+    return f"Make it again: {_maker(name)}{again}."
 
 
 def _maker(name: str) -> str:
@@ -312,7 +312,7 @@ def run_with_stats(folder: Path) -> Run:
 
 
 def run_names(folders: Sequence[Path], *, reserved: Collection[str] = ()) -> list[str]:
-    """By what several run folders are told apart: their own names, which the user chose, no two alike.
+    """By what several run folders are distinguished: their own names, which the user chose, no two alike.
 
     Folders above are added where a name is taken, or `reserved`. InputError for a folder given more than twice.
     """

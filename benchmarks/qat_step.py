@@ -194,7 +194,7 @@ def _peak_mib(name: str, side: str, batch_size: int, threads: int) -> float:
     torch.set_num_threads(threads)
     step = Step(name, side, batch_size)
     step()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from scratch
     step()
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(peak.split()[1]) / 1024

@@ -7,7 +7,7 @@ the smallest image size that it takes. `--besides` adds the variants of `BESIDES
 of another kind than those of the smallest. Each model passes when
 - every convolution and linear that a forward pass executes has its input, output and weight in the statistics, over as
   many values as it should be;
-- query, key, value and attention are observed in every module that computes softmax(query key^T) value, told apart from
+- query, key, value and attention are observed in every module that computes softmax(query key^T) value, apart from
   `quant.trace` by the operators that torch dispatches. Where they are not, the reason is printed;
 - the model answers under observation as it does alone: the same bits, or within 1e-4 where attention is computed by its
   formula; no hook stays behind and no class is changed;

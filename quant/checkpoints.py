@@ -18,7 +18,7 @@ from torch import nn
 
 from quant.errors import InputError, first_line, system_error
 
-_KEPT = 2  # should the last one be damaged, the training goes on from the one before
+_KEPT = 2  # should the last one be damaged, the training resumes from the one before
 _SHARED = ("model.safetensors", "tracker.safetensors", "optimizer.pt")  # beside them random_RANK.pt of each process
 
 
@@ -66,7 +66,7 @@ def save_checkpoint(
             raise
         raise InputError(
             f"The checkpoint of step {step} cannot be written to {folder}: {first_line(error)}. Free some space or "
-            "fix the permissions, then train again: it resumes from the checkpoint before."
+            "Fix the permissions, then train again: it resumes from the checkpoint before."
         ) from error
     finally:
         if main:
@@ -139,7 +139,7 @@ def load_checkpoint_(
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda"])
     except Exception as error:  # files of another network, or made by hand, raise whatever a loader stumbles over
-        reason = first_line(error).partition(". ")[0]  # torch goes on to advise to run the code that a file may hold
+        reason = first_line(error).partition(". ")[0]  # torch then advises to run the code that a file may hold
         raise InputError(
             f"The checkpoint {path} cannot be loaded ({reason}): it is of another training, or was changed. "
             "Start from scratch."

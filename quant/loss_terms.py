@@ -16,7 +16,7 @@ from quant.site import Site
 TERMS = ("task", "kd", "soft", "obr_distance", "obr_variance", "dampening", "kurtosis")
 """Every term that a training can have: columns of history.parquet, each with the norm of its gradient, `grad_TERM`."""
 LOW_BITS = 4
-"""Sites above it oscillate too little to matter, and bin regularization harms them at 8 bit."""
+"""Sites above it oscillate too little to matter, and bin regularization harms them at 8 bits."""
 
 Weights = dict[Site, tuple[Tensor, LSQQuantizer]]
 """Latent weight, with gradient, and quantizer of each weight site."""

@@ -195,7 +195,7 @@ def _check_fits(model: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
         )
     for name, x in tensors.items():
         if name.startswith("scale/") and not (torch.isfinite(x) & (x > 0)).all():
-            raise InputError(f"{source}: {name} is not finite and above 0 everywhere. Make the file anew.")
+            raise InputError(f"{source}: {name} is not finite and above 0 everywhere. Make the file again.")
 
 
 def _expected(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -1,4 +1,4 @@
-"""Making a file of soft labels batch by batch, so that it goes on where it was stopped.
+"""Making a file of soft labels batch by batch, so that it resumes where it was stopped.
 
 The file's layout is in `quant.soft_label_format`.
 """
@@ -28,8 +28,8 @@ from quant.soft_label_format import (
 class SoftLabelWriter:
     """Makes a file batch by batch in FILE.partial, each on the disk when `append` returns; `finish` makes it FILE.
 
-    `done` are the crops that are there already: where an earlier writer was stopped this one goes on. The last batch is
-    then made once more: a power cut may have spoilt it. Raises InputError where FILE.partial is of another header.
+    `done` are the crops that are there already: where an earlier writer was stopped this one resumes. The last batch is
+    then made once more: a power cut may have corrupted it. Raises InputError where FILE.partial is of another header.
     """
 
     def __init__(self, path: Path, header: SoftLabelHeader) -> None:

@@ -32,7 +32,7 @@ from quant.soft_label_format import (
 class SoftLabels:
     """The soft labels of a file; any crop is read without reading others.
 
-    The whole file is checked once, where it is opened; a copy for a worker process opens it anew, unchecked. Raises
+    The whole file is checked once, where it is opened; a copy for a worker process opens it again, unchecked. Raises
     InputError for what is no such file, and for one that is cut short or damaged.
     """
 

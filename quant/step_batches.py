@@ -1,4 +1,4 @@
-"""Which images each optimizer step sees: a function of seed, epoch and step, so that a training can go on anywhere."""
+"""Which images each optimizer step sees: a function of seed, epoch and step, so that a training can resume anywhere."""
 
 from collections.abc import Iterator
 

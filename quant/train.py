@@ -136,7 +136,7 @@ def run_training(
     are worth. `validate` gives figures of the network as it stands, none for no validation; `calibration` are batches
     from which BatchNorm takes its statistics after the last step, run by `forward`. Where `checkpoints` holds one the
     training resumes there, to the same weights on the CPU as if it had not stopped. Raises DivergedError where the loss
-    diverges, before the step that would spoil the weights.
+    diverges, before the step that would corrupt the weights.
     """
     set_seed(config.seed, device_specific=True)
     optimizer, set_rates = make_optimizer(model, config, total)
@@ -259,7 +259,7 @@ def _codes(weights: Weights) -> dict[Site, Tensor]:
 def _refuse_divergence(
     step: int, measured: dict[str, float], norms: dict[str, float], config: QATConfig, checkpoints: Path | None
 ) -> None:
-    """Raise DivergedError before a step that would spoil the weights; the figures are the same in all processes."""
+    """Raise DivergedError before a step that would corrupt the weights; the figures are the same in all processes."""
     softened = config.kd_weight * max(1.0, config.kd_temperature**2)  # by which both distillation terms grow
     bounds = {"task": config.task_weight * LARGEST_LOSS, "kd": softened * LARGEST_LOSS, "soft": softened * LARGEST_LOSS}
     terms = [name for name in TERMS if name in measured]

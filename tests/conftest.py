@@ -18,8 +18,8 @@ torch.set_num_threads(1)  # results to the bit, and no contention where tests ru
 matplotlib.use("Agg")  # draws without a display
 reuse_freed_memory()  # tests on real networks take less processor time
 
-# A busy machine makes an example slow without making it wrong; pytest-timeout stops what hangs. Examples are drawn anew
-# each time, but where changes are judged (CI): what is found there must come from the change.
+# A busy machine makes an example slow without making it wrong; pytest-timeout stops what hangs. Examples are drawn
+# afresh each time, but where changes are judged (CI): what is found there must come from the change.
 hypothesis.settings.register_profile(
     "workbench",
     deadline=None,

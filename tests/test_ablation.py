@@ -129,7 +129,7 @@ def test_intervals_are_those_of_students_t():
     assert summary.loc["b", "ahead"] == 0
     assert "better: A +" in verdicts(summary.reset_index(), ablation)[0]
     equal = summarized(rows.assign(top1_last=rows["arm"].map({"a": 0.6, "b": 0.5})), ablation)
-    assert "not to be told apart: A +10.00" in verdicts(equal, ablation)[0]  # no spread is no certainty
+    assert "not significantly different: A +10.00" in verdicts(equal, ablation)[0]  # no spread is no certainty
     harmful = summarized(rows.assign(top1_last=-rows["top1_last"]), ablation)
     assert "worse: A -" in verdicts(harmful, ablation)[0]
 
@@ -154,7 +154,7 @@ def test_equal_differences_of_two_or_three_seeds_are_chance(images, right, more)
                                   "images_per_second")}
     )  # fmt: skip
     (line,) = verdicts(summarized(table, ablation), ablation)
-    assert "not to be told apart: B" in line
+    assert "not significantly different: B" in line
 
 
 @pytest.fixture(scope="module")

@@ -285,7 +285,7 @@ def test_a_plan_of_other_shapes_is_refused(run, tmp_path, capfd):
 
 
 def test_a_plan_of_other_weights_is_used_with_a_warning(run, tmp_path, capfd):
-    """The same sites but other weights: that is said, and the evaluation goes on."""
+    """The same sites but other weights: that is said, and the evaluation resumes."""
     plan = json.loads((run / "plan.json").read_text())
     plan["model"]["weights_sha256"] = "0" * 64
     (tmp_path / "p.json").write_text(json.dumps(plan))
@@ -491,7 +491,7 @@ def test_models_that_cannot_be_measured_are_told(name, message, tmp_path, capfd)
 
 
 def test_memory_that_runs_out_halves_the_batches(tmp_path, capfd):
-    """The sweep goes on with fewer images at a time, keeps its rows, notes the size, and has the same figures."""
+    """The sweep resumes with fewer images at a time, keeps its rows, notes the size, and has the same figures."""
     (tmp_path / "odd.py").write_text(ODD_MODELS)
     tables = {}
     for name in ("Plain", "Large"):
@@ -733,7 +733,7 @@ def test_evaluating_other_images_says_what_overwrite_removes(run, capfd):
     assert "images: 40 -> 50" in capfd.readouterr().err
     assert len(pd.read_parquet(run / "verify.parquet")) == 2
     assert qvw("eval", "--run", run, "--float", "--images", 40, *few, "--overwrite") == 0
-    assert len(pd.read_parquet(run / "verify.parquet")) == 2  # the same images: only its own row is made anew
+    assert len(pd.read_parquet(run / "verify.parquet")) == 2  # the same images: only its own row is made again
     assert qvw("eval", "--run", run, "--float", "--images", 50, *few, "--overwrite") == 0
     assert "removes 2 rows of verify.parquet" in capfd.readouterr().err
     assert list(pd.read_parquet(run / "verify.parquet")["images"]) == [50]

@@ -49,7 +49,7 @@ def value_and_gradients(x, scale, offset, bit_width, signed, *, compiled):
 def test_a_mixed_plan_gives_the_same_results_from_few_graphs():
     """Every bit-width, sign, offset and shape: value and gradient of x to the bit, scale and offset to float32's last.
 
-    Autocast, a torch function mode and evaluation between training steps compile nothing anew; torch's recompile limit,
+    Autocast, a torch function mode and evaluation between steps compile nothing again; torch's recompile limit,
     beyond which it would run eagerly without a word, is never met.
     """
     counters.clear()

@@ -127,7 +127,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_row(tmp_path):
 
 @pytest.mark.parametrize("choice", [["--float"], UNIFORM], ids=["float", "uniform"])
 def test_batches_that_are_on_the_disk_are_neither_read_nor_run(choice, tmp_path, monkeypatch, evaluated_now, capfd):
-    """The interrupt says what is kept, the next start where it goes on; it reads the other images, each once."""
+    """The interrupt says what is kept, the next start where it resumes; it reads the other images, each once."""
     assert qvw("eval", *SMALL, *choice, "--run", tmp_path / "whole") == 0
     evaluated_now.clear()
     arguments = ["eval", *SMALL, *choice, "--run", tmp_path / "vit"]
@@ -286,7 +286,7 @@ def test_overwrite_removes_rows_of_other_images_alone(tmp_path, capfd):
     assert "measured on other images" not in capfd.readouterr().err
 
 
-def test_a_forward_that_was_mended_takes_nothing_over(tmp_path, monkeypatch, evaluated_now, capfd):
+def test_a_forward_that_was_fixed_takes_nothing_over(tmp_path, monkeypatch, evaluated_now, capfd):
     """Its weights are equal, its answers are not."""
     file = tmp_path / "net.py"
     text = (

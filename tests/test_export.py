@@ -207,9 +207,9 @@ def test_a_trained_model_that_was_spoilt_is_refused(value, run, capfd):
     tensors["head.weight"][0, 0] = value
     save_file(tensors, path, metadata=metadata)
     message = r"qat/model.safetensors: head.weight holds NaN or Inf. The file cannot be used; train again"
-    assert qvw("export", "--run", run, "--out", run / "spoilt.safetensors") == 2
+    assert qvw("export", "--run", run, "--out", run / "corrupt.safetensors") == 2
     assert re.search(message, complaint(capfd))
-    assert not (run / "spoilt.safetensors").exists()
+    assert not (run / "corrupt.safetensors").exists()
     assert qvw("eval", "--run", run, "--checkpoint", run / "qat", "--images", 60) == 2
     assert re.search(message, complaint(capfd))
 

@@ -165,11 +165,11 @@ def test_on_a_transformer_the_kl_lies_within_the_sampling_error_of_the_products(
         with quantized(net_of(model, trace, sites), chosen):
             q = model(IMAGES[:2]).log_softmax(dim=1)
     kl = (p.exp() * (p - q)).sum(dim=1).mean().item()
-    foretold = sum(score.products.astype(np.float64) for score in scores.values()) ** 2 / 2
-    error = foretold.reshape(150, 2).std(axis=0, ddof=1)
+    predicted = sum(score.products.astype(np.float64) for score in scores.values()) ** 2 / 2
+    error = predicted.reshape(150, 2).std(axis=0, ddof=1)
     error = math.sqrt((error**2).sum() / 150) / 2
     assert error < 0.1 * kl
-    assert abs(foretold.mean() - kl) < 4 * error
+    assert abs(predicted.mean() - kl) < 4 * error
 
 
 def gradients_of(model, trace, sites, images, probes):

@@ -144,7 +144,7 @@ def test_sums_beyond_float32_still_give_figures():
 
 
 def test_a_tensor_that_passes_two_sites_is_measured_once(monkeypatch):
-    """The same object gives both sites the same figures by one measurement; one changed in place is measured anew."""
+    """The same object gives both sites the same figures by one measurement; one changed in place is measured again."""
     measured = []
     update = RunningStats.update
     monkeypatch.setattr(RunningStats, "update", lambda self, x: measured.append(self) or update(self, x))

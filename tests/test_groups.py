@@ -155,7 +155,7 @@ def test_bands_hold_some_rank_and_no_unit_matters(values, factor):
 
 
 def test_images_to_separate_two_sites():
-    """Differences of mean 1 and standard deviation 5 need (1.96 * 5)^2 images; equal sites can never be told apart."""
+    """Differences of mean 1 and standard deviation 5 need (1.96 * 5)^2 images; equal sites never separate."""
     generator = np.random.default_rng(0)
     difference = generator.standard_normal(4000)
     difference = 1 + 5 * (difference - difference.mean()) / difference.std(ddof=1)

@@ -229,7 +229,7 @@ def test_a_limited_sweep_is_completed_later(digits, tmp_path):
 
 
 def test_a_run_of_a_live_network_can_be_planned_and_reported(digits, tmp_path):
-    """The command line goes on from its tables."""
+    """The command line resumes from its tables."""
     run = tmp_path / "run"
     analysis.measure_stats(conv(), digits, run=analysis.Run(run))
     analysis.measure_sensitivity(conv(), digits, bits=BITS, run=analysis.Run(run))

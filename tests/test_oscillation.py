@@ -136,7 +136,7 @@ def test_codes_of_any_type_count_the_same(dtype):
 
 @given(seed=st.integers(0, 1000), stop=st.integers(0, 50))
 def test_a_resumed_tracker_equals_one_that_was_not_interrupted(seed, stop):
-    """The state_dict, written and read, is all that a fresh tracker of the same sizes needs to go on."""
+    """The state_dict, written and read, is all that a fresh tracker of the same sizes needs to resume."""
     history = walk(seed, 50, 0.3)
     whole, first = (OscillationTracker(SIZES, window=20) for _ in range(2))
     for step, codes in enumerate(history):

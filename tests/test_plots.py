@@ -224,7 +224,7 @@ def test_short_names_stay_different(name):
 
 
 def test_short_names_are_as_documented():
-    """The examples of the docstring; parts of a fused weight are told apart."""
+    """The examples of the docstring; parts of a fused weight are distinguished."""
     assert shorten("layers.0.blocks.1.mlp.fc1") == "l0.b1.mlp.fc1"
     assert shorten("layers.1.downsample.reduction") == "l1.down.reduction"
     assert shorten("layer1.0.conv1") == "layer1.0.conv1"

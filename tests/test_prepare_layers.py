@@ -94,7 +94,7 @@ def test_each_site_has_at_most_16_codes_in_training(name):
 @pytest.mark.parametrize("layout", ["paper", "strict"])
 @pytest.mark.parametrize("name", ["resnet", *ATTENTIONS])
 def test_layouts_decide_over_the_first_layer_and_the_classifier(name, layout):
-    """`paper` keeps weights and inputs of these two at 8 bit, all else as planned; `strict` has no exception."""
+    """`paper` keeps weights and inputs of these two at 8 bits, all else as planned; `strict` has no exception."""
     model = NETWORKS[name]()
     net = Network(model, IMAGE)
     infos = net.by_site

@@ -148,7 +148,7 @@ def test_damaged_files_are_told(tmp_path):
     (tmp_path / "plan.json").write_text('{\n "a": 1,\n "b": oops\n}')
     (tmp_path / "variation.json").write_bytes(b"\xff\xfe\x00")
     run = Run(tmp_path)
-    with pytest.raises(InputError, match=r"stats\.parquet cannot be read: .*Make it anew: `qvw stats`"):
+    with pytest.raises(InputError, match=r"stats\.parquet cannot be read: .*Make it again: `qvw stats`"):
         run.read_table("stats")
     with pytest.raises(InputError, match=r"plan\.json is not JSON: line 3: "):
         run.read_json("plan")
@@ -328,7 +328,7 @@ def test_changed_inputs_are_refused_or_overwritten(tmp_path):
         start(run, inputs={"images": 5}).__enter__()
     assert (tmp_path / "stats.parquet").exists()
     with start(run, inputs={"images": 4, "batch_size": 8}):
-        assert (tmp_path / "stats.parquet").exists()  # the same inputs go on
+        assert (tmp_path / "stats.parquet").exists()  # the same inputs resume
     with start(run, inputs={"images": 5}, files=["stats.parquet", "qat"], overwrite=True):
         assert not (tmp_path / "stats.parquet").exists()
         assert not (tmp_path / "qat").exists()

@@ -61,8 +61,8 @@ def test_proxies_may_be_asked_for_later(run, capfd):
     before = (run / "sensitivity.parquet").read_bytes()
     assert qvw("sensitivity", *DATA[2:], "--images", 48, "--bits", "4", "--run", run, "--proxies") == 0
     out = capfd.readouterr().out
-    assert "Fisher foretells the KL itself" in out
-    assert "at 4 bit" in out
+    assert "Fisher predicts the KL itself" in out
+    assert "at 4 bits" in out
     assert (run / "sensitivity.parquet").read_bytes() == before
     assert set(pd.read_parquet(run / "proxies.parquet")["bit_width"]) == {2, 4}
 

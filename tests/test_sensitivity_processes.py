@@ -63,7 +63,7 @@ def test_two_processes_share_the_sites(undisturbed, tmp_path):
         [sys.executable, *torchrun, *command(run)[1:]], capture_output=True, text=True, env=ENVIRONMENT, timeout=200
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Most sensitive at 2 bit") == 1
+    assert done.stdout.count("Most sensitive at 2 bits") == 1
     assert_same_tables(run, undisturbed)
     step = json.loads((run / "run.json").read_text())["steps"]["sensitivity"]
     assert step["options"]["processes"] == 2

@@ -1,4 +1,4 @@
-"""The store of soft labels: what is written is read again, what is damaged is refused, what was stopped goes on."""
+"""The store of soft labels: what is written is read again, what is damaged is refused, what was stopped resumes."""
 
 import hashlib
 import json
@@ -217,7 +217,7 @@ def test_a_crop_takes_at_most_32_bytes(crops, tmp_path):
 
 
 def test_a_copy_for_a_worker_reads_the_same(tmp_path):
-    """Pickled, it opens the file anew: the memory map itself cannot travel."""
+    """Pickled, it opens the file again: the memory map itself cannot travel."""
     write(tmp_path / "labels", HEADER)
     labels = SoftLabels(tmp_path / "labels")
     copy = pickle.loads(pickle.dumps(labels))
@@ -316,7 +316,7 @@ def files_of_at_most(size):
 
 @pytest.mark.parametrize("share", [0.1, 0.8, 0.99])
 def test_a_writer_without_room_raises_once(whole, share, tmp_path):
-    """Header, batch or checksum, whatever finds no room: closing raises nothing more, and with room it goes on."""
+    """Header, batch or checksum, whatever finds no room: closing raises nothing more, and with room it resumes."""
     path = tmp_path / "labels"
     with files_of_at_most(int(share * len(whole))), pytest.raises(OSError, match="File too large") as raised:
         write(path, HEADER)
@@ -341,22 +341,22 @@ def test_what_is_no_such_file_is_named(tmp_path):
         SoftLabels(tmp_path / "absent")
 
 
-@given(left=st.floats(0, 1), spoilt=st.integers(0, 40))
-def test_a_stopped_writer_goes_on_to_the_same_bytes(whole, left, spoilt):
+@given(left=st.floats(0, 1), corrupt=st.integers(0, 40))
+def test_a_stopped_writer_goes_on_to_the_same_bytes(whole, left, corrupt):
     """Killed at any byte, within the header too; the last bytes of the last batch may even be wrong."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "path"
         size = int(left * (len(whole) - 1))
         begun = bytearray(whole[:size])
-        spoilt = min(spoilt, max(0, size - len(HEADER.line)))
-        begun[size - spoilt :] = bytes(spoilt)
+        corrupt = min(corrupt, max(0, size - len(HEADER.line)))
+        begun[size - corrupt :] = bytes(corrupt)
         partial_of(path).write_bytes(begun)
         write(path, HEADER)
         assert path.read_bytes() == whole
 
 
 def test_a_stopped_writer_keeps_what_was_done(tmp_path):
-    """It goes on from the last batch but one: nothing before is asked again; until the end there is no file."""
+    """It resumes from the last batch but one: nothing before is asked again; until the end there is no file."""
     path = tmp_path / "labels"
     write(path, HEADER, stop=16)
     assert not path.exists()

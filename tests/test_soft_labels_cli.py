@@ -212,7 +212,7 @@ def test_processes_and_workers_share_the_same_batches(made):
 
 
 def test_several_views_need_no_stored_labels(tmp_path):
-    """Augmented anew by a function of seed, epoch and image, the first as if it were the only one."""
+    """Augmented again by a function of seed, epoch and image, the first as if it were the only one."""
     input_config = InputConfig(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))
     data = load_data("digits", split="train", images=10, seed=0, input_config=input_config, num_classes=10)
     one, three = (TrainingImages(data, QATConfig(crop_area=0.3, crops_per_image=n), input_config) for n in (1, 3))
@@ -240,7 +240,7 @@ def test_a_training_learns_from_stored_labels(trained, made):
 
 
 def test_a_stopped_training_ends_with_the_same_bits(trained, made, tmp_path, monkeypatch, capfd):
-    """Interrupted at a checkpoint; other soft labels are refused, the same go on to the same weights."""
+    """Interrupted at a checkpoint; other soft labels are refused, the same resume to the same weights."""
     import quant.train
 
     run, saved = tmp_path / "run", quant.train.save_checkpoint
@@ -305,7 +305,7 @@ def test_interrupted_it_says_so(tmp_path, monkeypatch, capfd):
 
 
 def test_what_is_there_is_not_made_again(labels, capfd):
-    """The same command says so; other inputs are refused by name; --overwrite makes the file anew."""
+    """The same command says so; other inputs are refused by name; --overwrite makes the file again."""
     before = labels.read_bytes()
     assert make(labels) == 0
     assert "holds these soft labels already" in capfd.readouterr().out
@@ -491,7 +491,7 @@ def test_a_broken_image_is_named_or_left_out(tmp_path, folder, capfd):
     labels, broken = SoftLabels(tmp_path / "skipped"), data.dataset.names.index("a/4.png")
     assert [i for i in range(12) if labels.crop(i, 0).crop == UNREADABLE] == [broken]
     good = np.random.default_rng(1).integers(0, 256, (30, 30, 3), dtype=np.uint8)
-    Image.fromarray(good).save(folder / "a" / "4.png")  # mended since, but no teacher has seen it
+    Image.fromarray(good).save(folder / "a" / "4.png")  # fixed since, but no teacher has seen it
     images = TrainingImages(data, QATConfig(crops_per_image=2), config, labels)
     sampler = StepBatches(12, batch_size=12, steps=1, seed=0)
     ((x, _, soft),) = training_batches(images, sampler, data, num_workers=0)

@@ -1,4 +1,4 @@
-"""`qvw stats` by several processes: the tables of one, and one message where one of them cannot go on."""
+"""`qvw stats` by several processes: the tables of one, and one message where one of them cannot resume."""
 
 import json
 import os

@@ -232,14 +232,14 @@ def test_skipped_images_are_remembered(subject, tmp_path, capfd):
 
 
 def test_changed_inputs_are_refused(subject, run, capfd):
-    """As everywhere: what changed is told, and nothing is touched; --overwrite starts anew."""
+    """As everywhere: what changed is told, and nothing is touched; --overwrite starts from scratch."""
     (run / ".stats.partial.77.tmp.safetensors").write_bytes(b"of a save that was killed")
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     assert qvw(*subject.command(run, "--batch-size", "16")) == 2
     assert "holds stats with other inputs (batch_size: 8 -> 16)" in capfd.readouterr().err
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     assert qvw(*subject.command(run, "--overwrite")) == 0
-    assert "goes on" not in capfd.readouterr().out
+    assert "resumes" not in capfd.readouterr().out
     assert_same_tables(run, subject.whole)
 
 
@@ -250,7 +250,7 @@ def test_an_unfinished_pass_without_its_record_is_refused(subject, run, capfd):
     assert f"holds an unfinished stats ({KEPT}), but run.json has no record" in capfd.readouterr().err
 
 
-def test_a_network_that_was_mended_starts_anew(unfinished, subject, tmp_path, capfd):
+def test_a_network_that_was_fixed_starts_again(unfinished, subject, tmp_path, capfd):
     """Equal weights, another forward: what the old one gave is not mixed with what the new one gives."""
     run = Path(shutil.copytree(unfinished, tmp_path / "run"))
     original = subject.network.read_text()
@@ -258,8 +258,8 @@ def test_a_network_that_was_mended_starts_anew(unfinished, subject, tmp_path, ca
         subject.network.write_text(original.replace("+ 5", "+ 6"))
         assert qvw(*subject.command(run)) == 0
         printed = capfd.readouterr()
-        assert f"{run / KEPT} was begun with other inputs (another factory): the statistics start anew." in printed.err
-        assert "goes on" not in printed.out
+        assert f"{run / KEPT} was begun with other inputs (another factory): the" in printed.err
+        assert "resumes" not in printed.out
     finally:
         subject.network.write_text(original)
     means = [pd.read_parquet(folder / "stats.parquet").set_index(["module", "tensor"])["mean"]
@@ -278,7 +278,7 @@ def test_an_interrupt_of_overwrite_leaves_earlier_results_alone(subject, tmp_pat
 
 
 def test_an_interrupted_overwrite_goes_on_without_it(subject, tmp_path, capfd):
-    """Where there were no results before; the message says that --overwrite would start anew."""
+    """Where there were no results before; the message says that --overwrite would start from scratch."""
     assert subject.stopped(tmp_path / "run", 5, "--overwrite") == 130
     assert "Kept: 32 of 78 images. Resume with the same command without --overwrite." in capfd.readouterr().err
     assert subject.stopped(tmp_path / "run", 1) == 130
@@ -297,7 +297,7 @@ def test_a_full_disk_costs_no_statistics(subject, tmp_path, monkeypatch, capfd):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert told.count(f"{KEPT} cannot be written") == 1
-    assert "the statistics go on, an interrupt would lose them" in told
+    assert "the statistics continue, but an interrupt would lose them" in told
     assert_same_tables(tmp_path / "run", subject.whole)
     assert "Nothing new was kept" in capfd.readouterr().err
     assert not list((tmp_path / "stopped").glob("*partial*"))
@@ -336,8 +336,8 @@ def test_a_damaged_file_starts_anew_with_a_warning(damage, subject, run, capfd):
     assert qvw(*subject.command(run)) == 0
     printed = capfd.readouterr()
     assert f"qvw: warning: {run / KEPT} is damaged (" in printed.err
-    assert "): the statistics start anew.\n" in printed.err
-    assert "goes on" not in printed.out
+    assert "): the statistics start from scratch.\n" in printed.err
+    assert "resumes" not in printed.out
     assert_same_tables(run, subject.whole)
 
 
@@ -495,7 +495,7 @@ qvw("resumed")
     reason="this torch is built without gloo, by which processes on CPUs talk",
 )
 def test_two_processes_go_on_to_the_same_tables(subject, tmp_path, capfd):
-    """Also where one kept fewer batches than the other; with another number of processes the pass starts anew."""
+    """Also where one kept fewer batches than the other; with another number of processes it starts from scratch."""
     (tmp_path / "network.py").write_text(NETWORK)
     own = subject._replace(network=tmp_path / "network.py")
     (tmp_path / "both.py").write_text(TWO_PROCESSES)
@@ -517,8 +517,8 @@ def test_two_processes_go_on_to_the_same_tables(subject, tmp_path, capfd):
     assert {path.name for path in (tmp_path / "alone").glob("stats.*")} == {KEPT, "stats.partial.1.safetensors"}
     assert qvw(*own.command(tmp_path / "alone")) == 0
     printed = capfd.readouterr()
-    assert "was begun with other inputs (processes: 2 -> 1): the statistics start anew." in printed.err
-    assert "goes on" not in printed.out
+    assert "was begun with other inputs (processes: 2 -> 1): the statistics start from scratch." in printed.err
+    assert "resumes" not in printed.out
     assert_same_tables(tmp_path / "alone", subject.whole)
 
 

@@ -225,7 +225,7 @@ def test_a_wrong_value_is_told_with_its_place(measured, tmp_path, table, column,
     assert re.search(rf"{table}\.parquet, row \d+", text)
     if column not in ("module", "tensor", "macs", "edges"):
         assert ":input): " in text
-    assert re.search(r"Make it anew: .*qvw sensitivity", text)
+    assert re.search(r"Make it again: .*qvw sensitivity", text)
     assert len(text.splitlines()) == 1
 
 
@@ -259,7 +259,7 @@ def test_tables_without_a_row_are_told(measured, tmp_path):
         if name == "oscillation":
             assert run.read_table(name).empty
         else:
-            with pytest.raises(InputError, match=rf"{name}\.parquet has no row\. Make it anew"):
+            with pytest.raises(InputError, match=rf"{name}\.parquet has no row\. Make it again"):
                 run.read_table(name)
 
 
@@ -298,8 +298,8 @@ def test_an_unknown_table_is_read_as_it_is(tmp_path):
     with pytest.raises(InputError, match=r"mine\.parquet lacks the column 'b'"):
         run.read_table("mine", ["b"])
     doubled = pd.DataFrame([[1, 2]], columns=["a", "a"])
-    with pytest.raises(InputError, match=r"x has two columns 'a'\. Mend it\."):
-        checked(doubled, Table(columns={"a": Column(sort="whole")}), (), source="x", remedy="Mend it.")
+    with pytest.raises(InputError, match=r"x has two columns 'a'\. Fix it\."):
+        checked(doubled, Table(columns={"a": Column(sort="whole")}), (), source="x", remedy="Fix it.")
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def latency(frame: pd.DataFrame) -> pd.DataFrame:
         ("module", "haed", r"no site haed:\w+.*; the nearest is head:\w+\. Check that the latency table is for"),
         ("module", None, r"no site :input; the nearest is .*the latency table"),
         ("tensor", "wieght", r"no site .*:wieght; the nearest is .*:weight"),
-        ("bit_width", 2.5, r"The latency table has .* at 2\.5 bits; expected a whole number from 1 to 32\. Mend"),
+        ("bit_width", 2.5, r"The latency table has .* at 2\.5 bits; expected a whole number from 1 to 32\. Fix"),
         ("bit_width", 99, r"at 99(\.0)? bits; expected a whole number"),
         ("milliseconds", -1.0, r"The latency of .*:input at 2 bits is -1\.0; expected milliseconds, 0 to"),
         ("milliseconds", math.nan, r"The latency of .*:input at 2 bits is nan; expected milliseconds"),

@@ -1,4 +1,4 @@
-"""The training loop: it learns, goes on where it stopped to the same bits, and stops before it spoils anything."""
+"""The training loop: it learns, resumes where it stopped to the same bits, and stops before it spoils anything."""
 
 import copy
 import hashlib
@@ -153,7 +153,7 @@ def test_a_teacher_that_is_the_model_teaches_nothing(tmp_path):
 
 @pytest.mark.parametrize("make", [dropping_vit, lambda: model_of("resnet")], ids=["vit", "resnet"])
 def test_a_stopped_training_ends_with_the_same_bits(make, tmp_path):
-    """Stopped twice between checkpoints and started anew, weights, scales, statistics and rows are the same."""
+    """Stopped twice between checkpoints and started again, weights, scales, statistics and rows are the same."""
     config = QATConfig(epochs=3, batch_size=16, checkpoint_every=2, log_every=1, gradient_norms_every=3, obr_weight=0.1,
                        dampening_weight=0.1, kurtosis_weight=0.1, learning_rate=1e-3, oscillation_window=4)  # fmt: skip
     whole, teacher = prepared(make())
@@ -248,15 +248,15 @@ def test_no_scale_leaps(tmp_path):
 
 
 def test_batchnorm_ends_with_the_statistics_of_the_calibration_images(tmp_path):
-    """After the last step they are taken anew, unless the configuration says no."""
+    """After the last step they are taken again, unless the configuration says no."""
     ends = {}
-    for anew in (True, False):
+    for again in (True, False):
         model, teacher = prepared(learning_resnet())
-        config = QATConfig(steps=4, batch_size=16, learning_rate=3e-3, reestimate_batchnorm=anew)
-        history, _ = rows_of(list(reports(model, teacher, config, tmp_path / str(anew))))
-        ends[anew] = (model, history[-1]["loss"])
+        config = QATConfig(steps=4, batch_size=16, learning_rate=3e-3, reestimate_batchnorm=again)
+        history, _ = rows_of(list(reports(model, teacher, config, tmp_path / str(again))))
+        ends[again] = (model, history[-1]["loss"])
         reestimate_batchnorm_(model, [IMAGES])
-        assert (validate(model)["loss"] == history[-1]["loss"]) == anew
+        assert (validate(model)["loss"] == history[-1]["loss"]) == again
     assert ends[True][1] < ends[False][1]
 
 
@@ -308,7 +308,7 @@ def test_a_label_loss_beyond_all_bounds_is_a_divergence(tmp_path):
 
 
 def test_a_loss_of_nan_is_a_divergence(tmp_path):
-    """A network that answers with NaN is stopped before the step: no other weight is spoilt."""
+    """A network that answers with NaN is stopped before the step: no other weight is corrupt."""
     model = model_of("resnet")
     with torch.no_grad():
         model.fc.bias[3] = math.nan
@@ -342,13 +342,13 @@ def test_a_teacher_of_nan_is_named(tmp_path):
 def test_a_low_rate_is_not_to_be_lowered(settings, advice, tmp_path):
     """After the first step the rates are to blame, unless they are low already."""
 
-    def spoilt(sampler):
+    def corrupt(sampler):
         for number, (images, labels) in enumerate(load(sampler)):
             yield images * (math.nan if number == 1 else 1), labels
 
     model, _ = prepared(model_of("resnet"))
     done = train_images(
-        model, None, config=QATConfig(steps=3, batch_size=16, **settings), images=len(IMAGES), load=spoilt,
+        model, None, config=QATConfig(steps=3, batch_size=16, **settings), images=len(IMAGES), load=corrupt,
         validate=validate, accelerator=Accelerator(cpu=True), checkpoints=tmp_path, calibration=[IMAGES],
     )  # fmt: skip
     with pytest.raises(DivergedError, match=rf"at step 2: the term task is nan\..*{advice}.*from scratch"):
@@ -373,7 +373,7 @@ def test_a_regularizer_of_nan_is_a_divergence(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "no manifest", "no digests", "another step", "no seconds"])
 def test_a_damaged_checkpoint_is_told_before_anything_is_loaded(damage, tmp_path):
-    """A file cut short or gone, a manifest that is none: the folder is named, and where the training would go on."""
+    """A file cut short or gone, a manifest that is none: the folder is named, and where the training would resume."""
     model, teacher = prepared(model_of("resnet"))
     for report in reports(model, teacher, QATConfig(steps=6, batch_size=16, checkpoint_every=2), tmp_path):
         if report.step == 5:
@@ -481,7 +481,7 @@ def test_a_training_of_many_steps_costs_nothing_to_begin(tmp_path):
 @pytest.mark.parametrize("lost", ["history", "oscillation", "bins"])
 @pytest.mark.parametrize("how", ["gone", "empty"])
 def test_a_log_that_is_gone_is_told_on_resuming(lost, how, tmp_path):
-    """A table of a training that goes on has the rows of all its steps; a float training has history alone."""
+    """A table of a training that resumes has the rows of all its steps; a float training has history alone."""
     config = QATConfig(steps=6, batch_size=16, log_every=1)
     for name, rows in (("low", True), ("float", False)):
         done = TrainingRows(tmp_path / name)
@@ -492,7 +492,7 @@ def test_a_log_that_is_gone_is_told_on_resuming(lost, how, tmp_path):
         TrainingRows(tmp_path / name).keep(3, config, 6)
     path = tmp_path / "low" / f"{lost}.partial.jsonl"
     path.write_text("") if how == "empty" else path.unlink()
-    with pytest.raises(InputError, match=r"lacks rows .* up to the checkpoint of step 3.*start anew with --overwrite"):
+    with pytest.raises(InputError, match=r"lacks rows .* up to the checkpoint of step 3.*--overwrite"):
         TrainingRows(tmp_path / "low").keep(3, config, 6)
 
 

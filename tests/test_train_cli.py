@@ -108,7 +108,7 @@ def test_a_finished_training_is_not_repeated(run, capfd):
     """The same command says that it is done; another setting is refused by name until --overwrite."""
     before = (run / "qat" / "model.safetensors").read_bytes()
     assert train(run, "--uniform", "w3a4") == 0
-    assert "--overwrite trains anew" in capfd.readouterr().out
+    assert "--overwrite trains again" in capfd.readouterr().out
     assert train(run, "--uniform", "w3a4", "--set", "learning_rate=0.002") == 2
     assert "config.learning_rate: 0.0002 -> 0.002" in capfd.readouterr().err
     assert train(run, "--uniform", "w2a4") == 2
@@ -119,7 +119,7 @@ def test_a_finished_training_is_not_repeated(run, capfd):
 
 
 def test_killed_trainings_end_with_the_same_weights(trained, tmp_path):
-    """Killed (SIGKILL) at two steps, each time started anew: the final tensors and the tables are those of one go."""
+    """Killed (SIGKILL) at two steps, each time started again: the final tensors and the tables are those of one go."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "analysis", "train", *VIT, *DATA, "--run", run, *SHORT, "--uniform", "w3a4"]
     log = run / "qat" / "history.partial.jsonl"

@@ -21,7 +21,7 @@ NAMES = {
     "output_gradient": "output gradient",
     "hessian_trace": "Hessian trace",
     "noise": "noise / signal of the tensor",
-    "stats_range": "noise foretold by the range",
+    "stats_range": "noise predicted by the range",
     "stats_kurtosis": "excess kurtosis",
     "stats_outliers": "share beyond 6 std",
 }
@@ -34,7 +34,7 @@ def plot_proxy(frame: pd.DataFrame, *, proxy: str, ax: Axes | None = None) -> Ax
     """A score against the measured KL of each site, a colour and shape for each class of tensor.
 
     `frame` has tensor, divergence and score, one row a site. Logarithmic scales; a score that can be negative has
-    one that is linear about 0. For `fisher`, which foretells the KL itself, the line of equality.
+    one that is linear about 0. For `fisher`, which predicts the KL itself, the line of equality.
     """
     ax = new_axes(ax, (PAGE / 4, PAGE / 4))
     frame = frame[(frame["divergence"] > 0) & frame["score"].notna()]
@@ -91,5 +91,5 @@ def proxies_figure(proxies: pd.DataFrame, measured: pd.DataFrame, correlation: p
         ax.set_ylabel("")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figure.suptitle(f"{plain(name)}: proxies against one site quantized at {bits} bit", fontsize=9)
+    figure.suptitle(f"{plain(name)}: proxies against one site quantized at {bits} bits", fontsize=9)
     return figure

@@ -50,7 +50,7 @@ def plot_costs(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def plot_rank_bands(rows: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """The ranks of each site in 95 % of resampled images, in the order of `plot_costs`.
 
-    Sites whose bands overlap cannot be told apart.
+    Sites whose bands overlap cannot be separated.
 
     >>> rows = {"module": ["conv", "head"], "tensor": "weight", "divergence": [0.1, 0], "rank_low": 1, "rank_high": 2}
     >>> ax = plot_rank_bands(pd.DataFrame(rows))

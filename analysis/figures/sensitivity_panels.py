@@ -33,10 +33,10 @@ def sensitivity_figures(table: pd.DataFrame, name: str) -> Iterator[tuple[str, F
             yield "sensitivity_sqnr", sensitivity_figure(single, name, value="sqnr_db")
         bits = int(single["bit_width"].min())
         lowest = single[single["bit_width"] == bits]
-        yield "sensitivity_ranks", _ranks_figure(lowest, f"{name}: one site at {bits} bit")
+        yield "sensitivity_ranks", _ranks_figure(lowest, f"{name}: one site at {bits} bits")
         frame = block_frame(lowest)
         if frame["block"].nunique() > 1 and frame["part"].isin(("qkv", "fc1", "query")).any():
-            yield "sensitivity_blocks", _titled(plot_blocks(frame), f"{name}: one site in a block at {bits} bit")
+            yield "sensitivity_blocks", _titled(plot_blocks(frame), f"{name}: one site in a block at {bits} bits")
     protocols: tuple[tuple[Protocol, str, str], ...] = (
         ("single", "sensitivity_groups", "one group quantized, all else in floating point"),
         ("leave_one_out", "sensitivity_left_out", "everything quantized but one group"),

@@ -18,7 +18,7 @@ from quant.sites import KINDS
 Colour = str | tuple[float, float, float]
 Style = tuple[Colour, str, str, bool]
 _BLUE, _ORANGE, _GREEN, _RED, _PINK, _TAN, *_, _SKY = sns.color_palette("colorblind")
-_WINE = "#882255"  # of Paul Tol's muted palette: told apart from these with impaired colour vision too
+_WINE = "#882255"  # of Paul Tol's muted palette: distinguished from these with impaired colour vision too
 # kind -> colour, marker, dash, filled: no two kinds share colour and marker, nor marker, dash and filling (in grey).
 # Kinds that stand alone in a network have no line.
 KIND_STYLES: dict[str, Style] = {

@@ -87,7 +87,7 @@ def plot_prediction(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 @styled()
 def verification_figure(table: pd.DataFrame, name: str, *, floating: float | None = None) -> Figure:
-    """Accuracy, where there were labels, beside the KL foretold and measured; arguments as of `plot_accuracy`."""
+    """Accuracy, where there were labels, beside the KL predicted and measured; arguments as of `plot_accuracy`."""
     count = 2 if table["top1"].notna().any() else 1
     figure, axes = plt.subplots(1, count, figsize=(PAGE if count == 2 else PAGE / 2, 0.9 + 0.24 * max(len(table), 7)),
                                 squeeze=False, layout="constrained")  # fmt: skip

@@ -52,8 +52,8 @@ def folder_splits(path: Path, split: str | None = None) -> dict[str, str]:
             or (above and len(inside) == 1)
         ):
             raise InputError(
-                f"{path} has {_some(above)} with nothing but folders in them, as splits have, but they are not called train "
-                f"and val. Rename them, or give one of them alone: `--data folder:{path / min(above)}`."
+                f"{path} has {_some(above)} with nothing but folders in them, as splits have, but they are not called "
+                f"train and val. Rename them, or give one of them alone: `--data folder:{path / min(above)}`."
             )
         return {}
     mixed = sorted(name for name in named if inside[name] and _loose(path / name))

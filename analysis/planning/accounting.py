@@ -102,12 +102,12 @@ def latency_table(latency: pd.DataFrame, cost: pd.DataFrame) -> dict[tuple[Site,
         if not (0 < bits <= FLOAT_BITS and bits % 1 == 0):
             raise InputError(
                 f"The latency table has {site} at {latency['bit_width'].iloc[i]} bits; expected a whole number from 1 "
-                f"to {FLOAT_BITS}. Mend the row."
+                f"to {FLOAT_BITS}. Fix the row."
             )
         if not 0 <= milliseconds <= _MOST_MS:
             raise InputError(
                 f"The latency of {site} at {bits:g} bits is {latency['milliseconds'].iloc[i]}; expected milliseconds, "
-                f"0 to {_MOST_MS}. Mend the row."
+                f"0 to {_MOST_MS}. Fix the row."
             )
         if (site, int(bits)) in table:
             raise InputError(f"{site} has two latencies at {bits:g} bits. Keep one row of them.")

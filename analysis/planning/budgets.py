@@ -112,10 +112,11 @@ def binding_limits(
         if one.costs.room < cheapest:
             raise InputError(
                 f"No plan is within {one.words}: the cheapest has {one.figure(cheapest)}, "
-                f"the most expensive {one.figure(one.costs.dearest)}, with these pins, bounds, ties and candidates. "
+                f"the most expensive {one.figure(one.costs.most_expensive)}, with these pins, bounds, ties and "
+                "candidates. "
                 "Raise the budget, offer a smaller bit-width, or narrow the choice less (layout='strict')."
             )
-    return [one for one in limits if one.costs.room < one.costs.dearest]
+    return [one for one in limits if one.costs.room < one.costs.most_expensive]
 
 
 def _limit(
@@ -162,7 +163,7 @@ def _limit(
     room = math.floor(Fraction(limit) * per) - constant
     costs = Budget(own, room, pairs)
     # A mean is a rounded quotient: 29/10 is within 2.9, although the float 2.9 is a little less.
-    while per > 1 and room < costs.dearest and (constant + room + 1) / per <= limit:
+    while per > 1 and room < costs.most_expensive and (constant + room + 1) / per <= limit:
         room += 1
     return PlanLimit(name, limit, Budget(own, room, pairs), constant, per)
 

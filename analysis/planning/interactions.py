@@ -24,7 +24,7 @@ SHARE = 0.5
 """Of the products that count: one probe an image makes them noisy, and a search seeks what noise makes cheap. Plans
 with half of them had the least held-out KL on a ViT and a Swin (of 0, 1/4, 1/2 and 1); with all of them some were worse
 than the plan of the sum."""
-ROUNDS = 8  # of solving anew with the interactions of the last plan
+ROUNDS = 8  # of solving again with the interactions of the last plan
 MOST_OPTIONS = 2500  # of all sites: the matrix of their pairs has its square, and each exchange looks at all of it
 FEW_IMAGES = 256  # with fewer the products are mostly noise
 
@@ -100,7 +100,7 @@ def improved(
     """A choice within the budgets that costs less with its interactions than `start`, or `start`; and whether it ended.
 
     Exchanges one or two options at a time, the best exchange first, until none helps. Then the program is solved
-    exactly with the interactions of the choice added to the scores, and exchanges begin anew from there, for as long
+    exactly with the interactions of the choice added to the scores, and exchanges start again from there, for as long
     as it helps, and until `deadline` (of time.monotonic). No proof of optimality: the program with products of all
     pairs is beyond exact solvers.
     """
@@ -142,7 +142,7 @@ def _exchanged(found: Interactions, budgets: Sequence[Budget], choice: list[int]
         one, two = np.unravel_index(int(change.argmin()), change.shape)
         other = list(choice)
         other[unit[one]], other[unit[two]] = int(place[one]), int(place[two])
-        if not total(found, other) < value:  # counted anew: sums of rounded changes could go round in a circle
+        if not total(found, other) < value:  # counted again: sums of rounded changes could go round in a circle
             break
         choice, value = other, total(found, other)
     return choice

@@ -90,7 +90,7 @@ def site_products(run: Run, options: pd.DataFrame) -> Products:
     """Gradient times error of every image, (images,), for each site and bit-width of `options` that has them.
 
     InputError for a network whose BatchNorm was re-estimated in the sweep: the products are those of stored statistics,
-    and what they foretell there is wrong by far.
+    and what they predict there is wrong by far.
     """
     if (options["batchnorm"] == "re_estimated").any():
         raise InputError(

@@ -156,7 +156,7 @@ def shared_ties(cost: pd.DataFrame, sites: Collection[Site]) -> list[tuple[Site,
     """
     if SAME not in cost:
         raise InputError(
-            "--tie shared: this run's cost.parquet does not say which inputs are the same tensor. Make it anew: "
+            "--tie shared: this run's cost.parquet does not say which inputs are the same tensor. Make it again: "
             "`qvw sensitivity` with --overwrite."
         )
     readers: dict[str, list[Site]] = {}

@@ -1,4 +1,4 @@
-"""The Pareto front: the least predicted loss for each budget from the cheapest plan to the dearest, its price and knee.
+"""The Pareto front: the least predicted loss for each budget, cheapest to most expensive, its price and knee.
 
 `options`, `cost`, `ties` and `latency` are those of planner.plan_bits, and all figures are of its accounting.
 """
@@ -69,18 +69,18 @@ def pareto_front(
     curves = []
     for kind in _applicable(options, kinds, budget, latency):
         others = replace(budget or PlanBudget(), **{kind: None})
-        dearest = plan(options, budget=others)
+        most_expensive = plan(options, budget=others)
         # Every cost but a table of latencies grows with the bits: the fewest bits are the least of all costs at once.
         spent = options["bit_width"] if kind != "latency_ms" else _milliseconds(options, cost, latency)
         cheapest = plan(options.assign(score=spent.astype(float)), budget=others)
         asked = getattr(budget, kind, None)
-        limits = _limits(kind, getattr(cheapest.totals, kind), getattr(dearest.totals, kind), asked, points)
+        limits = _limits(kind, getattr(cheapest.totals, kind), getattr(most_expensive.totals, kind), asked, points)
         solutions = []
         for limit in limits[:-1]:
             solutions.append(plan(options, budget=replace(others, **{kind: limit})))
             solved()
         solved()
-        curves.append(_curve(kind, limits, [*solutions, dearest], options, relative_gap))
+        curves.append(_curve(kind, limits, [*solutions, most_expensive], options, relative_gap))
     return pd.concat(curves, ignore_index=True)
 
 

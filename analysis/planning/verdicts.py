@@ -15,7 +15,7 @@ NAMES = {  # of the column `plan`
 }
 ONLY_COMPARED = ("additive", "greedy", "reverse", "random")  # plans of a verification that nobody would deploy
 ERRORS = 2  # standard errors within which two plans are told as equal
-WORDS = {"worse": "worse than", "not told apart": "within two standard errors of", "better": "better than"}
+WORDS = {"worse": "worse than", "not significantly different": "within two standard errors of", "better": "better than"}
 
 
 def plan_names(table: pd.DataFrame) -> list[str]:
@@ -27,10 +27,10 @@ def plan_names(table: pd.DataFrame) -> list[str]:
 
 
 def reading(ahead: float, error: float) -> str:
-    """How the plan compares with one that it is `ahead` of: worse, not told apart, better; empty without an error."""
+    """How the plan compares with one that it is `ahead` of: a key of `WORDS`; empty without an error."""
     if not np.isfinite([ahead, error]).all():
         return ""
-    return "not told apart" if abs(ahead) <= ERRORS * error else "better" if ahead > 0 else "worse"
+    return "not significantly different" if abs(ahead) <= ERRORS * error else "better" if ahead > 0 else "worse"
 
 
 def verdict(what: str, others: pd.DataFrame, difference: str) -> str:
@@ -38,7 +38,7 @@ def verdict(what: str, others: pd.DataFrame, difference: str) -> str:
 
     `others` has `name`, `difference` and its standard error, `difference`_se, positive where the plan is the better.
     """
-    told: dict[str, list[str]] = {"worse": [], "not told apart": [], "better": []}
+    told: dict[str, list[str]] = {"worse": [], "not significantly different": [], "better": []}
     for row in others.to_dict("records"):
         found = reading(row[difference], row[f"{difference}_se"])
         if found:

@@ -17,7 +17,7 @@ from analysis.session.setup import Setup
 from quant.errors import InputError
 
 GRACE_SECONDS = 20
-"""So long a process that cannot go on leaves the word to another that may tell why."""
+"""How long a process that cannot continue waits for another to report the cause."""
 T = TypeVar("T")
 
 

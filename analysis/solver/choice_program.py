@@ -29,7 +29,7 @@ class Budget:
         return alone + sum(int(costs[choice[u], choice[v]]) for (u, v), costs in self.pairs.items())
 
     @property
-    def dearest(self) -> int:
+    def most_expensive(self) -> int:
         """At least the cost of every choice; budgets with more room never bind."""
         return sum(int(costs.max()) for costs in (*self.own, *self.pairs.values()))
 

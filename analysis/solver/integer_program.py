@@ -79,5 +79,5 @@ def close_gap(program: Program, start: Relaxation, relative_gap: float, deadline
     if closed or found.ended != "closed" or choice == start.choice:
         return Found(choice, bound, "closed" if closed else found.ended)
     # The gap was asked for in parts of a worse plan's score; of the new plan's it is not closed yet.
-    anew = close_gap(program, Relaxation(start.bound, choice, start.reduced), relative_gap, deadline)
-    return Found(anew.choice, max(bound, anew.bound), anew.ended)
+    again = close_gap(program, Relaxation(start.bound, choice, start.reduced), relative_gap, deadline)
+    return Found(again.choice, max(bound, again.bound), again.ended)

@@ -20,7 +20,7 @@ _LOOSE_BOX = 1e4  # of a multiplier, over the range of the total score; see _box
 
 @dataclass(frozen=True)
 class Relaxation:
-    """The best bound that was found, the plan that came of it, and what each option costs the bound.
+    """The best bound that was found, the resulting plan, and what each option costs the bound.
 
     `bound` is in the unit of the scores: no choice within the budgets has less. `choice` is one within them, or None
     if none was found. Any choice with option k of unit u has at least `bound + reduced[u][k]`.

@@ -98,7 +98,7 @@ def _pruned(program: Program) -> tuple[Program, list[NDArray[np.int64]]]:
     while True:
         if any(budget.room < 0 for budget in program.budgets):
             raise NoPlanError
-        binding = [budget for budget in program.budgets if budget.dearest > budget.room]
+        binding = [budget for budget in program.budgets if budget.most_expensive > budget.room]
         program = Program(program.score, binding)
         criteria: list[list[NDArray[np.int64]]] = [
             [np.unique(score, return_inverse=True)[1][:, None]] for score in program.score

@@ -40,7 +40,7 @@ def compare(runs: Sequence[Compared]) -> pd.DataFrame:
     names = [run.measured.name for run in runs]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
-        raise InputError(f"two runs are named {doubled[0]!r}; each needs a name of its own to be told apart.")
+        raise InputError(f"two runs are named {doubled[0]!r}; each needs a name of its own to be distinguished.")
     rows = []
     for tensor in ("weight", "input"):
         for measure in MEASURES:

@@ -1,8 +1,8 @@
-"""Running statistics as a file, so that a pass over images that was stopped goes on to the same bits.
+"""Running statistics as a file, so that a pass over images that was stopped resumes to the same bits.
 
 The file is safetensors, from which no code is run. Its arrays hold all sites one after the other, in network order:
 
-    groups     int64 (sites,)           channels or heads that are told apart
+    groups     int64 (sites,)           channels or heads that are distinguished
     octaves    int64 (sites,)           octaves of the histogram, -1 where there is none yet
     centres    float64 (sites,)         of the histograms, 0 where there is none
     moments    float64 (8, groups)      fields of `Moments`, of the sites with values

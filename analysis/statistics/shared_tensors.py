@@ -30,7 +30,7 @@ class SharedTensors:
     """Updates statistics of sites, and remembers what the last few tensors gave.
 
     A tensor counts as the same where it is the same object, of the same version, at the same place, and some of its
-    values are the same: one that was changed in place since, as by `ReLU(inplace=True)`, is measured anew. Tensors are
+    values are the same: one that was changed in place since, as by `ReLU(inplace=True)`, is measured again. Tensors are
     not kept alive. Nothing is shared under `torch.inference_mode`, whose tensors have no version.
     """
 
@@ -52,7 +52,7 @@ class SharedTensors:
             self._recent.append(_Entry(weakref.ref(x), state, (axis, groups), measured))
 
     def forget(self) -> None:
-        """Begin anew, as for another batch: buffers that live on hold other values then."""
+        """Start again, as for another batch: buffers that live on hold other values then."""
         self._recent.clear()
 
 

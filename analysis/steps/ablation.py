@@ -32,8 +32,8 @@ def run_ablation(
 ) -> None:
     """Make what is missing of the ablation; its trainings lie in run folders OUT/NETWORK.
 
-    A training that is finished is kept, one that was interrupted goes on. After each, ablation.csv (a row a training),
-    summary.csv and ablation.png are written anew from all that are finished. `only` names the networks to train, so
+    A training that is finished is kept, one that was interrupted resumes. After each, ablation.csv (a row a training),
+    summary.csv and ablation.png are written again from all that are finished. `only` names the networks to train, so
     that several commands can share the work. Several processes share each sweep and each training, one after another,
     as in `run_sensitivity` and `run_train`; the one of rank 0 does the rest, and speaks.
     """
@@ -84,7 +84,7 @@ def _train(ablation: Ablation, job: Job, setup: Setup, processes: Processes) -> 
 
 
 def _forget_deleted(run: Run, job: Job) -> None:
-    """Let run.json forget a training whose folder the user has deleted, so that it is made anew."""
+    """Let run.json forget a training whose folder the user has deleted, so that it is made again."""
     name = f"qat-{job.name}"
     if name in run.record.steps and not (run.path / name).exists():
         run.write_json(_NOTES, {key: note for key, note in _noted(run).items() if key != job.name})
@@ -99,7 +99,7 @@ def _of_job(job: Job, run: Path) -> Iterator[None]:
     except InputError as error:
         kind = TogetherError if isinstance(error, TogetherError) else InputError
         raise kind(
-            f"{job.subject}, arm {job.arm}, seed {job.seed}: {error} (Here options are keys of the file. To train anew "
+            f"{job.subject}, arm {job.arm}, seed {job.seed}: {error} (Options are keys of the file. To train again "
             f"with other ones, delete {run / f'qat-{job.name}'}, or give the arm another name.)"
         ) from error
 

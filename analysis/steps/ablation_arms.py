@@ -81,6 +81,6 @@ def _without_heads(plan: BitPlan) -> BitPlan:
 
 
 def _key(job: Job) -> str:
-    """What tells apart plans of different sweeps, layouts and images; the same for all seeds and settings."""
+    """What distinguishes plans of different sweeps, layouts and images; the same for all seeds and settings."""
     fixed = {key: value for key, value in job.fixed.items() if not key.startswith("config.")}
     return json_sha256(fixed)[:8]

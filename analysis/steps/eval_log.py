@@ -1,4 +1,4 @@
-"""The scores of an evaluation's images, batch by batch in a log on the disk, so that a stopped evaluation goes on."""
+"""The scores of an evaluation's images, batch by batch in a log on the disk, so that a stopped evaluation resumes."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -95,7 +95,7 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     if not request.verify and (run.path / verification).exists():
         verified = run.read_table(verification.removesuffix(".parquet"), ("plan_sha256",))["plan_sha256"]
         if plan.sha256 not in set(verified):
-            warn(f"{run.path / verification} is of an earlier plan; --verify makes it anew.")
+            warn(f"{run.path / verification} is of an earlier plan; --verify makes it again.")
     if request.verify:  # afterwards, for the plan is to be there whatever becomes of the images
         setup = Setup(
             run=path, images=request.images, batch_size=request.batch_size, num_workers=request.num_workers,
@@ -151,8 +151,8 @@ def _tell_loose_budgets(
         for line in unspent_budgets(plan):
             say(line, quiet=request.quiet)
         return
-    dearest = [by_bits[max(by_bits)] for by_bits in read_options(options, cost)[0].values()]
-    loose = loose_budgets(plan, dearest, accounting.totals(dearest, cost, stored, latency))
+    most_expensive = [by_bits[max(by_bits)] for by_bits in read_options(options, cost)[0].values()]
+    loose = loose_budgets(plan, most_expensive, accounting.totals(most_expensive, cost, stored, latency))
     for line in loose:
         warn(line)
     for line in () if loose else unspent_budgets(plan):

@@ -47,9 +47,9 @@ def rising_scores(options: pd.DataFrame, objective: str) -> str:
     )
 
 
-def loose_budgets(plan: BitPlan, dearest: list[PlannedSite], totals: object) -> list[str]:
-    """A line for each budget that even the `dearest` plan on offer, which costs `totals`, keeps."""
-    most = max((site.bit_width for site in dearest), default=0)
+def loose_budgets(plan: BitPlan, most_expensive: list[PlannedSite], totals: object) -> list[str]:
+    """A line for each budget that even the `most_expensive` plan on offer, which costs `totals`, keeps."""
+    most = max((site.bit_width for site in most_expensive), default=0)
     return [
         f"the budget of {amount(name, limit)} binds nothing: with the most bits offered (up to {most}) the plan takes "
         f"{amount(name, spent)}."

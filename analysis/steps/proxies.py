@@ -1,4 +1,4 @@
-"""`qvw sensitivity --proxies`: scores that foretell the sweep, and how well they do, into the run folder."""
+"""`qvw sensitivity --proxies`: scores that predict the sweep, and how well they do, into the run folder."""
 
 import time
 from collections.abc import Sequence
@@ -53,11 +53,11 @@ def run_proxies(session: Session, sites: Sequence[SiteInfo], batches: Sequence[A
     if (measured["divergence"] > 0).any():
         save_figure(proxies_figure(table, measured, correlation, session.network.name), run.path / "proxies")
     told = _summary(table, correlation, measured, min(config.bit_widths), seconds)
-    anew = measured_beside(table, swept[swept["batchnorm"] == "re_estimated"])
-    if len(anew) and (measured["batchnorm"] == "stored").any():
-        other = proxy_correlations(table, anew, images)
+    again = measured_beside(table, swept[swept["batchnorm"] == "re_estimated"])
+    if len(again) and (measured["batchnorm"] == "stored").any():
+        other = proxy_correlations(table, again, images)
         rows = other[(other["tensors"] == "all") & (other["proxy"] == "fisher")]
-        found = ", ".join(f"{row.spearman:.2f} at {row.bit_width} bit" for row in rows.itertuples())
+        found = ", ".join(f"{row.spearman:.2f} at {row.bit_width} bits" for row in rows.itertuples())
         told += f"\nWith BatchNorm re-estimated, of which no proxy knows, fisher's correlation is {found}."
     return told
 
@@ -92,7 +92,7 @@ def _summary(table: pd.DataFrame, correlation: pd.DataFrame, measured: pd.DataFr
     treatment = how[measured["batchnorm"].iloc[0]]
     columns = ["proxy", "sites", "spearman", "spearman_low", "spearman_high", "kendall", "ceiling"]
     lines += [
-        f"Rank correlation with the measured KL at {bits} bit{treatment}; 95 % over sites; ceiling: what noise allows:",
+        f"Rank correlation with the measured KL at {bits} bits{treatment}; 95 % over sites; ceiling: limit by noise:",
         as_text(shown[columns].round(3)),
     ]
     sure = shown.loc[shown["spearman_low"] >= GOOD, "proxy"].tolist()
@@ -104,12 +104,14 @@ def _summary(table: pd.DataFrame, correlation: pd.DataFrame, measured: pd.DataFr
     if not sure and not perhaps:
         lines.append(f"No proxy reaches {GOOD} here: use the sweep.")
     lines += [f"  {proxy}: {DEFINITIONS[proxy]}" for proxy in PROXIES if (shown["proxy"] == proxy).any()]
-    foretold = table[table["proxy"] == "fisher"].merge(measured[[*SITE_KEY, "divergence"]], on=SITE_KEY)
+    predicted = table[table["proxy"] == "fisher"].merge(measured[[*SITE_KEY, "divergence"]], on=SITE_KEY)
     ratios = (
-        (foretold["score"] / foretold["divergence"])[foretold["divergence"] > 0].groupby(foretold["bit_width"]).median()
+        (predicted["score"] / predicted["divergence"])[predicted["divergence"] > 0]
+        .groupby(predicted["bit_width"])
+        .median()
     )
-    shares = ", ".join(f"{ratio:.2f} at {width} bit" for width, ratio in ratios.items())
-    lines.append(f"Fisher foretells the KL itself; median of foretold / measured: {shares}.")
+    shares = ", ".join(f"{ratio:.2f} at {width} bits" for width, ratio in ratios.items())
+    lines.append(f"Fisher predicts the KL itself; median of predicted / measured: {shares}.")
     if "stats_range" in missing:
         lines.append("With `qvw stats` in the same run folder the statistics are tried as proxies too.")
     return "\n".join(lines)

@@ -29,7 +29,7 @@ from quant.soft_labels import SoftLabels
 
 
 def run_soft_labels(setup: Setup, request: SoftLabelRequest) -> None:
-    """Write the file; what was interrupted goes on to the same bytes, what is there already is not made again.
+    """Write the file; what was interrupted resumes to the same bytes, what is there already is not made again.
 
     Several processes take turns with the batches, to the same bytes; the one of rank 0 writes.
     """
@@ -43,7 +43,7 @@ def _run_soft_labels(setup: Setup, request: SoftLabelRequest, processes: Process
         writer = processes.together(lambda: _writer(header, out, held, overwrite=setup.overwrite) if main else None)
         first = processes.gather(None if writer is None else writer.done)[0]
         if first is None:
-            say(f"{out} holds these soft labels already; --overwrite makes them anew.", quiet=setup.quiet)
+            say(f"{out} holds these soft labels already; --overwrite makes them again.", quiet=setup.quiet)
             return
         with resumable(lambda: _kept(writer)):
             _ask(opened, data, header, first, writer, processes)
@@ -64,7 +64,7 @@ def _opened(setup: Setup, request: SoftLabelRequest) -> tuple[Opened, ImageData,
 
 
 def _writer(header: SoftLabelHeader, out: Path, held: ExitStack, *, overwrite: bool) -> SoftLabelWriter | None:
-    """What goes on with the file, locked until `held` ends; None where the file is there already."""
+    """What continues the file, locked until `held` ends; None where the file is there already."""
     check_soft_label_target(out)
     held.enter_context(exclusive(out.with_name(f".{out.name}.lock"), f"the making of {out}", instead="--out"))
     if overwrite:
@@ -76,7 +76,7 @@ def _writer(header: SoftLabelHeader, out: Path, held: ExitStack, *, overwrite: b
         if labels.header != header:
             raise InputError(
                 f"{out} holds soft labels with other inputs ({header_changes(labels.header, header)}). "
-                "Choose another --out, or make it anew with --overwrite."
+                "Choose another --out, or make it again with --overwrite."
             )
         return None
     with writing(out):
@@ -138,7 +138,7 @@ def _answered(opened: Opened, header: SoftLabelHeader, parts: Sequence["_Part"])
 
 
 def _kept(writer: SoftLabelWriter | None) -> str:
-    """Where the next start goes on, in words: it asks for the last batch once more, which may be cut short."""
+    """Where the next start resumes, in words: it asks for the last batch once more, which may be cut short."""
     kept = 0 if writer is None else writer.done - writer.header.batch_size
     return "" if writer is None or kept <= 0 else f"{kept:,} of {writer.header.records:,} crops"
 

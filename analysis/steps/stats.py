@@ -1,6 +1,6 @@
 """`qvw stats`: the statistics of every tensor, into a run folder, by one process or several that share the images.
 
-A pass that was stopped goes on after the last batch that was saved (`analysis.steps.stats_in_work`).
+A pass that was stopped resumes after the last batch that was saved (`analysis.steps.stats_in_work`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -138,7 +138,7 @@ def _share(
     left = len(range(rank, source.batches, world)) - passed.batches
     rounds = max(processes.gather(left))
     source.skipped.extend(passed.skipped)
-    waiting = world > 1 and not passed.batches  # all begin, or all go on with the centres that they have
+    waiting = world > 1 and not passed.batches  # all begin, or all continue with the centres that they have
 
     def first_of_all() -> None:
         processes.agree(None)

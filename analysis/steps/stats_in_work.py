@@ -1,4 +1,4 @@
-"""The statistics that `qvw stats` measures: kept in the run folder from time to time, taken up by the next start."""
+"""The statistics that `qvw stats` measures: kept in the run folder from time to time, resumed by the next start."""
 
 import time
 from collections.abc import Iterator
@@ -97,7 +97,7 @@ class StatsInWork:
             if not self._told:
                 reason = first_line(error.__cause__ or error)
                 self._warn(
-                    f"{self.path} cannot be written ({reason}): the statistics go on, an interrupt would lose them."
+                    f"{self.path} cannot be written ({reason}): an interrupt would lose what is measured from here."
                 )
             self._told = True
         end = time.monotonic()
@@ -128,13 +128,13 @@ def begin(session: Session, running: dict[Site, RunningStats], processes: Proces
         try:
             work.take_up()
         except NotTakenUpError as error:
-            problem = f"{path} {error}: the statistics start anew."
+            problem = f"{path} {error}: the statistics start from scratch."
     first = next(filter(None, processes.gather(problem)), None)
     passed = processes.gather(work.passed.batches)
     if all(passed):
         return work
     if any(passed) and first is None:
-        first = "a process was stopped before it had kept anything: the statistics start anew."
+        first = "a process was stopped before it had kept anything: the statistics start from scratch."
     if first is not None and processes.rank == 0:
         session.warn(first)
     return StatsInWork(path, session, running, processes, keep=keep)

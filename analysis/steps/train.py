@@ -37,7 +37,7 @@ from quant.trial import check_trainable
 def run_train(setup: Setup, request: TrainRequest) -> None:
     """Train, and leave history, oscillation, the final model with its plan, and its accuracy in the run folder.
 
-    What was interrupted goes on from its last checkpoint; what is done with the same inputs is not done again. Several
+    What was interrupted resumes from its last checkpoint; what is done with the same inputs is not done again. Several
     processes share each batch; the one of rank 0 writes and speaks.
     """
     work_together(setup, lambda own, _processes: _run_train(own, request))
@@ -49,7 +49,7 @@ def _run_train(setup: Setup, request: TrainRequest) -> None:
     folder, main = opened.run.path / request.folder, accelerator.is_main_process
     task = training_task(opened, request, accelerator.num_processes)
     if opened.run.is_done(request.folder, opened.inputs(task.train) | task.inputs) and not setup.overwrite:
-        say(f"{folder} holds this training already; --overwrite trains anew.", quiet=setup.quiet)
+        say(f"{folder} holds this training already; --overwrite trains again.", quiet=setup.quiet)
         return
     image = opened.probe_image()
     check_trainable(opened.model, config, torch.cat((image, image.flip(-1))))

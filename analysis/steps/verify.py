@@ -186,7 +186,7 @@ def _sweep_images(opened: Opened) -> ImageData:
         raise InputError(
             f"{data.spec} does not hold the images of the sweep any more (sha256 {data.sha256[:12]}, expected "
             f"{str(swept['images_sha256'])[:12]}): predicted and measured changes would be of different images. Put "
-            "them back, or measure anew: `qvw sensitivity --overwrite`."
+            "them back, or measure again: `qvw sensitivity --overwrite`."
         )
     return data
 
@@ -196,7 +196,7 @@ def _names(plans: Sequence[BitPlan]) -> list[str]:
 
 
 def _bits(plan: BitPlan) -> str:
-    """What tells apart plans that quantize differently, whatever made them."""
+    """What distinguishes plans that quantize differently, whatever made them."""
     return hashlib.sha256(repr(plan.sites).encode()).hexdigest()
 
 
@@ -230,8 +230,8 @@ def _floating(
         "float", opened, (), scores(task, outputs, batches), estimator="none", metric=jackknife(task, outputs, batches),
         divergence=torch.zeros(sum(map(task.samples, batches)), dtype=torch.float64),
     )  # fmt: skip
-    anew = treatment == "re-estimate" and bool(batchnorms(opened.model))
-    with batchnorm_reestimated(opened.model, calibration) if anew else nullcontext():
+    again = treatment == "re-estimate" and bool(batchnorms(opened.model))
+    with batchnorm_reestimated(opened.model, calibration) if again else nullcontext():
         swept = _outputs(opened, sweep_batches)
     swept_task = opened.task.prepared(swept)
     return _Floating(row, outputs, task, reference_of(swept_task, swept, sweep_batches), swept_task)

@@ -90,11 +90,11 @@ def keep_row(opened: Opened, row: Mapping[str, Any]) -> str:
         was = f"top-1 {100 * before['top1']:.2f} %, loss {before['loss']:.4g}"
     else:
         was = f"loss {before['loss']:.4g}, score {before['score']:.4g}, divergence {before['divergence']:.4g}"
-    return f"measured anew, in place of {was} on {before['images']:,} images"
+    return f"measured again, in place of {was} on {before['images']:,} images"
 
 
 def drop_rows(opened: Opened, kind: str) -> None:
-    """Remove the rows of what is about to be made anew from verify.parquet."""
+    """Remove the rows of what is about to be made again from verify.parquet."""
     with opened.run.taking_turns():
         rows = verify_rows(opened)
         kept = [row for row in rows if row["plan"] != kind]

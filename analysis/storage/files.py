@@ -145,7 +145,7 @@ class RowLog:
         try:
             data = self.path.read_bytes()
         except OSError as error:
-            raise InputError(f"{self.path} cannot be read: {error.strerror}. Mend it, or `overwrite=True`.") from error
+            raise InputError(f"{self.path} cannot be read: {error.strerror}. Fix it, or `overwrite=True`.") from error
         end = data.rfind(b"\n") + 1
         if end < len(data):
             os.truncate(self.path, end)
@@ -158,7 +158,7 @@ class RowLog:
                     rows.append(None)
                     continue
                 raise InputError(
-                    f"{self.path} is damaged at line {number}. Start the step anew with `overwrite=True`."
+                    f"{self.path} is damaged at line {number}. Start the step from scratch with `overwrite=True`."
                 ) from error
         return rows
 
@@ -166,7 +166,7 @@ class RowLog:
         """Drop the rows whose `step` is later than `up_to_step`; the rows that stay."""
         rows = self.read()
         if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
-            raise InputError(f"{self.path} is damaged: it has lines without a step. Start anew with `overwrite=True`.")
+            raise InputError(f"{self.path} is damaged: lines lack a step. Start from scratch: `overwrite=True`.")
         rows = [row for row in rows if row["step"] <= up_to_step]
         write_bytes(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         return rows

@@ -101,7 +101,7 @@ def checked(frame: pd.DataFrame, table: Table, required: Collection[str], *, sou
         raise InputError(f"{source} lacks the column {missing[0]!r}: it is of another version or program. {remedy}")
     if table.filled and frame.empty:
         raise InputError(f"{source} has no row. {remedy}")
-    frame = frame.reset_index(drop=True)  # rows are told apart by their place
+    frame = frame.reset_index(drop=True)  # rows are distinguished by their place
     cast = {}
     for name, column in table.columns.items():
         if name in frame:

@@ -1,1 +1,1 @@
-"""Which modules hurt: sites and groups quantized one at a time, and scores that foretell it."""
+"""Which modules hurt: sites and groups quantized one at a time, and scores that predict it."""

@@ -36,15 +36,15 @@ def sensitivity_summary(table: pd.DataFrame, rows: Sequence[dict]) -> str:
         "rank_high",
     ]
     bits = int(table["bit_width"].iloc[0])
-    text = f"Most sensitive at {bits} bit"
+    text = f"Most sensitive at {bits} bits"
     if out.any():
-        text = f"What helps most when it is left in floating point, all else at {bits} bit"
+        text = f"What helps most when it is left in floating point, all else at {bits} bits"
     task = table["task"].iloc[0]
     what = "KL of the logits" if task == "classification" else f"divergence of {task}"
     shown = worst[columns].dropna(axis=1, how="all")
     text += f" ({what}, ranks in 95 % of resampled images):\n{as_text(shown)}"
     if len(everything):
-        text += f"\nEverything at {bits} bit: {what.split()[0]} {everything['divergence'].iloc[0]:.3g}."
+        text += f"\nEverything at {bits} bits: {what.split()[0]} {everything['divergence'].iloc[0]:.3g}."
     return "\n".join([text, *_doubts(rows, table)])
 
 
@@ -68,7 +68,7 @@ def _doubts(rows: Sequence[dict], table: pd.DataFrame) -> list[str]:
         left_out = (table["protocol"] == "leave_one_out").all()  # there the least are the first
         needed, have = images_to_separate(-costs if left_out else costs), len(values[0])
         if needed > have:
-            first = f"The first {min(10, len(values))} cannot all be told apart with {have} images"
+            first = f"The first {min(10, len(values))} cannot all be separated with {have} images"
             enough = f"about {needed:,.0f} would do" if needed < 1e6 else "more hardly help: some are as good as equal"
             doubts.append(f"{first}; {enough}.")
     return doubts

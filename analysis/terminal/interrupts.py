@@ -15,7 +15,7 @@ def catch_interrupts() -> None:
     """Let both signals raise KeyboardInterrupt; nothing happens outside the main thread, which alone may say so.
 
     Whatever is raised while a process forks (a DataLoader starts its workers so) is printed and dropped by Python, and
-    the work would go on: a signal of that moment is sent once more when the fork is over.
+    the work would continue: a signal of that moment is sent once more when the fork is over.
     """
     with suppress(ValueError):
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -43,7 +43,7 @@ def result(run: Run, job: Job) -> dict[str, object]:
     rows = verify[verify["plan"] == f"qat-{job.name}"]
     if rows.empty:
         raise InputError(
-            f"{run.path / 'verify.parquet'} has no row of qat-{job.name} any more. Measure it anew: `qvw eval --run "
+            f"{run.path / 'verify.parquet'} has no row of qat-{job.name} any more. Measure it again: `qvw eval --run "
             f"{run.path} --checkpoint {run.path / f'qat-{job.name}'}`."
         )
     measured = rows.iloc[-1]
@@ -112,7 +112,7 @@ def verdicts(summary: pd.DataFrame, ablation: Ablation) -> list[str]:
         groups = {
             "better": others[spread & (others["ahead_low"] > 0)],
             "worse": others[spread & (others["ahead_high"] < 0)],
-            "not to be told apart": others[
+            "not significantly different": others[
                 ~spread & others["ahead_low"].notna() | (others["ahead_low"] <= 0) & (others["ahead_high"] >= 0)
             ],
             "one seed only": others[others["ahead_low"].isna()],

@@ -26,7 +26,7 @@ class TrainingRows:
         self.logs = {name: RowLog(folder / log) for name, log in zip(_COLUMNS, LOGS, strict=True)}
 
     def keep(self, first: int, config: QATConfig, total: int) -> None:
-        """Drop the rows after step `first`, from where the training goes on; all of them at 0.
+        """Drop the rows after step `first`, from where the training resumes; all of them at 0.
 
         InputError where rows up to there are missing.
         """
@@ -39,7 +39,7 @@ class TrainingRows:
         if lost or trained != expected or ((observed or binned) and (observed, binned) != (expected | {0}, bins)):
             raise InputError(
                 f"{self.folder} lacks rows of its history up to the checkpoint of step {first}. Put its files "
-                "*.partial.jsonl back, or start anew with --overwrite."
+                "*.partial.jsonl back, or start from scratch with --overwrite."
             )
 
     def append(self, report: StepReport) -> None:

@@ -48,7 +48,7 @@ def _check_images(labels: SoftLabels, train: ImageData) -> None:
         raise InputError(
             f"{labels.path} is of other images: it has {header.images} of split {header.split!r}, this training "
             f"{train.images} of split {train.split!r}{'' if header.images != train.images else ', and not the same'}. "
-            "Give the same --data, --images and --seed, or make it anew with the --run of this training."
+            "Give the same --data, --images and --seed, or make it again with the --run of this training."
         )
 
 

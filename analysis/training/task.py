@@ -82,7 +82,7 @@ def _validation(opened: Opened, request: TrainRequest, known: int | None) -> Ima
         raise InputError(f"--val-images {asked}, but {there}. Ask for fewer.")
     raise InputError(
         f"{opened.run.path} holds {request.folder} validated on {asked} images, {there}. Put the images back, or start "
-        "anew with --overwrite."
+        "from scratch with --overwrite."
     )
 
 

@@ -64,10 +64,10 @@ def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
     wrong = [n for n, m in opened.model.named_modules() if isinstance(m, LSQQuantizer) and not (m.scale > 0).all()]
     if wrong:
         raise InputError(f"{weights}: the scale of {wrong[0]} is not above 0. The file cannot be used; train again.")
-    spoilt = [n for n, x in opened.model.named_parameters() if not x.isfinite().all()]
-    spoilt += [n for n, x in opened.model.named_buffers() if x.isnan().any()]  # a mask may have infinities
-    if spoilt:
-        raise InputError(f"{weights}: {spoilt[0]} holds NaN or Inf. The file cannot be used; train again.")
+    corrupt = [n for n, x in opened.model.named_parameters() if not x.isfinite().all()]
+    corrupt += [n for n, x in opened.model.named_buffers() if x.isnan().any()]  # a mask may have infinities
+    if corrupt:
+        raise InputError(f"{weights}: {corrupt[0]} holds NaN or Inf. The file cannot be used; train again.")
     opened.model.eval()
     return sites
 

@@ -1,4 +1,4 @@
-"""What `qvw train` says in the terminal: how much it will do, what came of it, and how strong each term was."""
+"""What `qvw train` says in the terminal: how much it will do, the results, and how strong each term was."""
 
 import math
 
