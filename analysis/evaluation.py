@@ -17,7 +17,7 @@ from analysis.measure import kept, network, placed, read, suitable_task
 from analysis.memory import reuse_freed_memory
 from analysis.planning import accounting
 from analysis.planning.uniform import parse_uniform
-from analysis.scoring import checked_output, divergences, jackknife, jackknife_error, scores
+from analysis.scoring import Scores, checked_output, divergences, jackknife, jackknife_error, scores, warn_of_labels
 from analysis.task import Task, mean_and_error
 from analysis.training.calibration import calibrated, running_quantized
 from quant.batches import first_batch, inputs_and_targets, mapped, take, tensors
@@ -82,6 +82,7 @@ def evaluate(
         task = suitable_task(net, [to_first(net, data)], task)
         calibrating = _Calibration(net, data, calibration, task, progress)
         reference = _Pass(net, data, task, progress).run(net.model, "float")
+        warn_of_labels(task, Scores(torch.cat(reference.loss), torch.cat(reference.score)), reference.outputs[0])
         task = task.prepared(reference.outputs)
         rows, paired = [], None
         for name, entry in plans.items():

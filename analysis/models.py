@@ -23,9 +23,10 @@ from quant.errors import InputError, first_line
 from quant.network import check_form
 
 
-def load_model(source: ModelSource) -> nn.Module:
+def load_model(source: ModelSource, tell: Callable[[str], None] = lambda _: None) -> nn.Module:
     """The model in eval mode on the CPU; the global random state is left as it was.
 
+    `tell` gets a sentence on where in a checkpoint the weights were, if there was anything to choose.
     Raises InputError for a name, a factory, arguments or weights that cannot be used.
     """
     check_source(source)
@@ -35,14 +36,10 @@ def load_model(source: ModelSource) -> nn.Module:
     check_form(model, source.model)
     model = model.cpu()
     if source.weights is not None:
-        load_weights_(model, Path(source.weights), source.options)
+        found = load_weights_(model, Path(source.weights), source.options, source.weights_entry)
+        if found:
+            tell(f"weights of {source.weights}: {found}")
     return model.eval()
-
-
-def num_classes(model: nn.Module) -> int | None:
-    """The number of classes of the model's head; None where it does not say or has no head."""
-    count = getattr(model, "num_classes", None)
-    return count if isinstance(count, int) and count > 0 else None
 
 
 def _timm_model(source: ModelSource) -> nn.Module:

@@ -1,6 +1,7 @@
 """Outputs of a network over a fixed list of batches, and figures that compare two sets of outputs sample by sample."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from analysis.task import Task, mean_and_error
+from analysis.tasks import classes_of
 from quant.batches import mapped, tensors
 from quant.errors import InputError
 
@@ -97,6 +99,22 @@ def check_divergence(task: Task, references: Sequence[Any], batches: Sequence[An
         )
 
 
+def label_doubts(loss: float, accuracy: float, samples: int, classes: int) -> str:
+    """What makes the labels of a float classifier doubtful, from its mean loss and accuracy; empty where nothing does.
+
+    That is a loss above log(classes) + 2, where guessing has log(classes), or an accuracy more than three standard
+    errors below that of guessing.
+    """
+    guess = 1 / classes
+    if loss > math.log(classes) + 2:
+        found = f"a loss of {loss:.2f}, where guessing among {classes} classes has {math.log(classes):.2f}"
+    elif accuracy < guess - 3 * (guess * (1 - guess) / samples) ** 0.5:
+        found = f"an accuracy of {accuracy:.1%}, below the {guess:.1%} of guessing"
+    else:
+        return ""
+    return f"the float network has {found}: labels (order of the classes) or preprocessing (mean, std, size) are wrong."
+
+
 class Compared(NamedTuple):
     """Of single samples, (samples,) float64: divergence, and growth of the loss (NaN without a label)."""
 
@@ -113,8 +131,20 @@ class Reference(NamedTuple):
 
 
 def reference_of(task: Task, outputs: Sequence[Any], batches: Sequence[Any]) -> Reference:
-    """The figures of the float network that outputs are compared with."""
-    return Reference(outputs, scores(task, outputs, batches), jackknife(task, outputs, batches))
+    """The figures of the float network that outputs are compared with; warns where its labels are doubtful."""
+    found = scores(task, outputs, batches)
+    warn_of_labels(task, found, outputs[0])
+    return Reference(outputs, found, jackknife(task, outputs, batches))
+
+
+def warn_of_labels(task: Task, found: Scores, output: Any) -> None:
+    """Warn where the scores of the float network say that its labels are wrong; `output` is that of one batch."""
+    known = ~found.loss.isnan()
+    if task.name == "classification" and bool(known.any()):
+        loss, accuracy = found.loss[known].mean().item(), found.score[known].mean().item()
+        doubts = label_doubts(loss, accuracy, int(known.sum()), classes_of(output))
+        if doubts:
+            warnings.warn(doubts, UserWarning, stacklevel=2)
 
 
 def jackknife(task: Task, outputs: Sequence[Any], batches: Sequence[Any]) -> list[float]:

@@ -332,6 +332,7 @@ def language_modeling(ignore_index: int = -100) -> Task:
 def why_not_classification(model: nn.Module, output: Any, batch: Any) -> str:
     """Why an output and its batch are not plainly those of an image classifier; empty where they are."""
     try:
+        check_head(model)
         x = _main(output, "logits")
     except InputError as error:
         return str(error)
@@ -348,6 +349,20 @@ def why_not_classification(model: nn.Module, output: Any, batch: Any) -> str:
         shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
         return f"the targets are {shape}, not one class index a sample"
     return ""
+
+
+def classes_of(output: Any) -> int:
+    """How many classes a classifier's output has: the columns of its logits."""
+    return _main(output, "logits").shape[1]
+
+
+def check_head(model: nn.Module) -> None:
+    """Raise InputError for a network whose head was left out (timm's `num_classes=0`): its output is features."""
+    if getattr(model, "num_classes", None) == 0:
+        raise InputError(
+            f"{type(model).__name__} has no head (num_classes=0): its output is features, not logits. Build it "
+            "with its classes, or choose tasks.embedding()."
+        )
 
 
 def declared_classes(model: nn.Module) -> int | None:

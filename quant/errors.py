@@ -24,7 +24,8 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno and error.strerror:
         file = f": {error.filename}" if error.filename else ""
         return f"{error.strerror[0].lower()}{error.strerror[1:]}{file}"[:200]
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error))  # torch prints some words in bold
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 
 def system_error(error: BaseException) -> int | None:

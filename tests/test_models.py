@@ -12,7 +12,8 @@ from analysis.inputs.model_source import ModelSource
 from analysis.inputs.option_names import TEACHER_OPTIONS
 from analysis.inputs.timm_names import model_names
 from analysis.inputs.weights import weights_sha256
-from analysis.models import load_model, num_classes
+from analysis.models import load_model
+from analysis.tasks import classes_of
 from quant.errors import InputError
 from quant.sites import classifier_names
 
@@ -102,7 +103,6 @@ def test_a_timm_model_is_in_eval_mode_and_the_random_state_is_untouched():
     assert not any(module.training for module in model.modules())
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 7)
-    assert num_classes(model) == 7
 
 
 def test_untrained_weights_depend_on_the_seed_alone():
@@ -267,10 +267,10 @@ def without(name):
     ("change", "message"),
     [
         (lambda s: {**s, "0.weight": torch.zeros(3, 9)}, r"'0\.weight' has shape \(3, 9\), the model expects \(3, 2\)"),
-        (without("0.bias"), r"does not fit Net: '0\.bias' is missing \(1 missing, 0 unexpected\)"),
+        (without("0.bias"), r"does not fit Net: 6 of 7 fit; '0\.bias' is missing \(1 missing, 0 unexpected\)"),
         (
-            lambda s: {f"module.{key}": value for key, value in s.items()},
-            r"'0\.weight' is missing \(6 missing, 7 unexpected; the nearest is 'module\.0\.weight'\)",
+            lambda s: {f"{key}s": value for key, value in s.items()},
+            r"'0\.weight' is missing \(6 missing, 7 unexpected; the nearest is '0\.weights'\)",
         ),
         (
             lambda s: {**s, "0.weights": torch.zeros(1), "zz": torch.zeros(1)},
@@ -306,7 +306,7 @@ def test_weights_that_were_cut_short_are_told(factory_file, tmp_path, suffix, sh
     """A file of which only the first part arrived is told from one that does not fit."""
     path = saved(tmp_path / f"w{suffix}", load_model(small(factory_file)).state_dict())
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(InputError, match=r"cannot be read .*cut short, or not a"):
+    with pytest.raises(InputError, match=r"cut short|is empty|no file of torch"):
         load_model(small(factory_file, path))
 
 
@@ -314,16 +314,15 @@ def test_other_weights_files_are_told(factory_file, tmp_path):
     """A missing file, an unknown format, a pickled object and a list are each told; no code of a file is run."""
     with pytest.raises(InputError, match=r"no weights file .*gone\.safetensors"):
         load_model(small(factory_file, tmp_path / "gone.safetensors"))
-    (tmp_path / "w.npz").write_bytes(b"")
-    with pytest.raises(InputError, match=r"suffix '\.npz'"):
-        load_model(small(factory_file, tmp_path / "w.npz"))
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="without running code"):
         load_model(small(factory_file, saved(tmp_path / "module.pt", nn.Linear(1, 1))))
     with pytest.raises(InputError, match="holds a list, not a state_dict"):
         load_model(small(factory_file, saved(tmp_path / "list.pt", [1])))
+    with pytest.raises(InputError, match="holds no tensors"):
+        load_model(small(factory_file, saved(tmp_path / "text.pt", {"0.weight": "x"})))
     with pytest.raises(InputError, match=r"'0\.weight' is a str, not a tensor"):
-        load_model(small(factory_file, saved(tmp_path / "text.pt", {"0.weight": "x"} | dict.fromkeys(
-            ["0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"], 0))))  # fmt: skip
+        load_model(small(factory_file, saved(tmp_path / "part.pt", load_model(small(factory_file)).state_dict()
+                                             | {"0.weight": "x"})))  # fmt: skip
 
 
 def test_model_names_match_as_substring_or_wildcard():
@@ -348,12 +347,10 @@ def test_classifier_names(name, kwargs, names):
     """The classifier's layers are those that timm names; a model without a head has none."""
     model = load_model(ModelSource(model=name, kwargs=kwargs))
     assert classifier_names(model) == names
-    assert num_classes(model) == (1000 if names else None)
 
 
 def test_a_model_that_says_nothing_has_no_classifier():
-    """Any module may be measured; what it does not say is None or empty."""
-    assert num_classes(nn.Linear(1, 1)) is None
+    """Any module may be measured; what it does not say is empty."""
     assert classifier_names(nn.Sequential(nn.Linear(1, 1))) == ()
 
 
@@ -372,7 +369,9 @@ def test_trained_models_of_a_users_file(shared, name, classes, head):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = load_model(ModelSource(model=f"{shared / 'models.py'}:{name}", weights=weights))
-    assert (num_classes(model), classifier_names(model)) == (classes, (head,))
+    assert classifier_names(model) == (head,)
+    side = 32 if name.startswith("cifar10") else 224
+    assert classes_of(model(torch.zeros(1, 3, side, side))) == classes
     other = "cifar10_resnet32" if name != "cifar10_resnet32" else "cifar10_resnet20"
     with pytest.raises(InputError, match=r"does not fit|has shape"):
         load_model(ModelSource(model=f"{shared / 'models.py'}:{other}", weights=weights))

@@ -137,7 +137,10 @@ run_option = click.option(
 )
 model_options = _stacked(
     click.argument("model", required=False),
-    file_option("--weights", help="Weights of MODEL: .safetensors, .pt, .pth or .bin (no code in them is run)."),
+    file_option("--weights", help="Weights of MODEL: a state dict or checkpoint, as torch or safetensors write it (no "
+                "code in it is run)."),
+    click.option("--weights-entry", metavar="NAME", show_default="the one that fits", help="Which weights of a "
+                 "checkpoint that holds several: state_dict, state_dict_ema."),
     click.option("--pretrained", is_flag=True, help="timm's published weights (needs a network or a cache)."),
     click.option("--model-kwargs", type=JsonObject(), help="Arguments of the model's constructor, as JSON: "
                  "'{\"num_classes\": 10}'.", show_default="none"),

@@ -43,8 +43,9 @@ def soft_labels(run: Path | None, **options: Any) -> None:
     """Run a teacher, MODEL, once on random crops of each training image, and store its outputs in a file.
 
     `qvw train --soft-labels FILE` then uses several of these crops of an image per step (--set crops_per_image=4), the
-    same views to the bit, without running the teacher (Shen and Xing, ECCV 2022, arXiv:2112.01528). Training must use
-    the same images, chosen and preprocessed the same way: --run with the student's run folder ensures that.
+    same views, without running the teacher (Shen and Xing, ECCV 2022, arXiv:2112.01528). Training must use the same
+    images: --run with the student's run folder ensures that. The teacher's images are prepared as its own timm
+    configuration says, or --mean, --std and --input-size.
 
     Run the same command again to resume from FILE.partial.
     """
@@ -59,7 +60,8 @@ def soft_labels(run: Path | None, **options: Any) -> None:
     from analysis.session.setup import Setup
 
     nowhere = request.out.with_name(f"{request.out.name}.run")  # a run folder that is not there knows nothing
-    setup = Setup.of(options | {"run": run or nowhere})
+    another = options["model"] is not None  # its images are prepared as it was trained, not as the run's network
+    setup = Setup.of(options | {"run": run or nowhere, "own_preparation": another})
 
     def check() -> None:
         check_soft_label_target(request.out)

@@ -9,6 +9,7 @@ from analysis.commands.first_word import first_word
 from analysis.commands.options import (
     CommandWithSettings,
     JsonObject,
+    ListOf,
     batch_size_option,
     common_options,
     data_options,
@@ -104,6 +105,14 @@ def evaluate(**options: Any) -> None:
 @click.option(
     "--teacher-kwargs", type=JsonObject(), help="Arguments of the teacher's constructor, as JSON.", show_default="none"
 )
+@click.option("--teacher-weights-entry", metavar="NAME", show_default="the one that fits",
+              help="Which weights of the teacher's checkpoint.")  # fmt: skip
+@click.option("--teacher-mean", type=ListOf(float), show_default="the teacher's own, or the student's",
+              help="Mean of each channel of the teacher's images.")  # fmt: skip
+@click.option("--teacher-std", type=ListOf(float, positive=True), show_default="the teacher's own, or the student's",
+              help="Standard deviation of each channel of the teacher's images.")  # fmt: skip
+@click.option("--teacher-input-size", type=ListOf(int, 3, positive=True), show_default="the teacher's own, or the "
+              "student's", help="Channels, height, width of the teacher's images.")  # fmt: skip
 @file_option("--soft-labels",
              help="Stored outputs of a teacher (`qvw soft-labels`), instead of running one.")  # fmt: skip
 @model_options
@@ -123,7 +132,8 @@ def train(config_file: Path | None, settings: tuple[str, ...], seed: int | None,
     from analysis.training.request import TrainRequest
 
     names = ("plan_file", "uniform", "floating", "layout", "name", "teacher", "teacher_weights", "teacher_pretrained",
-             "teacher_kwargs", "soft_labels", "val_images")  # fmt: skip
+             "teacher_kwargs", "teacher_weights_entry", "teacher_mean", "teacher_std", "teacher_input_size",
+             "soft_labels", "val_images")  # fmt: skip
     config = read_config(config_file, [*settings, *([] if seed is None else [f"seed={seed}"])])
     request = TrainRequest.of({name: options.pop(name) for name in names} | {"config": config})
     from analysis.inputs.model_source import check_source

@@ -1,6 +1,7 @@
 """Where a model comes from, and what of it can be checked before anything large is imported."""
 
 import re
+import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +9,16 @@ from typing import Any
 
 from analysis.inputs.option_names import MODEL_OPTIONS, OptionNames
 from analysis.inputs.timm_names import is_unknown, near_names
-from quant.errors import InputError
+from quant.errors import InputError, first_line
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_LARGEST_HEADER = 100_000_000  # bytes, of safetensors
+_OTHER_FILES = (
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`"),
+    (b"<", "a web page: the download failed. Fetch the file itself"),
+    (b"\x89HDF", "an HDF5 file, as Keras writes: convert it to a state_dict of torch"),
+    (b"\x1f\x8b", "compressed by gzip: unpack it"),
+)
+"""What a file that is none of weights begins with, and what it is."""
 _DEFINED = re.compile(r"^(?:async )?(?:def|class) ([A-Za-z]\w*)", re.MULTILINE)
 _DYNAMIC = re.compile(r"import \*|\b(?:exec|eval|globals|locals|vars|setattr|__getattr__|__import__)\b")
 
@@ -21,7 +29,8 @@ class ModelSource:
 
     model: str  # a timm name, or path/to/file.py:factory
     pretrained: bool = False
-    weights: str | None = None  # a .safetensors, .pt, .pth or .bin file
+    weights: str | None = None  # a state dict or a checkpoint, as torch or safetensors write it
+    weights_entry: str | None = None  # which state dict of the checkpoint
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # arguments of the constructor, from JSON
     seed: int = 0  # an untrained model's weights depend on it
     options: OptionNames = MODEL_OPTIONS
@@ -93,8 +102,37 @@ def unknown_name(model: str) -> InputError:
 
 
 def check_weights_file(path: Path, options: OptionNames) -> None:
-    """Raise InputError where a file of weights is not there, or of another sort by its name."""
+    """Raise InputError where a file of weights is not there, or of another sort by what it begins with."""
     if not path.is_file():
         raise InputError(f"There is no weights file {path}. Check `{options.weights}`.")
-    if path.suffix not in WEIGHT_SUFFIXES:
-        raise InputError(f"{path} has the suffix {path.suffix!r}. Weights are .safetensors, .pt, .pth or .bin.")
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {first_line(error)}.") from error
+    if not start.strip():
+        raise InputError(f"{path} is empty. Copy it again.")
+    what = next((what for sign, what in _OTHER_FILES if start.lstrip().startswith(sign)), None)
+    if what is None and start[257:262] == b"ustar":
+        what = "a tar archive: unpack it"
+    if what is None and start.startswith(b"PK") and _is_torchscript(path):
+        what = "a TorchScript program: save model.state_dict() of the module that it was made from"
+    if what is None and not (start.startswith((b"PK", b"\x80")) or is_safetensors(path)):
+        what = "no file of torch or safetensors"
+    if what is not None:
+        raise InputError(f"{path} cannot be read as weights: it is {what}.")
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether the file begins as safetensors do: the length of a header of JSON, and that."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < _LARGEST_HEADER
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name.endswith("/constants.pkl") for name in file.namelist())
+    except zipfile.BadZipFile:
+        return False  # cut short: told when it is read

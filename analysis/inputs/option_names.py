@@ -10,9 +10,11 @@ class OptionNames:
     pretrained: str = "--pretrained"
     weights: str = "--weights"
     kwargs: str = "--model-kwargs"
+    entry: str = "--weights-entry"
 
 
 MODEL_OPTIONS = OptionNames()
 TEACHER_OPTIONS = OptionNames(
-    pretrained="--teacher-pretrained", weights="--teacher-weights", kwargs="--teacher-kwargs"
+    pretrained="--teacher-pretrained", weights="--teacher-weights", kwargs="--teacher-kwargs",
+    entry="--teacher-weights-entry",
 )  # fmt: skip

@@ -24,16 +24,18 @@ def asked(setup: Setup, *, needs_data: bool, split: str | None = None) -> tuple[
     known = run.record.model
     if setup.model is None and (setup.pretrained or setup.weights is not None or setup.model_kwargs is not None):
         raise InputError("--pretrained, --weights and --model-kwargs need MODEL before them: name the model too.")
+    if setup.weights_entry is not None and setup.weights is None:
+        raise InputError("--weights-entry needs --weights: the file that has the entry.")
     if setup.model is not None:
         weights = None if setup.weights is None else str(setup.weights.resolve())
         source = ModelSource(
-            model=setup.model, pretrained=setup.pretrained, weights=weights, kwargs=setup.model_kwargs or {},
-            seed=setup.seed or 0,
+            model=setup.model, pretrained=setup.pretrained, weights=weights, weights_entry=setup.weights_entry,
+            kwargs=setup.model_kwargs or {}, seed=setup.seed or 0,
         )  # fmt: skip
     elif known is not None:
         source = ModelSource(
             model=known.factory or known.typed, pretrained=known.pretrained, weights=known.weights,
-            kwargs=known.kwargs, seed=known.seed,
+            weights_entry=known.weights_entry, kwargs=known.kwargs, seed=known.seed,
         )  # fmt: skip
     else:
         raise InputError(f"No model is recorded in {setup.run}. Name one: a timm name, or path/to/file.py:factory.")

@@ -1,5 +1,7 @@
 """From the options of a command and its run folder to the model, loaded, placed on its device and traced."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -14,8 +16,8 @@ from analysis.session.opened import Opened, image_of_noise
 from analysis.session.setup import Setup
 from analysis.storage.run_record import ModelRecord
 from analysis.task import Task
-from analysis.tasks import classification
-from analysis.terminal.console import warn
+from analysis.tasks import check_head, classification
+from analysis.terminal.console import say, warn
 from quant.errors import ForwardError, InputError, first_line
 from quant.network import Network
 
@@ -30,14 +32,15 @@ def open_run(setup: Setup, *, needs_data: bool) -> Opened:
     source, setup = asked(setup, needs_data=needs_data)
     known = run.record.model
     try:
-        model = load_model(source)
+        model = load_model(source, partial(say, quiet=setup.quiet))
     except InputError as error:
         raise moved(error, setup) from error
     if setup.model is not None and source.untrained:
         warn(f"{setup.model} has untrained weights: give --pretrained or --weights FILE for trained ones.")
     record = ModelRecord(
         typed=setup.model or (known.typed if known is not None else source.model), pretrained=source.pretrained,
-        weights=source.weights, kwargs=dict(source.kwargs), seed=source.seed, name=source.model.rpartition(":")[2],
+        weights=source.weights, weights_entry=source.weights_entry, kwargs=dict(source.kwargs), seed=source.seed,
+        name=source.model.rpartition(":")[2],
         factory=None if source.factory is None else f"{source.factory[0].resolve()}:{source.factory[1]}",
         weights_sha256=weights_sha256(model), parameters=sum(p.numel() for p in model.parameters()),
     )  # fmt: skip
@@ -88,6 +91,8 @@ def _traced(model: nn.Module, setup: Setup, name: str, config: InputConfig, task
         network = Network(model, image, include=setup.include, exclude=setup.exclude, name=name, forward=forward)
     except ForwardError as error:
         raise InputError(f"{error} Or give --input-size, or the constructor's arguments by --model-kwargs.") from error
+    if task is not None and task.name == "classification":
+        check_head(model)
     if task is not None and task.check is not None:
         with torch.inference_mode():
             task.check(network(image), image)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from analysis.data import ImageData, batches, load_data, none_readable, shared_batches
 from analysis.inputs.listing import InputConfig
 from analysis.inputs.model_source import factory_of
-from analysis.models import num_classes
 from analysis.runs import Run
 from analysis.session.session import Session, Source
 from analysis.session.setup import REMEMBERED, Setup
 from analysis.storage.run_record import ModelRecord, versions
 from analysis.task import Task
+from analysis.tasks import classes_of
 from analysis.terminal.console import progress, say, warn
 from quant.bit_plan import PlanModel
 from quant.errors import InputError
@@ -79,6 +79,14 @@ class Opened:
         """The same, by name."""
         return self.network.by_site
 
+    @cached_property
+    def classes(self) -> int | None:
+        """How many classes the output has: its columns, whatever the model says; None for other tasks."""
+        if self.task.name != "classification":
+            return None
+        with torch.inference_mode():
+            return classes_of(self.network(self.network.example))
+
     def step_images(self, step: str, split: str, at_most: int | None = None) -> ImageData:
         """Images of a step: as many as the command says, else as when it was run before, else `at_most` or all."""
         setup, before = self.setup, self.run.record.steps.get(step)
@@ -102,7 +110,7 @@ class Opened:
         data = load_data(
             setup.data, split=split, images=at_most if count is None else count, at_most=count is None,
             seed=setup.seed, input_config=self.input_config,
-            num_classes=num_classes(self.model) if self.task.name == "classification" else None,
+            num_classes=self.classes,
             holdout=setup.holdout, class_map=setup.class_map, class_order=setup.class_order, data_root=setup.data_root,
             skip_broken=setup.skip_broken,
         )  # fmt: skip

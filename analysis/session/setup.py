@@ -1,6 +1,6 @@
 """The options that all steps on a model and images share, and what a run folder knows of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class Setup:
     model: str | None = None
     pretrained: bool = False
     weights: Path | None = None
+    weights_entry: str | None = None
     model_kwargs: dict[str, Any] | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -50,6 +51,7 @@ class Setup:
     skip_broken: bool = False
     device: str = "cpu"
     seed: int | None = None
+    own_preparation: bool = False  # not that of the run folder: the network is another
     overwrite: bool = False
     quiet: bool = False
 
@@ -63,7 +65,9 @@ def completed(setup: Setup, run: Run) -> Setup:
     """The options; what this command does not say of images and patterns is what the run folder knows, or default."""
     record = run.record
     if record.data:
-        names = REMEMBERED if setup.data is None else OF_NETWORK  # other images, but of the same network
+        names: Sequence[str] = REMEMBERED if setup.data is None else OF_NETWORK  # other images, but of the same network
+        if setup.own_preparation:
+            names = tuple(name for name in names if name == "task" or name not in OF_NETWORK)
         given = {name: getattr(setup, name) for name in names if getattr(setup, name) is not None}
         try:
             setup = Setup.of(asdict(setup) | {name: record.data.get(name) for name in names} | given)

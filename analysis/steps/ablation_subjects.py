@@ -13,4 +13,6 @@ def setup_of(run: Path, subject: Subject) -> Setup:
         weights=None if subject.weights is None else Path(subject.weights), model_kwargs=subject.model_kwargs,
         include=subject.include, exclude=subject.exclude, data=subject.data, images=subject.images,
         holdout=subject.holdout, mean=subject.mean, std=subject.std, input_size=subject.input_size,
+        class_map=None if subject.class_map is None else Path(subject.class_map), class_order=subject.class_order,
+        white_level=subject.white_level,
     )  # fmt: skip

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from analysis.data import ImageData
 from analysis.inputs.training_data import TrainingImages, training_batches
-from analysis.scoring import Scores, outputs_of, scores
+from analysis.scoring import Scores, label_doubts, outputs_of, scores
 from analysis.session.open_run import open_run
 from analysis.session.opened import Opened
 from analysis.session.processes import work_together
 from analysis.session.setup import Setup
 from analysis.steps.verify_rows import drop_rows, keep_row, show_rows, verify_row
+from analysis.task import mean_and_error
 from analysis.terminal.console import progress, resumable, say, warn
 from analysis.training.calibration import calibrated, calibration_batches, warn_of_fewer
 from analysis.training.request import TrainRequest
@@ -58,6 +59,8 @@ def _run_train(setup: Setup, request: TrainRequest) -> None:
             if setup.overwrite:
                 drop_rows(opened, request.folder)
             opened.run.write_json(f"{request.folder}/config", asdict(config))
+            if task.teacher is not None and not last_step(folder / "checkpoints"):
+                _tell_accuracies(opened, task)
         accelerator.wait_for_everyone()  # what --overwrite removes is gone before anyone looks for a checkpoint
         plan, calibration = _prepare_(opened, task.plan, request)
         if main:
@@ -71,6 +74,28 @@ def _run_train(setup: Setup, request: TrainRequest) -> None:
     if main:
         show_rows(opened, f"{request.folder} is new")
         say(f"the model and its history are in {folder}", quiet=setup.quiet)
+
+
+def _tell_accuracies(opened: Opened, task: TrainingTask) -> None:
+    """Print how the teacher and the float student do on the validation images, and what is doubtful about it."""
+    assert task.teacher is not None
+    assert opened.classes is not None
+    networks = {"float student": opened.model}
+    if not _same_weights(opened.model, task.teacher):
+        networks = {"teacher": task.teacher, **networks}
+    found = {name: _validated(opened, model, task.val) for name, model in networks.items()}
+    top1 = {name: mean_and_error(each.score) for name, each in found.items()}
+    said = ", ".join(f"{name} {100 * mean:.2f} % (± {100 * error:.2f})" for name, (mean, error) in top1.items())
+    say(f"top-1 on {task.val.images:,} validation images before training: {said}", quiet=opened.setup.quiet)
+    for name, each in found.items():
+        doubts = label_doubts(each.loss.mean().item(), each.score.mean().item(), len(each.loss), opened.classes)
+        if doubts:
+            warn(f"{name}: {doubts}")
+
+
+def _same_weights(first: nn.Module, second: nn.Module) -> bool:
+    a, b = first.state_dict(), second.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def _step(opened: Opened, request: TrainRequest, task: TrainingTask, processes: int) -> AbstractContextManager[None]:

@@ -10,11 +10,11 @@ from torch import Tensor
 from analysis.cost import cost_table
 from analysis.planning import accounting
 from analysis.planning.verdicts import ONLY_COMPARED
-from analysis.scoring import Scores, jackknife_error
+from analysis.scoring import Scores, jackknife_error, label_doubts
 from analysis.session.opened import Opened
 from analysis.storage.columns import VERIFY_COLUMNS
 from analysis.task import mean_and_error
-from analysis.terminal.console import as_text, say
+from analysis.terminal.console import as_text, say, warn
 from quant.batchnorm import batchnorms
 from quant.bit_plan import PlannedSite
 
@@ -43,6 +43,10 @@ def verify_row(
     classes = opened.task.name == "classification"
     totals = accounting.totals(sites, cost_table(opened.sites, opened.trace.unplanned), opened.stored)
     floating = float(accounting.FLOAT_BITS)
+    if kind == "float" and opened.classes is not None and loss == loss:
+        doubts = label_doubts(loss, score, len(per_image.loss), opened.classes)
+        if doubts:
+            warn(doubts)
     return {
         "plan": kind,
         "weight_bits": floating if totals.weight_bits is None else totals.weight_bits,

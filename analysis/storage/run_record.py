@@ -36,6 +36,7 @@ class ModelRecord:
     kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
     weights: str | None = None  # the file's path
+    weights_entry: str | None = None  # which state dict of a checkpoint
     seed: int = 0
 
 

@@ -57,6 +57,9 @@ class Subject:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     input_size: tuple[int, int, int] | None = None
+    class_map: str | None = None
+    class_order: str | None = None
+    white_level: int | None = None
     holdout: float | None = None
     images: Annotated[int, Field(ge=1)] | None = None  # to train on
     val_images: Annotated[int, Field(ge=1)] | None = None

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ class TrainRequest:
     teacher_weights: Path | None = None
     teacher_pretrained: bool = False
     teacher_kwargs: dict[str, Any] | None = None
+    teacher_weights_entry: str | None = None
+    teacher_mean: tuple[float, ...] | None = None
+    teacher_std: tuple[float, ...] | None = None
+    teacher_input_size: tuple[int, int, int] | None = None
     soft_labels: Path | None = None  # a teacher's stored answers, in place of one that runs beside
     val_images: int | None = None
 
@@ -44,10 +48,9 @@ class TrainRequest:
             parse_uniform(request.uniform, "--uniform")
         if request.name is not None and not re.fullmatch(r"[A-Za-z0-9_.+-]{1,64}", request.name):
             raise InputError(f"--name {request.name!r} is no name of a folder; use letters, digits, - and _.")
-        if request.teacher is None and (
-            request.teacher_weights or request.teacher_pretrained or request.teacher_kwargs
-        ):
-            raise InputError("--teacher-weights, --teacher-pretrained and --teacher-kwargs need --teacher MODEL.")
+        needless = [name for name, value in asdict(request).items() if name.startswith("teacher_") and value]
+        if request.teacher is None and needless:
+            raise InputError(f"--{needless[0].replace('_', '-')} needs --teacher MODEL.")
         if request.teacher is not None and not request.config.kd_weight:
             raise InputError("--teacher was given, but kd_weight is 0: nothing is distilled. Leave out one of them.")
         if request.soft_labels is not None:
@@ -64,7 +67,8 @@ class TrainRequest:
             return None
         return ModelSource(
             model=self.teacher, pretrained=self.teacher_pretrained, kwargs=self.teacher_kwargs or {},
-            weights=None if self.teacher_weights is None else str(self.teacher_weights), seed=0,
+            weights=None if self.teacher_weights is None else str(self.teacher_weights),
+            weights_entry=self.teacher_weights_entry, seed=0,
             options=TEACHER_OPTIONS,
         )  # fmt: skip
 

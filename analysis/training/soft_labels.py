@@ -25,21 +25,9 @@ def open_soft_labels(path: Path, opened: Opened, train: ImageData, config: QATCo
             f"{path} has soft labels of {labels.header.classes} classes, {opened.name} has {classes}. Choose another "
             "file, or ask a teacher of these classes."
         )
-    _check_preparation(labels, opened)
     _check_images(labels, train)
     _check_settings(labels, config)
     return labels
-
-
-def _check_preparation(labels: SoftLabels, opened: Opened) -> None:
-    header, config = labels.header, opened.input_config
-    for name in ("input_size", "mean", "std", "interpolation"):
-        stored, own = getattr(header, name), getattr(config, name)
-        if stored != own:
-            raise InputError(
-                f"{labels.path} was made of images with {name} {_told(stored)}, those of {opened.name} have "
-                f"{_told(own)}. Prepare both alike: give `qvw soft-labels` the --run of this training."
-            )
 
 
 def _check_images(labels: SoftLabels, train: ImageData) -> None:

@@ -1,23 +1,19 @@
 """What a training is made of: plan, images, teacher and stored labels, opened and checked before it starts."""
 
-import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from analysis.data import ImageData
-from analysis.inputs.weights import weights_sha256
-from analysis.models import load_model
 from analysis.session.opened import Opened
 from analysis.storage.plan_file import own_plan
-from analysis.terminal.console import warn
 from analysis.training.calibration import read_plan
 from analysis.training.request import TrainRequest
 from analysis.training.soft_labels import open_soft_labels
+from analysis.training.teacher import load_teacher
 from quant.bit_plan import BitPlan
-from quant.errors import InputError, first_line
+from quant.errors import InputError
 from quant.soft_labels import SoftLabels
 from quant.train import total_steps
 
@@ -51,7 +47,7 @@ def training_task(opened: Opened, request: TrainRequest, processes: int) -> Trai
     if not (train.labelled and val.labelled):
         raise InputError("training needs labels, of the training and of the validation images.")
     steps = total_steps(config, train.images, processes)
-    teacher, teacher_sha256 = _teacher(opened, request)
+    teacher, of_teacher = load_teacher(opened, request)
     soft_labels = None
     if request.soft_labels is not None:
         soft_labels = open_soft_labels(request.soft_labels, opened, train, config)
@@ -61,7 +57,7 @@ def training_task(opened: Opened, request: TrainRequest, processes: int) -> Trai
             "crop_area below 1."
         )
     inputs = {
-        "val_images": val.images, "val_sha256": val.sha256, "teacher_sha256": teacher_sha256, "layout": request.layout,
+        "val_images": val.images, "val_sha256": val.sha256, **of_teacher, "layout": request.layout,
         "plan": plan.sha256 if isinstance(plan, BitPlan) else plan,
         **{f"config.{key}": value for key, value in asdict(config).items()},
         **({} if soft_labels is None else {"soft_labels_sha256": soft_labels.sha256}),
@@ -93,35 +89,3 @@ def _plan(opened: Opened, request: TrainRequest) -> BitPlan | str | None:
     if request.uniform is not None:
         return request.uniform
     return read_plan(request.plan_file or own_plan(opened.run.path), opened)
-
-
-def _teacher(opened: Opened, request: TrainRequest) -> tuple[nn.Module | None, str | None]:
-    """The network whose logits are distilled, and its hash; checked against the student on one image."""
-    if not request.config.kd_weight or request.soft_labels is not None:
-        return None, None
-    source = request.teacher_source
-    if source is None:
-        teacher, name = copy.deepcopy(opened.model), opened.name
-    else:
-        teacher, name = load_model(source).to(opened.setup.device), source.model
-        if source.untrained:
-            warn(f"the teacher {name} has untrained weights: give --teacher-pretrained or --teacher-weights FILE.")
-    image, size = opened.probe_image(), opened.input_config.input_size
-    with torch.no_grad():
-        expected = opened.model(image)
-        try:
-            answer = teacher(image)
-        except Exception as error:  # whatever the forward of a network of other images raises
-            raise InputError(
-                f"the teacher {name} does not take the images of {opened.name}, {size}: {first_line(error)}. "
-                "Choose another --teacher, or build it with --teacher-kwargs."
-            ) from error
-    if not isinstance(answer, Tensor) or answer.shape != expected.shape:
-        came = f"{answer.shape[-1]} classes" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
-        raise InputError(
-            f"the teacher {name} answers with {came}, {opened.name} has {expected.shape[-1]} classes. "
-            "Choose another --teacher, or train without one: --set kd_weight=0."
-        )
-    if not torch.isfinite(answer).all():
-        raise InputError(f"the teacher {name} answers with NaN or Inf. Look for other weights of it.")
-    return teacher.requires_grad_(False).eval(), weights_sha256(teacher)
