@@ -96,6 +96,7 @@ def plan_bits(
         totals = accounting.totals(sites, cost, stored, latency)
         if not narrowed:  # of the least header: a bound for every plan
             bound = solved.lower_bound
+        assert totals.size_bytes is not None
         over = totals.size_bytes - (budget.size_bytes or math.inf)
         if over <= 0 or fixed >= most:
             break

@@ -139,15 +139,16 @@ class PlanTotals:
 
     Counted by `accounting.py` of the planner. A mean is None where the plan names no tensor of that sort.
     `activation_bytes` are those of all planned activations of one image (None in files from before they were counted),
-    `latency_ms` is None without a table of latencies.
+    `latency_ms` is None without a table of latencies. All are None in a file that leaves them out: what a plan costs
+    follows from the network.
     """
 
     __pydantic_config__ = _CONFIG
 
-    weight_bits: MeanBits | None
-    activation_bits: MeanBits | None
-    size_bytes: Count
-    bitops: Count
+    weight_bits: MeanBits | None = None
+    activation_bits: MeanBits | None = None
+    size_bytes: Count | None = None
+    bitops: Count | None = None
     activation_bytes: Count | None = None
     latency_ms: Milliseconds | None = None
 
@@ -174,7 +175,9 @@ class BitPlan:
     """Bits per site, with the model, budget and solver that they belong to; sites are in network order.
 
     `predicted_delta_loss` is in nats, and None where no loss was measured (images without labels). `plan_bits` makes a
-    plan; `table` has a row per site, `totals` what it costs; `save` and `load` keep it as JSON, `diff` compares two.
+    plan; `table` has a row per site, `totals` what it costs; `save` and `load` keep it as JSON, `diff` compares two. A
+    file may be edited: `totals`, `predicted_delta_loss` and `solver` may be stale or left out, since costs are counted
+    from the sites where the plan is used.
 
     >>> import torch
     >>> import analysis as qv
@@ -192,9 +195,9 @@ class BitPlan:
     layout: Layout
     budget: PlanBudget
     sites: tuple[PlannedSite, ...]
-    totals: PlanTotals
-    predicted_delta_loss: Score | None
-    solver: PlanSolver
+    totals: PlanTotals = PlanTotals()
+    predicted_delta_loss: Score | None = None
+    solver: PlanSolver = PlanSolver(name="hand", status="given")
 
     def __post_init__(self) -> None:
         """Refuse a site named twice."""

@@ -296,7 +296,7 @@ def test_a_class_map_gives_the_heads_indices(divided):
         ("map.csv", "digit0,0\ndigit1,1\ndigit2,9\n", r"label 9, the model's head has 5 classes \(0 to 4\)"),
         ("map.csv", "digit0,0\ndigit1\n", r"must have lines `class` or `class,index` throughout"),
         ("map.csv", "digit0,zero\n", r"must have lines `class` or `class,index` throughout"),
-        ("map.csv", "digit0,0\ndigit0,1\n", r"names a class or an index twice"),
+        ("map.csv", "digit0,0\ndigit0,1\n", r"names a class twice"),
         ("map.txt", "", r"is empty"),
         ("map.pkl", "", r"must be"),
     ],

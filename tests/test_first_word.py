@@ -40,7 +40,7 @@ WRONG = {
     "a list without files": (["stats", *MODEL, "--data", "csv:scores.csv", "--run", "r"], "expected `file`"),
     "another kind of data": (["sensitivity", *MODEL, "--data", "digitz", "--run", "r"], "'digitz' is unknown"),
     "a data root": (["train", *MODEL, "--data", "torch/cifar10", "--run", "r", "--float"], "--data-root"),
-    "a class map": (["stats", *MODEL, *DIGITS, "--class-map", "map.txt", "--run", "r"], "names a class"),
+    "a class map": (["stats", *MODEL, *DIGITS, "--class-map", "map.txt", "--run", "r"], "names a class twice"),
     "a mean of 255": (["stats", *MODEL, "--mean", "120", "--run", "r"], "from 0 to 255"),
     "means of other channels": (["stats", *MODEL, "--mean", "0.5,0.5", "--input-size", "3,32,32", "--run", "r"],
                                 "each of 3 channels"),

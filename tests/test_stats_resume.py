@@ -297,7 +297,7 @@ def test_a_full_disk_costs_no_statistics(subject, tmp_path, monkeypatch, capfd):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert told.count(f"{KEPT} cannot be written") == 1
-    assert "the statistics continue, but an interrupt would lose them" in told
+    assert "an interrupt would lose what is measured from here" in told
     assert_same_tables(tmp_path / "run", subject.whole)
     assert "Nothing new was kept" in capfd.readouterr().err
     assert not list((tmp_path / "stopped").glob("*partial*"))

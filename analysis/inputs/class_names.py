@@ -77,6 +77,6 @@ def _from_json(content: object, path: Path) -> dict[str, int]:
 
 def _checked(pairs: list[tuple[str, int]], path: Path) -> dict[str, int]:
     indices = [index for _, index in pairs]
-    if not pairs or min(len(dict(pairs)), len(set(indices))) < len(pairs) or min(indices) < 0:
-        raise InputError(f"The class map {path} is empty, names a class or an index twice or has an index below 0.")
+    if not pairs or len(dict(pairs)) < len(pairs) or min(indices) < 0:
+        raise InputError(f"The class map {path} is empty, names a class twice or has an index below 0.")
     return dict(pairs)

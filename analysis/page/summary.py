@@ -10,7 +10,7 @@ from analysis.page.cells import DASH, Cell, Table, finite, measured, number, tex
 from analysis.page.content import RunContent, Training, belongs
 from analysis.page.sensitivity import MOST_SENSITIVE
 from analysis.planning.accounting import FLOAT_BITS
-from analysis.planning.verdicts import ONLY_COMPARED, WORDS, reading
+from analysis.planning.verdicts import WORDS, only_compared, reading
 from analysis.plots import TENSOR_CLASSES
 from analysis.statistics.names import shorten_site
 from analysis.statistics.variation_tests import differences
@@ -91,7 +91,7 @@ def evaluations(content: RunContent) -> list[dict[str, Any]]:
     if content.verify is None:
         return []
     rank = {kind: place for place, kind in enumerate(KINDS)}
-    rows = [row for row in content.verify.astype({"plan": str}).to_dict("records") if row["plan"] not in ONLY_COMPARED]
+    rows = [row for row in content.verify.astype({"plan": str}).to_dict("records") if not only_compared(row["plan"])]
     if content.plan is not None:
         totals = content.plan.totals
         costs = (
@@ -103,13 +103,18 @@ def evaluations(content: RunContent) -> list[dict[str, Any]]:
         for row in rows:
             if row["plan"] == "planned" and tuple(row[cost] for cost in COSTS) != costs:
                 row["plan"] = "other"
-    return sorted(rows, key=lambda row: rank.get(row["plan"], len(rank)))
+    return sorted(rows, key=lambda row: rank.get(row["plan"].partition("-")[0], len(rank)))
 
 
 def network_label(plan: str, trainings: Iterable[Training]) -> str:
     """What the page calls a row of verify.parquet."""
     if plan in KINDS:
         return KINDS[plan]
+    kind, _, detail = plan.partition("-")
+    if kind in KINDS:
+        return f"{KINDS[kind]} ({detail})"
+    if not (plan.startswith("qat") or plan in {training.name for training in trainings}):
+        return f"bits of {plan}, without training"
     floating = {training.name: training.plan is None for training in trainings}.get(plan, plan == "qat-float")
     return f"{plan}: " + ("trained in floating point" if floating else "trained with QAT")
 
@@ -178,7 +183,9 @@ def _plan(content: RunContent) -> dict[str, str]:
     bits = () if totals is None else (totals.weight_bits, totals.activation_bits)
     return {
         "plan: mean bits of weights, activations": ", ".join(_text(each, "{:.2f}") for each in bits) or DASH,
-        "plan: size (MiB)": _text(None if totals is None else totals.size_bytes / 2**20, "{:.3f}"),
+        "plan: size (MiB)": _text(
+            None if totals is None or totals.size_bytes is None else totals.size_bytes / 2**20, "{:.3f}"
+        ),
     }
 
 

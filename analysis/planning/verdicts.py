@@ -14,6 +14,13 @@ NAMES = {  # of the column `plan`
     "random": "random",
 }
 ONLY_COMPARED = ("additive", "greedy", "reverse", "random")  # plans of a verification that nobody would deploy
+
+
+def only_compared(plan: str) -> bool:
+    """Whether a row of verify.parquet is of such a plan; several are numbered, `random-2`."""
+    return plan.partition("-")[0] in ONLY_COMPARED
+
+
 ERRORS = 2  # standard errors within which two plans are told as equal
 WORDS = {"worse": "worse than", "not significantly different": "within two standard errors of", "better": "better than"}
 

@@ -19,9 +19,10 @@ from analysis.steps.eval_request import EvalRequest
 from analysis.steps.export import load_checkpoint_
 from analysis.steps.verify_rows import keep_row, show_rows, verify_row, verify_rows
 from analysis.storage.input_changes import input_changes
+from analysis.storage.plan_file import PLAN_FILE, read_plan_file
 from analysis.terminal.console import say, warn
 from analysis.training.calibration import calibrated, calibration_batches, read_plan, running_quantized, warn_of_fewer
-from quant.bit_plan import PlannedSite
+from quant.bit_plan import BitPlan, PlannedSite
 
 
 def run_eval(setup: Setup, request: EvalRequest) -> None:
@@ -61,13 +62,13 @@ def run_eval(setup: Setup, request: EvalRequest) -> None:
         references = floating_outputs(opened, data) if without_labels else None
         with running:
             per_image, divergence = evaluated(opened, data, asked, calibration, references)
-        kind = _kind(request, opened.run.path)
+        kind = _kind(request, opened.run.path, plan)
         how = request.estimator if plan is not None else "learned" if sites else "none"
         batchnorm = "stored" if plan is None else request.batchnorm
         row = verify_row(
             kind, opened, sites, per_image, estimator=how, batchnorm=batchnorm, divergence=divergence
         )  # fmt: skip
-        what = keep_row(opened, row)
+        what = keep_row(opened, row, request.uniform or "")
     show_rows(opened, f"{kind} is {what}")
 
 
@@ -87,10 +88,18 @@ def _of_other_images(opened: Opened, data: ImageData) -> Sequence[str]:
     return [*(["verify.parquet"] if rows else []), *log_names(opened.run)]
 
 
-def _kind(request: EvalRequest, run: Path) -> str:
-    """What verify.parquet calls it; a trained model has the name of its folder, with its path if of another run."""
+def _kind(request: EvalRequest, run: Path, plan: BitPlan | str | None) -> str:
+    """What verify.parquet calls it; a trained model has the name of its folder, with its path if of another run.
+
+    A plan that is not the run's own has the name of its file.
+    """
     if request.checkpoint is not None:
         folder = request.checkpoint.resolve()
         folder = folder.parent if folder.name == "model.safetensors" else folder
         return folder.name if folder.parent == run.resolve() else str(folder)
-    return "float" if request.floating else "uniform" if request.plan_file is None else "planned"
+    if isinstance(plan, BitPlan) and request.plan_file is not None:
+        own = run / PLAN_FILE
+        if not own.exists() or read_plan_file(own).sites == plan.sites:
+            return "planned"
+        return f"plan-{request.plan_file.stem}".removeprefix("plan-plan-")
+    return "float" if request.floating else "uniform"

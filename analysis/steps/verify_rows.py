@@ -1,7 +1,8 @@
 """Rows of verify.parquet: what a network costs and how it scores, kept, replaced and shown."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import pandas as pd
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from analysis.cost import cost_table
 from analysis.planning import accounting
-from analysis.planning.verdicts import ONLY_COMPARED
+from analysis.planning.verdicts import only_compared
 from analysis.scoring import Scores, jackknife_error, label_doubts
 from analysis.session.opened import Opened
 from analysis.storage.columns import VERIFY_COLUMNS
@@ -76,14 +77,35 @@ def verify_rows(opened: Opened) -> list[dict[str, Any]]:
     return opened.run.read_table("verify", VERIFY_COLUMNS).to_dict("records")
 
 
-def keep_row(opened: Opened, row: Mapping[str, Any]) -> str:
-    """Add a row to verify.parquet, in place of one of the same plan, cost and treatment; says what it is then."""
-    same = ("plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "estimator", "batchnorm")
+_COSTS = ("weight_bits", "activation_bits", "size_bytes", "bitops")
+
+
+def keep_row(opened: Opened, row: Mapping[str, Any], detail: str = "") -> str:
+    """Add a row to verify.parquet, in place of one of the same plan, cost and treatment; says what it is then.
+
+    No two rows have one name: of a second one of other costs or another treatment, such as three random plans, the name
+    gets what differs, `planned-minmax`, the `detail`, `uniform-w2a2`, or a number. `planned` is always the plan that
+    was measured last.
+    """
+    plain = row["plan"]
     with opened.run.taking_turns():
         rows = verify_rows(opened)
-        place = next((i for i, old in enumerate(rows) if all(old[name] == row[name] for name in same)), len(rows))
-        before = rows[place] if place < len(rows) else None
-        rows[place : place + 1] = [dict(row)]
+        names = {old["plan"] for old in rows}
+        of_plan = [old for old in rows if old["plan"] == plain or str(old["plan"]).startswith(f"{plain}-")]
+        before = next((old for old in of_plan if _key(old) == _key(row)), None)
+        if before is not None:
+            rows[rows.index(before)] = {**row, "plan": before["plan"]}
+        elif plain not in names:
+            rows.append(dict(row))
+        elif plain == "planned" and not any(_costs(old) == _costs(row) for old in of_plan):
+            for old in of_plan:
+                old["plan"] = _free(f"earlier-{old['plan']}", names)
+                names.add(old["plan"])
+            rows.append(dict(row))
+        else:
+            same = [old for old in of_plan if _costs(old) == _costs(row)]
+            differs = [row[name] for name in ("estimator", "batchnorm") if same and same[0][name] != row[name]]
+            rows.append({**row, "plan": _free("-".join((plain, *(differs or [detail] * bool(detail)))), names)})
         opened.run.write_table("verify", pd.DataFrame(rows, columns=list(VERIFY_COLUMNS)))
     if before is None:
         return "new"
@@ -95,6 +117,20 @@ def keep_row(opened: Opened, row: Mapping[str, Any]) -> str:
     else:
         was = f"loss {before['loss']:.4g}, score {before['score']:.4g}, divergence {before['divergence']:.4g}"
     return f"measured again, in place of {was} on {before['images']:,} images"
+
+
+def _costs(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in _COSTS)
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (*_costs(row), row["estimator"], row["batchnorm"])
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """The name, with a number where it is taken."""
+    numbered = (f"{name}-{k}" for k in count(2))
+    return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
 def drop_rows(opened: Opened, kind: str) -> None:
@@ -112,7 +148,7 @@ def show_rows(opened: Opened, what: str) -> None:
     Without the plans that a verification only compares with: it has shown them.
     """
     rows = opened.run.read_table("verify")
-    rows = rows[~rows["plan"].isin(ONLY_COMPARED)]
+    rows = rows[[not only_compared(name) for name in rows["plan"]]]
     shown = rows[["plan", "weight_bits", "activation_bits"]].assign(
         size_mib=rows["size_bytes"] / 2**20,
         gbitops=rows["bitops"] / 1e9,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from analysis.storage.plan_file import read_used_plan
 from analysis.terminal.console import warn
 from quant.batches import samples
 from quant.batchnorm import batchnorm_reestimated, batchnorms
-from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
+from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver, PlanTotals
 from quant.calibrate import calibrate, check_planned, planned_sites, scheme_of
 from quant.choices import Estimator, Layout
 from quant.errors import InputError
@@ -105,28 +105,43 @@ def uncalibrated(opened: Opened, plan: BitPlan) -> dict[Site, Quantizer]:
 def read_plan(path: Path, opened: Opened, *, other_weights: bool = False) -> BitPlan:
     """The plan in a file, checked against the model: its sites must exist and have the planned axes.
 
-    Weights that it was not made for are told in a warning, unless `other_weights` are what is expected.
+    A plan is made to be edited: totals that are stale or left out are counted here, which a warning tells, and the
+    predicted loss of other bits no longer holds. Where they are stale and the plan was made for other weights, it may
+    be of other shapes or heads: InputError. Other weights alone are told in a warning, unless `other_weights` are
+    expected; then stale totals are an error too.
     """
     plan = read_used_plan(path)
     check_planned(opened.network, plan.sites, what=str(path))
-    _check_shapes(plan, opened, path)
+    here = accounting.totals(plan.sites, cost_table(opened.sites, opened.trace.unplanned), opened.stored)
     theirs, ours = plan.model.weights_sha256, opened.record.weights_sha256
+    stale = _stale(plan, here)
+    if stale and (other_weights or theirs not in (None, ours)):
+        said, found = (amount(stale[0], getattr(totals, stale[0]), 6) for totals in (plan.totals, here))
+        raise InputError(
+            f"{path} says that it takes {said}, but of {opened.name} it takes {found}: it was made for other shapes or "
+            "heads, or edited for other weights. Plan again for this model, or leave its totals out."
+        )
     if not other_weights and theirs not in (None, ours):
         warn(f"{path} was made for other weights of {plan.model.name} than these: its bits may not suit them.")
-    return plan
+    if not stale and plan.totals.size_bytes is not None:
+        return plan
+    counts = ", ".join(
+        f"{amount(name, value, 4)}" + (f" (was {amount(name, was, 4)})" if name in stale else "")
+        for name, value in asdict(here).items()
+        if value is not None and name != "activation_bytes"
+        for was in (getattr(plan.totals, name),)
+    )
+    warn(f"{path} was edited: it takes {counts}. The loss that was predicted is not of these bits.")
+    edited = PlanSolver(name="hand", status="given")
+    return replace(plan, totals=here, predicted_delta_loss=None, solver=edited)
 
 
-def _check_shapes(plan: BitPlan, opened: Opened, path: Path) -> None:
-    """InputError where what the plan says of its cost is not what it costs here; bytes of scales aside, its own choice.
-
-    Heads show in the elements of the attention maps, all other shapes in the products.
-    """
-    here = accounting.totals(plan.sites, cost_table(opened.sites, opened.trace.unplanned), opened.stored)
-    for name in ("bitops", "weight_bits", "activation_bits", "activation_bytes"):
-        said, found = getattr(plan.totals, name), getattr(here, name)
-        if said is not None and found is not None and not math.isclose(said, found, rel_tol=1e-9):
-            raise InputError(
-                f"{path} says that it takes {amount(name, said, 6)}, but of {opened.name} it takes "
-                f"{amount(name, found, 6)}: it was made for other shapes or heads, or edited. Plan again for this "
-                "model, or fix its totals."
-            )
+def _stale(plan: BitPlan, here: PlanTotals) -> list[str]:
+    """The totals that the plan's sites do not have; bytes aside, which count scales, headers and buffers by version."""
+    names = ("bitops", "weight_bits", "activation_bits", "activation_bytes")
+    pairs = {name: (getattr(plan.totals, name), getattr(here, name)) for name in names}
+    return [
+        name
+        for name, (said, found) in pairs.items()
+        if said is not None and found is not None and not math.isclose(said, found, rel_tol=1e-9)
+    ]
