@@ -68,6 +68,7 @@ def proxy_table(
     scores = fisher_scores(net, quantizers, small, task)
     once = {site: info for site, info in by_site.items() if net.trace.calls.get(site.module, 0) == 1}
     traces = hessian_traces(net, once, small, task) if labelled(net, small, task) else {}
+    noisy = {site for site, found in traces.items() if not found.error <= abs(found.trace) / 3}
     rows: list[tuple[object, ...]] = []
     for site, bits in ((site, bits) for site in by_site for bits in bit_widths):
         score = scores.get((site, bits))
@@ -88,8 +89,14 @@ def proxy_table(
         estimator=estimator,
         note=np.where(table["score"].isna(), _NO_GRADIENT, ""),
     )
+    of_noisy = np.array([Site(*key) in noisy for key in zip(table["module"], table["tensor"], strict=True)], dtype=bool)
+    table.loc[of_noisy & (table["proxy"] == "hessian_trace") & table["score"].notna(), "note"] = NOISY_TRACE
     products = [(*site, bits, used[site], estimator, score.products) for (site, bits), score in scores.items()]
     return table, pd.DataFrame(products, columns=list(PROXY_IMAGE_COLUMNS))
+
+
+NOISY_TRACE = "its standard error is more than a third of it"
+"""The note on a Hessian trace that its random probes leave uncertain."""
 
 
 def small_batches(data: Sequence[Any], task: Task) -> list[Any]:

@@ -127,7 +127,7 @@ def test_verify_measures_every_plan_at_the_budget(run, capfd):
     assert "planned_ahead" in out
     plan, _ = plan_of(run)
     verify, table = pd.read_parquet(run / "verify.parquet"), pd.read_parquet(run / "verification.parquet")
-    assert set(verify["plan"]) == {"float", "planned", "uniform", "greedy", "reverse", "random"}
+    assert set(verify["plan"]) == {"float", "planned", "uniform", "greedy", "reverse", "random", "random-2", "random-3"}
     assert table["plan"].tolist() == ["planned", "uniform", "greedy", "reverse", "random", "random", "random"]
     assert (verify["images"] == 90).all()
     for name in ("weight_bits", "activation_bits"):

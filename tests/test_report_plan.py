@@ -192,7 +192,7 @@ def test_the_verdict_is_by_two_standard_errors(content):
     )
     assert by_kl == "By KL the plan is better than uniform, greedy and worst-first."
     cells = columns(verification_table(replace(content, verification=frame)))["the plan is"]
-    assert [cell.text for cell in cells] == [DASH, "better", "not told apart", "worse"]
+    assert [cell.text for cell in cells] == [DASH, "better", "not significantly different", "worse"]
 
 
 def test_the_images_are_named(content):

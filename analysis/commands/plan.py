@@ -41,7 +41,8 @@ from analysis.commands.options import BitWidths, Bytes, quiet_option
 @click.option("--scores", type=click.Path(path_type=Path), metavar="FILE.csv",
               help="Your own scores instead of an objective: columns module, tensor, bit_width, score.")  # fmt: skip
 @click.option("--robust", is_flag=True, help="Minimize the upper 95 % bound of each measured change.")
-@click.option("--interactions", is_flag=True,
+@click.option("--interactions/--no-interactions", default=None,
+              show_default="with --verify where they measurably help",
               help="Include interactions between sites, from `qvw sensitivity --proxies`.")  # fmt: skip
 @click.option("--pin", multiple=True, metavar="PATTERN=BITS", help="Fix the bits of modules that match; repeatable.")
 @click.option(

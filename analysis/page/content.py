@@ -26,7 +26,10 @@ from quant.errors import InputError
 
 # What the page reads of tables that have grown since: an earlier version's is shown as far as it goes.
 READ_OF_HISTORY = ("step", "split", "loss", "top1")
-NEW_IN_VERIFICATION = ("predicted_kl_pairs", "kl_excess", "kl_excess_se")
+NEW_IN_VERIFICATION = (
+    "predicted_kl_pairs", "kl_excess", "kl_excess_se", "heldout_kl", "heldout_kl_se", "prediction_ratio",
+    "prediction_ratio_se",
+)  # fmt: skip
 NO_TERMS = {"step", "epoch", "images", "lr", "split", "loss", "top1", "seconds"}  # history's columns besides the terms
 
 

@@ -86,7 +86,7 @@ def sensitivity(content: RunContent) -> list[Picture]:
     if content.proxies is not None:
         proxies, correlation = content.proxies
         figure = proxies_figure(proxies, measured_beside(proxies, content.sweep), correlation, content.name)
-        words = "scores that foretell the sweep against the measured KL of each site, a panel a proxy"
+        words = "scores that predict the sweep against the measured KL of each site, a panel a proxy"
         pictures.append(picture(figure, f"{content.name}: proxies", words))
     return pictures
 

@@ -13,7 +13,7 @@ from analysis.page.cells import DASH, Cell, Table, measured, number, text
 from analysis.page.content import RunContent, belongs
 from analysis.planning.budget_kinds import BUDGET_KINDS, amount
 from analysis.planning.pareto import ON_REQUEST, TOTALS, knee
-from analysis.planning.verdicts import listed, plan_names, reading, verdict
+from analysis.planning.verdicts import listed, plan_names, prediction_bias, reading, verdict
 from analysis.plots import LABELS
 
 MOST_ROWS = 20  # of the table of a curve
@@ -36,8 +36,8 @@ VERIFICATION = (
     ("greedy, worst-first, random", "From the most bits everywhere one step down at a time until the budget is kept: "
                                     "that which costs least for what it saves, that which costs most, any."),
     ("planned ahead", "Top-1 of the plan minus that of the other, ± one standard error of the difference over the same "
-                      "images; not told apart is a plan within two of them. It can be sure where the intervals of the "
-                      "two accuracies overlap, for both see the same images."),
+                      "images; not significantly different is a plan within two of them. It can be sure where the "
+                      "intervals of the two accuracies overlap, for both see the same images."),
     ("predicted KL, measured KL", "The sum of what each site's bits change alone, and what the whole plan changes, on "
                                   "the images of the sweep; a plan above the line of equality suffers from changes "
                                   "that add up to more than their sum."),
@@ -120,7 +120,7 @@ def objective(content: RunContent) -> str:
 
 
 def verification_sentences(content: RunContent) -> tuple[str, ...]:
-    """The verdict by accuracy and by KL, how well the sum foretold, and on which images."""
+    """The verdict by accuracy and by KL, how well the sum predicted, and on which images."""
     table = content.verification
     if table is None:
         return ()
@@ -133,10 +133,11 @@ def verification_sentences(content: RunContent) -> tuple[str, ...]:
     ratio = planned["measured_kl"] / planned["predicted_kl"] if planned["predicted_kl"] > 0 else float("nan")
     if np.isfinite(ratio):
         sentences.append(
-            f"The whole plan changes the answers {ratio:.2f} times as much as the sum over its sites foretells (KL "
+            f"The whole plan changes the answers {ratio:.2f} times as much as the sum over its sites predicts (KL "
             f"{planned['measured_kl']:.3g} ± {planned['measured_kl_se']:.2g} nats, predicted "
             f"{planned['predicted_kl']:.3g})."
         )
+    sentences.append(prediction_bias(table))
     return (*filter(None, sentences), *_images(content))
 
 

@@ -42,7 +42,7 @@ class PlanRequest:
     objective: str | None = None  # kl, where there are no scores
     scores: Path | None = None
     robust: bool = False
-    interactions: bool = False
+    interactions: bool | None = None  # None: where `verify` can measure that they help
     pin: tuple[str, ...] = ()
     bounds: tuple[str, ...] = ()
     tie: tuple[str, ...] = ()

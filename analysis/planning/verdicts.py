@@ -58,3 +58,23 @@ def listed(words: Sequence[str]) -> str:
     """Words as `a, b and c`."""
     *most, last = words
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def prediction_bias(table: pd.DataFrame, what: str = "KL") -> str:
+    """How far held-out images are from the prediction, of the plan and of all plans; empty without such images."""
+    if "prediction_ratio" not in table:  # of an earlier version
+        return ""
+    ratios = table["prediction_ratio"].dropna()
+    first = table.iloc[0]
+    if ratios.empty or pd.isna(first["prediction_ratio"]):
+        return ""
+    predicted = first["predicted_kl"] if pd.isna(first["predicted_kl_pairs"]) else first["predicted_kl_pairs"]
+    others = ""
+    if len(ratios) > 1:
+        low, middle, high = ratios.min(), ratios.median(), ratios.max()
+        others = f"; of all {len(ratios)} plans {low:.2f} to {high:.2f} times, median {middle:.2f}"
+    return (
+        f"Prediction: the plan's {what} is predicted as {predicted:.4g}; on images that the sweep has not seen it is "
+        f"{first['heldout_kl']:.4g} (± {first['heldout_kl_se']:.2g}), {first['prediction_ratio']:.2f} "
+        f"(± {first['prediction_ratio_se']:.2f}) times that{others}."
+    )

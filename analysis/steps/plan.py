@@ -1,8 +1,8 @@
 """`qvw plan`: from the measured sensitivity of a run folder to its plan.json."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,20 +16,23 @@ from analysis.planning.budget_kinds import budget_words
 from analysis.planning.interactions import FEW_IMAGES
 from analysis.planning.objectives import Products, read_csv, scored, site_products
 from analysis.planning.pareto import ON_REQUEST, pareto_front, uniform_points
-from analysis.planning.plan import planned
+from analysis.planning.plan import Planned, planned
 from analysis.planning.plan_csv import plan_frame
 from analysis.planning.request import PlanRequest
 from analysis.planning.user_tables import LATENCY_COLUMNS
+from analysis.proxies import PROXY_IMAGE_COLUMNS
+from analysis.runs import Run
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows
 from analysis.session.setup import Setup
 from analysis.steps.plan_files import PlanFiles, checked_files
 from analysis.steps.plan_words import knee_words, loose_budgets, plan_words, rising_scores, unspent_budgets
-from analysis.steps.verify import other_plans, run_verify
+from analysis.steps.verify import interactions_help, other_plans, run_verify
 from analysis.storage.files import write_bytes
 from analysis.storage.run_record import typed_command
 from analysis.storage.stored_file import read_stored
 from analysis.terminal.console import progress, say, warn
 from quant.bit_plan import BitPlan, PlanModel
+from quant.errors import InputError
 from quant.site import Site
 
 CURVES, POINTS = 4, 17  # of the Pareto front: kinds of budget (and those of ON_REQUEST that are set), budgets of each
@@ -59,11 +62,23 @@ def run_plan(path: Path, request: PlanRequest) -> None:
             )
         return products
 
-    made = planned(
-        scores, rows, cost, request, stored=stored, latency=latency,
-        model=PlanModel(name=model.typed, kwargs=dict(model.kwargs), weights_sha256=model.weights_sha256),
-        products=of_run if request.interactions else None,
+    def make(request: PlanRequest) -> Planned:
+        return planned(
+            scores, rows, cost, request, stored=stored, latency=latency,
+            model=PlanModel(name=model.typed, kwargs=dict(model.kwargs), weights_sha256=model.weights_sha256),
+            products=of_run if request.interactions else None,
+        )  # fmt: skip
+
+    made = make(request)
+    swept = run.record.steps.get("sensitivity")
+    setup = Setup(
+        run=path, images=request.images, batch_size=request.batch_size, num_workers=request.num_workers,
+        device=request.device, task=request.task, overwrite=True, quiet=request.quiet,
+        skip_broken=swept is not None and bool(swept.inputs.get("skip_broken")),
     )  # fmt: skip
+    if request.interactions is None and request.verify and _may_interact(run, rows, request):
+        made, request = _with_or_without(setup, made, make, rows, request)
+        products = products if request.interactions else None
     plan, solution, options, ties = made.plan, made.solution, made.options, made.ties
     budget = plan.budget
     inputs = {
@@ -85,7 +100,7 @@ def run_plan(path: Path, request: PlanRequest) -> None:
     rising = rising_scores(options, str(plan.solver.objective))
     if rising:
         warn(rising)
-    say(plan_words(plan, solution, options, search=request.interactions), quiet=request.quiet)
+    say(plan_words(plan, solution, options, search=bool(request.interactions)), quiet=request.quiet)
     if front:
         say(front, quiet=request.quiet)
     _tell_loose_budgets(plan, options, cost, latency, request, stored)
@@ -97,16 +112,38 @@ def run_plan(path: Path, request: PlanRequest) -> None:
         if plan.sha256 not in set(verified):
             warn(f"{run.path / verification} is of an earlier plan; --verify makes it again.")
     if request.verify:  # afterwards, for the plan is to be there whatever becomes of the images
-        setup = Setup(
-            run=path, images=request.images, batch_size=request.batch_size, num_workers=request.num_workers,
-            device=request.device, task=request.task, overwrite=True, quiet=request.quiet,
-            skip_broken=bool(run.record.steps["sensitivity"].inputs.get("skip_broken")),
-        )  # fmt: skip
         others = other_plans(
             plan, options, cost, stored=stored, ties=ties, latency=latency,
-            interactions=request.interactions, any_width=request.offers_any_width,
+            interactions=bool(request.interactions), any_width=request.offers_any_width,
         )  # fmt: skip
         say(run_verify(setup, plan, others, rows, products, files=files), quiet=request.quiet)
+
+
+def _may_interact(run: Run, rows: pd.DataFrame, request: PlanRequest) -> bool:
+    """Whether interactions could count: products of enough images, a divergence to add to, BatchNorm as stored."""
+    if not (run.path / "proxy_images.parquet").exists() or request.pareto or request.scores is not None:
+        return False
+    if request.minimised not in ("divergence", "kl") or (rows["batchnorm"] == "re_estimated").any():
+        return False
+    products = run.read_table("proxy_images", PROXY_IMAGE_COLUMNS)["products"]
+    return bool(len(products)) and min(map(len, products)) >= FEW_IMAGES
+
+
+def _with_or_without(
+    setup: Setup, alone: Planned, make: Callable[[PlanRequest], Planned], rows: pd.DataFrame, request: PlanRequest
+) -> tuple[Planned, PlanRequest]:
+    """The plan with interactions where it measurably costs less than that of the sum, and the request that made it."""
+    asked = replace(request, interactions=True)
+    try:
+        pairs = make(asked)
+    except InputError as error:  # products of some option are missing, or there are too many options
+        say(f"interactions are left out: {error}", quiet=request.quiet)
+        return alone, replace(request, interactions=False)
+    if pairs.plan.bits == alone.plan.bits:
+        return alone, replace(request, interactions=False)
+    helps, words = interactions_help(setup, alone.plan, pairs.plan, rows)
+    say(words, quiet=request.quiet)
+    return (pairs, asked) if helps else (alone, replace(request, interactions=False))
 
 
 def _front(

@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.figures.panels import figure_files, save_figure
 from analysis.figures.proxies import proxies_figure
-from analysis.proxies import DEFINITIONS, PROXIES, STATS_PROXIES, proxy_table
+from analysis.proxies import DEFINITIONS, NOISY_TRACE, PROXIES, STATS_PROXIES, proxy_table
 from analysis.sensitivity import SweepConfig
 from analysis.session.session import Session
 from analysis.sweeps.proxy_correlation import SITE_KEY, measured_beside, proxy_correlations
@@ -80,6 +80,13 @@ def _summary(table: pd.DataFrame, correlation: pd.DataFrame, measured: pd.DataFr
     if len(unscored):
         first = ", ".join(f"{row.module}:{row.tensor}" for row in unscored.head(3).itertuples())
         lines.append(f"Not scored: {len(unscored)} sites, {first}{', ...' if len(unscored) > 3 else ''} (see `note`).")
+    noisy = table.loc[table["note"] == NOISY_TRACE, ["module", "tensor"]].drop_duplicates()
+    if len(noisy):
+        of = table.loc[table["proxy"] == "hessian_trace", ["module", "tensor"]].drop_duplicates()
+        lines.append(
+            f"hessian_trace of {len(noisy)} of {len(of)} sites has a standard error above a third of it: its random "
+            "probes need more images (see `note`)."
+        )
     missing = [name for name in ("hessian_trace", *STATS_PROXIES) if not (table["proxy"] == name).any()]
     if "hessian_trace" in missing:
         lines.append("hessian_trace needs labels.")

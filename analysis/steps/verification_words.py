@@ -7,7 +7,7 @@ from statistics import mode
 import pandas as pd
 
 from analysis.planning.budget_kinds import amount
-from analysis.planning.verdicts import listed, plan_names, verdict
+from analysis.planning.verdicts import listed, plan_names, prediction_bias, verdict
 from analysis.terminal.console import as_text
 from quant.bit_plan import BitPlan
 
@@ -47,6 +47,7 @@ def verification_words(table: pd.DataFrame, plan: BitPlan, others: Sequence[BitP
             ),
             as_text(shown),
             *filter(None, told),
+            *textwrap.wrap(prediction_bias(table, what), 104),
             *_uniform_words(plan, others),
         ]
     )

@@ -1,6 +1,7 @@
 """`qvw plan --verify`: the plan beside others at the same budget, calibrated, not trained, on validation images."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -99,6 +100,7 @@ def run_verify(
     sweep_images = _sweep_images(opened)
     batches, sweep_batches = _Batches(opened, data, "validation"), _Batches(opened, sweep_images, "images of the sweep")
     calibration = _Batches(opened, opened.images("train", None, at_most=CALIBRATION_IMAGES), "calibration")
+    held_out = not set(data.dataset.names) & set(sweep_images.dataset.names)
     plans = {"planned": [plan]} | {name: [o for o in others if o.solver.name == name] for name in _names(others)}
     estimator, treatment = _treatment(measured)
     inputs = {"plan": plan.sha256, "sweep_images": sweep_images.images, "calibration_images": CALIBRATION_IMAGES,
@@ -132,7 +134,7 @@ def run_verify(
                 log.append(known[_bits(each)])
             own = known[_bits(each)]
             keep_row(opened, own["verify"] | {"plan": kind})
-            row = _row(own, known[_bits(plan)], each, measured, products)
+            row = _row(own, known[_bits(plan)], each, measured, products, held_out=held_out)
             rows.append({"plan": kind, **row, "plan_sha256": each.sha256})
             bar.update()
         table = pd.DataFrame(rows, columns=list(VERIFICATION_COLUMNS))
@@ -142,6 +144,34 @@ def run_verify(
         figure = verification_figure(table, opened.name, floating=floating[0] if floating else None)
         save_figure(figure, opened.run.path / verification)
     return verification_words(table, plan, others)
+
+
+def interactions_help(setup: Setup, alone: BitPlan, pairs: BitPlan, measured: pd.DataFrame) -> tuple[bool, str]:
+    """Whether a plan that counts interactions costs less than that of the sum, by more than two standard errors.
+
+    Both are measured on the images of the sweep, paired; the second value says how they compare.
+    """
+    opened = _opened(setup)
+    images = opened.images("train", None, at_most=CALIBRATION_IMAGES)
+    batches = _Batches(opened, _sweep_images(opened), "interactions").get()
+    calibration = _Batches(opened, images, "calibration").get()
+    estimator, treatment = _treatment(measured)
+    outputs = _outputs(opened, batches)
+    task = opened.task.prepared(outputs)
+    found = []
+    for plan in (alone, pairs):
+        made = calibrated(
+            opened.network, plan, calibration, layout=plan.layout, estimator=estimator, model=opened.plan_model,
+            stored=opened.stored,
+        )  # fmt: skip
+        with running_quantized(opened.network, made, treatment):
+            found.append(divergences(task, _outputs(opened, batches), outputs, batches))
+    gain, error = mean_and_error(found[0] - found[1])
+    helps = gain > 2 * error
+    return helps, (
+        f"interactions {'are counted' if helps else 'are left out'}: with them the measured divergence is "
+        f"{found[1].mean().item():.4g}, without {found[0].mean().item():.4g} (difference {gain:.2g} ± {error:.1g})"
+    )
 
 
 def _kept(log: OwnRows) -> str:
@@ -268,8 +298,14 @@ def _row(
     plan: BitPlan,
     measured: pd.DataFrame,
     products: Products | None,
+    *,
+    held_out: bool,
 ) -> dict[str, object]:
-    """A row of verification.parquet; differences from what was measured of the `planned` one are paired over images."""
+    """A row of verification.parquet; differences from what was measured of the `planned` one are paired over images.
+
+    `held_out`: no validation image is one of the sweep, so that their KL over the predicted one is the prediction's
+    bias.
+    """
     pairs = float("nan")
     if products is not None:
         swept = measured[["module", "tensor", "bit_width", "divergence"]].itertuples(index=False)
@@ -279,8 +315,14 @@ def _row(
     ahead, ahead_se = mean_and_error(torch.tensor(planned["hit"]).double() - torch.tensor(own["hit"]).double())
     excess, excess_se = mean_and_error(torch.tensor(own["kl"]).double() - torch.tensor(planned["kl"]).double())
     row = {name: own["verify"][name] for name in VERIFICATION_COLUMNS if name in own["verify"] and name != "plan"}
+    predicted = summed(plan.sites, measured, "divergence")
+    believed = predicted if math.isnan(pairs) else pairs
+    heldout, heldout_se = (own["verify"][name] if held_out else math.nan for name in ("divergence", "divergence_se"))
     return row | {
-        "predicted_kl": summed(plan.sites, measured, "divergence"), "predicted_kl_pairs": pairs,
+        "predicted_kl": predicted, "predicted_kl_pairs": pairs,
+        "heldout_kl": heldout, "heldout_kl_se": heldout_se,
+        "prediction_ratio": heldout / believed if believed > 0 else math.nan,
+        "prediction_ratio_se": heldout_se / believed if believed > 0 else math.nan,
         "measured_kl": figures["divergence"], "measured_kl_se": figures["divergence_se"],
         "kl_excess": excess, "kl_excess_se": excess_se,
         "predicted_delta_loss": summed(plan.sites, measured, "delta_loss"),

@@ -8,7 +8,8 @@ VERIFY_COLUMNS = (
 )  # fmt: skip
 VERIFICATION_COLUMNS = (
     "plan", "weight_bits", "activation_bits", "size_bytes", "bitops", "predicted_kl", "predicted_kl_pairs",
-    "measured_kl", "measured_kl_se", "kl_excess", "kl_excess_se", "predicted_delta_loss", "measured_delta_loss",
+    "measured_kl", "measured_kl_se", "kl_excess", "kl_excess_se", "heldout_kl", "heldout_kl_se", "prediction_ratio",
+    "prediction_ratio_se", "predicted_delta_loss", "measured_delta_loss",
     "measured_delta_loss_se", "top1", "top1_se", "planned_ahead", "planned_ahead_se", "plan_sha256",
 )  # fmt: skip
 HISTORY_COLUMNS = (

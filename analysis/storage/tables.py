@@ -247,6 +247,8 @@ TABLES: Mapping[str, Table] = {
             **dict.fromkeys(("measured_kl_se", "measured_delta_loss_se", "top1_se", "planned_ahead_se"), _SIZE),
             "top1": _SHARE, "plan_sha256": _TEXT,
             **dict.fromkeys(("kl_excess", "kl_excess_se"), replace(_NUMBER, optional=True)),
+            **dict.fromkeys(("heldout_kl", "heldout_kl_se", "prediction_ratio", "prediction_ratio_se"),
+                            replace(_SIZE, optional=True)),
             "predicted_kl_pairs": replace(_SUM, optional=True),
         },
     ),
