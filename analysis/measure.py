@@ -293,7 +293,7 @@ def checked_bits(bits: Sequence[int] | int) -> tuple[int, ...]:
     wrong = [width for width in widths if width not in ALLOWED_BIT_WIDTHS or isinstance(width, bool)]
     if wrong or not widths:
         allowed = ", ".join(map(str, ALLOWED_BIT_WIDTHS))
-        raise InputError(f"`bits` has {wrong[0] if wrong else 'no value'}; choose from {allowed}.")
+        raise InputError(f"`bits` has {repr(wrong[0]) if wrong else 'no value'}; choose from {allowed}.")
     return tuple(sorted(set(widths)))
 
 

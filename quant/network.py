@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from quant import batches
 from quant.errors import ForwardError, InputError, first_line
+from quant.layers import is_quantized
 from quant.multihead import without_fast_path
 from quant.site import Site, SiteInfo
 from quant.sites import classifier_names, find_sites
@@ -62,6 +63,8 @@ class Network:
         self.samples: Callable[[Any], int] = samples or batches.samples
         check_form(model, self.name)
         batch = batches.to_device(batches.example_batch(example), self.device)
+        if not any(x.numel() for x in batches.tensors(batch)) and any(True for _ in batches.tensors(batch)):
+            raise InputError("the first batch has no sample. Give one with at least one.")
         self.example = one_sample(batch) if self.samples is batches.samples else batch
         self.include, self.exclude = _patterns(include, "include"), _patterns(exclude, "exclude")
         heads = classifier_names(model) if classifier is None else tuple(classifier)
@@ -192,7 +195,14 @@ def check_form(model: nn.Module, name: str) -> None:
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise InputError(f"{what} is a TorchScript module: its layers cannot be reached. Give the plain module.")
+        if is_quantized(module) or hasattr(module, "attention_quantizers"):
+            raise InputError(
+                f"{what} is prepared for training: its weights are quantized already. Measure the float model, before "
+                "prepare_qat_ or after restore_float_(model)."
+            )
         for tensor, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if value.is_meta:
+                raise InputError(f"{what} has a {tensor} on the meta device, without values. Load weights into it.")
             if is_lazy(value):
                 raise InputError(
                     f"{what} has a {tensor} without a size: a lazy layer ({type(module).__name__}) that has seen no "
@@ -218,6 +228,9 @@ def check_evaluation_mode(model: nn.Module, name: str) -> None:
 
 def check_repeatable(run: Callable[[Any], Any], batch: Any, name: str) -> None:
     """Raise InputError where the network writes into its batch, or gives two answers to the same one."""
+    for x in batches.tensors(batch):
+        if x.is_floating_point() and bool(x.isnan().any()):  # masks may hold infinities
+            raise InputError(f"the batch of {name} holds NaN. Look at how it is prepared.")
     untouched = [x.clone() for x in batches.tensors(batch)]
     with torch.no_grad():
         first, second = run(batch), run(batch)

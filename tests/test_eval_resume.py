@@ -282,7 +282,7 @@ def test_overwrite_removes_rows_of_other_images_alone(tmp_path, capfd):
     del record["steps"]["eval"]  # as where `train` and `plan --verify` made the rows
     (run / "run.json").write_text(json.dumps(record))
     assert qvw("eval", *SMALL, "--uniform", "w8a8", "--run", run, "--overwrite") == 0
-    assert list(rows_of(run)["plan"]) == ["float", "uniform", "uniform"]
+    assert list(rows_of(run)["plan"]) == ["float", "uniform", "uniform-w8a8"]
     assert "measured on other images" not in capfd.readouterr().err
 
 

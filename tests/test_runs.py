@@ -168,7 +168,7 @@ def test_damaged_files_are_told(tmp_path):
 def test_an_unreadable_run_json_is_told(tmp_path, text, message):
     """run.json that is no JSON or no record is named, with the place and the next step."""
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(InputError, match=message + r".*(M|m)end it"):
+    with pytest.raises(InputError, match=message + r".*[Ff]ix it"):
         _ = Run(tmp_path).record
 
 

@@ -26,6 +26,8 @@ from quant.site import Site
 from quant.sites import find_sites
 from tests.networks import logits_of, net_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:the float network has")  # random weights have large logits
+
 IMAGES = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(24) % 10
 BATCHES = list(zip(IMAGES.split(8), LABELS.split(8), strict=True))

@@ -19,6 +19,8 @@ from analysis.proxies import PROXIES, PROXY_COLUMNS, STATS_PROXIES
 from analysis.sweeps.proxy_correlation import SITE_KEY
 from tests.digits_vit import DATA, MODEL, qvw
 
+pytestmark = pytest.mark.filterwarnings("ignore:the float network has")  # random weights have large logits
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

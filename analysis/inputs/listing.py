@@ -73,15 +73,16 @@ def list_images(
 
     `class_order` is plain or natural, where it matters; `by_name`: a class map will look the classes' names up.
     """
-    check_data(spec, split=split, data_root=data_root, class_order="plain" if by_name else class_order)
     kind, _, place = spec.partition(":")
+    order = "plain" if by_name and kind in ("folder", "csv") else class_order
+    check_data(spec, split=split, data_root=data_root, class_order=order)
     if spec == "digits":
         return _list_digits(split, config)
     if config.input_size[0] not in (1, 3):
         raise InputError(f"The model takes {config.input_size[0]} channels; image files give 3, or 1 as grey.")
     if kind == "folder":
         path = Path(place)
-        return _list_files(path, list_folder(path, split, "plain" if by_name else class_order), config)
+        return _list_files(path, list_folder(path, split, order), config)
     if kind == "csv":
         found = list_csv(Path(place), split, class_order, by_name=by_name)
         return _list_files(Path(place).parent, found, config, complete=not found.numbered)
