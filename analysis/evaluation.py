@@ -2,9 +2,9 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
@@ -20,7 +20,7 @@ from analysis.planning.uniform import parse_uniform
 from analysis.scoring import Scores, checked_output, divergences, jackknife, jackknife_error, scores, warn_of_labels
 from analysis.task import Task, mean_and_error
 from analysis.training.calibration import calibrated, running_quantized
-from quant.batches import first_batch, inputs_and_targets, mapped, take, tensors
+from quant.batches import OnDevice, first_batch, inputs_and_targets, mapped, take, tensors
 from quant.bit_plan import BitPlan, PlanTotals
 from quant.choices import Estimator, Layout
 from quant.errors import InputError
@@ -110,21 +110,22 @@ class _Calibration:
     given: Iterable[Any] | None
     task: Task
     progress: bool
-    batches: list[Any] = field(default_factory=list)
+    batches: Sequence[Any] = ()
 
-    def get(self) -> list[Any]:
-        """All batches on the model's device; without a data set of their own the first 256 samples of `data`."""
+    def get(self) -> Sequence[Any]:
+        """All batches, moved when used; without a data set of their own the first 256 samples of `data`."""
         if not self.batches and self.given is not None:
             self.batches = kept(self.net, self.given, self.task, self.progress)
         elif not self.batches:
             warnings.warn("no `calibration` was given: scales come from the first samples of `data` itself, so that "
                           "its figures are slightly optimistic.", UserWarning, stacklevel=5)  # fmt: skip
-            count = 0
-            for batch in read(self.net, self.data, self.task, "calibration", self.progress):
-                self.batches.append(take(batch, 0, 256 - count) if self.task.samples(batch) > 256 - count else batch)
+            count, found = 0, list[Any]()
+            for batch in read(self.net, self.data, self.task, "calibration", self.progress, move=False):
+                found.append(take(batch, 0, 256 - count) if self.task.samples(batch) > 256 - count else batch)
                 count += self.task.samples(batch)
                 if count >= 256:
                     break
+            self.batches = OnDevice(found, self.net.device)
         return self.batches
 
 

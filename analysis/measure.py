@@ -17,11 +17,11 @@ from analysis.memory import reuse_freed_memory
 from analysis.results import Sensitivity, Stats
 from analysis.runs import Run
 from analysis.sensitivity import SweepConfig, images_table, row_key, sensitivity_table, sweep_keys
-from analysis.sweeps.rows import informative_first, is_out_of_memory, measured_rows, unmeasured_row, within
+from analysis.sweeps.rows import informative_first, measured_rows, unmeasured_row, within
 from analysis.sweeps.sweep import CACHE_MIB
 from analysis.task import Task, fitting_task
 from analysis.tensor_stats import collect_stats
-from quant.batches import checked_data, first_batch, to_device
+from quant.batches import OnDevice, checked_data, first_batch, to_device
 from quant.choices import ALLOWED_BIT_WIDTHS, Estimator, Granularity, Grouping, Protocol
 from quant.errors import InputError, first_line
 from quant.network import Network, unchanged
@@ -109,9 +109,9 @@ def measure_sensitivity(
     and 16. `protocol="leave_one_out"` quantizes everything but the site; `groups` (kind, block, stage, module) takes
     sites together. With BatchNorm each row is measured with the statistics of the quantized network (`batchnorm`:
     re_estimate; stored keeps the model's own, both measures both). Scales are those of `estimator` (mse, minmax,
-    percentile) on the same batches. All batches are kept in memory, with about `cache_mib` MiB of activations, so that
-    each row starts at the quantized layer. `time_limit` (seconds) stops at the end of a row, the fewest bits first:
-    what is missing is NaN with a note.
+    percentile) on the same batches. All batches stay in memory where they are, and about `cache_mib` MiB of activations
+    on the model's device, so that each row starts at the quantized layer. `time_limit` (seconds) stops at the end of a
+    row, the fewest bits first: what is missing is NaN with a note.
 
     `run` is a folder that gets sensitivity, sensitivity_images and cost (Parquet) with figures. Each row is kept there
     when it is measured, and never measured twice; other weights, data or tasks are an error, or with `overwrite` start
@@ -256,27 +256,24 @@ def placed(net: Network, device: torch.device | str | None) -> Iterator[None]:
             net.model.to(home)
 
 
-def read(net: Network, data: Iterable[Any], task: Task | None, what: str, progress: bool) -> Iterator[Any]:
-    """The batches of `data` one by one on the model's device, with a progress bar that counts samples."""
+def read(
+    net: Network, data: Iterable[Any], task: Task | None, what: str, progress: bool, *, move: bool = True
+) -> Iterator[Any]:
+    """The batches of `data` one by one, with a progress bar that counts samples; `move`d to the model's device."""
     samples = net.samples if task is None else task.samples
     found = False
     with tqdm(desc=what, unit="sample", disable=not progress) as bar:
         for batch in checked_data(data):
             found = True
-            yield to_device(batch, net.device)
+            yield to_device(batch, net.device) if move else batch
             bar.update(samples(batch))
     if not found:
         raise InputError("`data` holds no batch. Give at least one.")
 
 
-def kept(net: Network, data: Iterable[Any], task: Task | None, progress: bool) -> list[Any]:
-    """All batches on the model's device, where they stay for the whole measurement."""
-    try:
-        return list(read(net, data, task, "data", progress))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise InputError(f"the data does not fit into the memory of {net.device}; give fewer batches.") from error
+def kept(net: Network, data: Iterable[Any], task: Task | None, progress: bool) -> Sequence[Any]:
+    """All batches, kept where they are for the whole measurement; each is moved to the model's device when used."""
+    return OnDevice(list(read(net, data, task, "data", progress, move=False)), net.device)
 
 
 def suitable_task(net: Network, batches: Sequence[Any], task: Task | None) -> Task:

@@ -5,7 +5,7 @@ different sizes, as torchvision's detectors take them. Nothing here looks at wha
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -172,6 +172,21 @@ def tensors(value: Any) -> Iterator[Tensor]:
 def to_device(batch: Any, device: torch.device | str) -> Any:
     """The batch on a device; itself where it is there already."""
     return mapped(batch, lambda x: x.to(device, non_blocking=True))
+
+
+class OnDevice(Sequence[Any]):
+    """Batches that stay where they are, each moved to a device when it is asked for: the device holds one at a time."""
+
+    def __init__(self, batches: Sequence[Any], device: torch.device | str) -> None:
+        self._batches, self._device = batches, device
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return OnDevice(self._batches[place], self._device)
+        return to_device(self._batches[place], self._device)
 
 
 def signature(value: Any) -> tuple[tuple[int, ...], ...]:

@@ -159,7 +159,7 @@ def calibrate(
     Raises InputError for a site that the network has not, or not with the planned axis.
     """
     check_planned(net, sites)
-    batched = list(data)
+    batched = data if isinstance(data, Sequence) else list(data)
     activations = {planned.site: planned.granularity for planned in sites if not planned.site.is_weight}
     samples = observe_activations(
         net, activations, batched, count=len(batched), granularities=activations, forward=forward
@@ -197,7 +197,7 @@ def planned_sites(
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> list[PlannedSite]:
     """Sites at the given bit-widths, each at its default scheme: sign and offset of inputs by what `data` shows."""
-    batched = list(data)
+    batched = data if isinstance(data, Sequence) else list(data)
     samples = observe_activations(net, bits, batched, count=len(batched), forward=forward)
     return [
         PlannedSite.of(info.site, default_scheme(net.model, info, bits[info.site], sample=samples.get(info.site)))

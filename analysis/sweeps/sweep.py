@@ -171,7 +171,9 @@ class _Forms:
                 if not self._cuts and self.room:
                     self.tell("This network cannot be entered midway: every row is a full forward pass.")
             # Statistics are taken from batches of two samples at least (`reestimate_batchnorm_`).
-            data = [x for x in self.data if samples(x) > 1] if batchnorm == "batch" else self.data
+            data = self.data
+            if batchnorm == "batch" and any(samples(x) < 2 for x in data):
+                data = [x for x in data if samples(x) > 1]
             self._replays[key] = Replay(self.model, data, self._cuts, cache_bytes=self.room, forward=self.task.forward)
         with batchnorm_kept(self.model):
             if batchnorm == "batch":
