@@ -190,6 +190,7 @@ def _plan(content: RunContent) -> Part:
         return _lacking(content, "No bits were planned", command)
     return Part(
         title=content.name,
+        lead=_left_out(content, "plan"),
         pictures=_some(figures.plan(content)),
         tables=_some(bits.certificate(content)),
         folded=_some(bits.planned_sites(content)),

@@ -124,3 +124,19 @@ def test_no_two_rows_share_a_name(run):
     ]  # fmt: skip
     new = BitPlan.load(run / "plan.json").totals
     assert rows.set_index("plan").loc["planned", "bitops"] == new.bitops
+
+
+def test_plan_diff_and_report_count_an_edited_plan(run, capfd):
+    """In the run folder itself: totals beside each other and on the page are those of the bits."""
+    before = BitPlan.load(run / "plan.json")
+    shutil.copy(run / "plan.json", run.parent / "before.json")
+    (run / "plan.json").write_text(edited(run, "edited.json", flip).read_text())
+    capfd.readouterr()
+    assert qvw("plan-diff", run.parent / "before.json", run) == 0
+    shown = capfd.readouterr()
+    assert "was edited" in shown.err
+    line = next(text for text in shown.out.splitlines() if "mean weight bits" in text)
+    assert float(line.split()[-1]) != 0
+    assert f"{before.totals.weight_bits:.4g}"[:4] in line
+    assert qvw("report", run, "--out", run.parent / "page", "--quiet") == 0
+    assert "was edited" in (run.parent / "page" / "index.html").read_text()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
+from analysis.cost import COST_COLUMNS
+from analysis.planning.edited import recounted_beside
 from analysis.planning.pareto import ON_REQUEST, PARETO_COLUMNS, UNIFORM_COLUMNS
 from analysis.proxies import PROXY_COLUMNS
 from analysis.runs import Run, nothing_to_report, reportable_run, run_names
@@ -17,6 +20,7 @@ from analysis.statistics.comparison import COLUMNS
 from analysis.statistics.variation_frames import CHANNEL_COLUMNS, HISTOGRAM_COLUMNS
 from analysis.storage.columns import BINS_COLUMNS, OSCILLATION_COLUMNS, VERIFICATION_COLUMNS, VERIFY_COLUMNS
 from analysis.storage.run_record import RunRecord
+from analysis.storage.stored_file import STORED, read_stored
 from analysis.sweeps.proxy_correlation import CORRELATION_COLUMNS
 from analysis.tensor_stats import STATS_COLUMNS
 from analysis.terminal.option_words import as_options
@@ -65,7 +69,7 @@ class RunContent:
     uniform: pd.DataFrame | None  # one bit-width everywhere, to set beside the front
     verification: pd.DataFrame | None  # of `qvw plan --verify`, the plan itself first
     trainings: tuple[Training, ...]
-    left_out: Mapping[str, str]  # table of another version -> what it lacks and what makes it anew, in a sentence
+    left_out: Mapping[str, str]  # table of another version -> what it lacks and what makes it again, in a sentence
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunContent]:
@@ -102,7 +106,7 @@ def read_run(folder: Path, name: str) -> RunContent:
         sensitivity=None if single is None or single.empty else single,
         proxies=None if proxies is None or correlation is None or sweep is None else (proxies, correlation),
         verify=table("verify", VERIFY_COLUMNS),
-        plan=_plan(folder),
+        plan=_plan(run, left_out),
         front=table("pareto", [name for name in PARETO_COLUMNS if name not in ON_REQUEST]),
         uniform=table("pareto_uniform", UNIFORM_COLUMNS),
         verification=table("verification", [c for c in VERIFICATION_COLUMNS if c not in NEW_IN_VERIFICATION]),
@@ -172,7 +176,7 @@ def _trainings(folder: Path, left_out: MutableMapping[str, str]) -> tuple[Traini
         config = run.read_json("config") if (path / "config.json").exists() else {}
         if not isinstance(config, dict):
             raise InputError(
-                f"{path / 'config.json'} is no table of settings. Train anew with `qvw train --overwrite`."
+                f"{path / 'config.json'} is no table of settings. Train again with `qvw train --overwrite`."
             )
         found.append(
             Training(
@@ -182,7 +186,7 @@ def _trainings(folder: Path, left_out: MutableMapping[str, str]) -> tuple[Traini
                 oscillation=oscillation,
                 bins=bins,
                 config=config,
-                plan=_plan(path),
+                plan=_plan(Run(path), {}),
             )
         )
     return tuple(found)
@@ -210,13 +214,19 @@ def _lacks_a_column(path: Path, columns: Sequence[str]) -> bool:
         return False
 
 
-def _plan(folder: Path) -> BitPlan | None:
-    path = folder / "plan.json"
+def _plan(run: Run, left_out: dict[str, str]) -> BitPlan | None:
+    """The run's plan; one that was edited with the totals that its sites have, which the page says."""
+    path = run.path / "plan.json"
     if not path.exists():
         return None
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the plan {path} cannot be read: {error}. Make it anew with `qvw plan`.") from error
+        raise InputError(f"the plan {path} cannot be read: {error}. Make it again with `qvw plan`.") from error
     plan = BitPlan.from_json(text, source=str(path))
-    return plan if plan.sites else None
+    if not plan.sites:
+        return None
+    cost = _table(run, "cost", COST_COLUMNS, {}) if (run.path / STORED).exists() else None
+    if cost is None:
+        return plan
+    return recounted_beside(plan, cost, read_stored(run.path, 0), path, partial(left_out.__setitem__, "plan"))

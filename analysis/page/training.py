@@ -26,7 +26,7 @@ def _of_other_plan(content: RunContent, training: Training) -> str:
         return ""  # the same bits within another budget
     return (
         f"{training.name} was trained with another plan than plan.json now holds: {differing} of its {len(now)} sites "
-        "have other bits. Train anew with `qvw train --overwrite` to have the accuracy of this plan."
+        "have other bits. Train again with `qvw train --overwrite` to have the accuracy of this plan."
     )
 
 

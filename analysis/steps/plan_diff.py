@@ -9,9 +9,11 @@ import pandas as pd
 
 from analysis.cost import COST_COLUMNS
 from analysis.planning import accounting
+from analysis.planning.edited import recounted_beside
 from analysis.runs import Run
 from analysis.storage.files import write_bytes
-from analysis.storage.plan_file import read_plan_file
+from analysis.storage.plan_file import PLAN_FILE, read_plan_file
+from analysis.storage.stored_file import STORED, read_stored
 from analysis.terminal.console import as_text, say, warn
 from quant.bit_plan import BitPlan, PlannedSite
 from quant.site import Site
@@ -33,7 +35,7 @@ def run_plan_diff(a: Path, b: Path, *, csv: Path | None = None, quiet: bool = Fa
 
     `a` and `b` are plan files or run folders. Bytes of sites are there where both are run folders with cost.parquet.
     """
-    plan_a, plan_b = read_plan_file(a), read_plan_file(b)
+    plan_a, plan_b = _read(a), _read(b)
     for line in _different_models(plan_a, plan_b):
         warn(line)
     table = plan_diff(plan_a, plan_b, _cost(a), _cost(b))
@@ -136,6 +138,14 @@ def _bytes(order: list[Site], planned: Mapping[Site, PlannedSite], cost: pd.Data
         else:
             found.append(accounting.FLOAT_BYTES * accounting.elements(site, rows[site]) if site.is_weight else 0)
     return found
+
+
+def _read(path: Path) -> BitPlan:
+    """The plan; that of a run folder with the totals that its sites have there, should it have been edited."""
+    plan, cost = read_plan_file(path), _cost(path)
+    if cost is None or not (path / STORED).exists():
+        return plan
+    return recounted_beside(plan, cost, read_stored(path, 0), path / PLAN_FILE, warn)
 
 
 def _cost(path: Path) -> pd.DataFrame | None:

@@ -1,9 +1,8 @@
 """What a plan, or uniform bits, mean for an opened model: the sites, and quantizers calibrated on training images."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from analysis.cost import cost_table
 from analysis.planning import accounting
-from analysis.planning.budget_kinds import amount
+from analysis.planning.edited import recounted
 from analysis.planning.options import uniform_bits
 from analysis.planning.uniform import parse_uniform
 from analysis.session.opened import Opened
@@ -20,10 +19,9 @@ from analysis.storage.plan_file import read_used_plan
 from analysis.terminal.console import warn
 from quant.batches import samples
 from quant.batchnorm import batchnorm_reestimated, batchnorms
-from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver, PlanTotals
+from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
 from quant.calibrate import calibrate, check_planned, planned_sites, scheme_of
 from quant.choices import Estimator, Layout
-from quant.errors import InputError
 from quant.insertion import quantized
 from quant.network import Forward, Network
 from quant.quantizer import Quantizer
@@ -114,34 +112,8 @@ def read_plan(path: Path, opened: Opened, *, other_weights: bool = False) -> Bit
     check_planned(opened.network, plan.sites, what=str(path))
     here = accounting.totals(plan.sites, cost_table(opened.sites, opened.trace.unplanned), opened.stored)
     theirs, ours = plan.model.weights_sha256, opened.record.weights_sha256
-    stale = _stale(plan, here)
-    if stale and (other_weights or theirs not in (None, ours)):
-        said, found = (amount(stale[0], getattr(totals, stale[0]), 6) for totals in (plan.totals, here))
-        raise InputError(
-            f"{path} says that it takes {said}, but of {opened.name} it takes {found}: it was made for other shapes or "
-            "heads, or edited for other weights. Plan again for this model, or leave its totals out."
-        )
-    if not other_weights and theirs not in (None, ours):
+    same = theirs in (None, ours)
+    plan = recounted(plan, here, path, same_weights=same and not other_weights, tell=warn)
+    if not (same or other_weights):
         warn(f"{path} was made for other weights of {plan.model.name} than these: its bits may not suit them.")
-    if not stale and plan.totals.size_bytes is not None:
-        return plan
-    counts = ", ".join(
-        f"{amount(name, value, 4)}" + (f" (was {amount(name, was, 4)})" if name in stale else "")
-        for name, value in asdict(here).items()
-        if value is not None and name != "activation_bytes"
-        for was in (getattr(plan.totals, name),)
-    )
-    warn(f"{path} was edited: it takes {counts}. The loss that was predicted is not of these bits.")
-    edited = PlanSolver(name="hand", status="given")
-    return replace(plan, totals=here, predicted_delta_loss=None, solver=edited)
-
-
-def _stale(plan: BitPlan, here: PlanTotals) -> list[str]:
-    """The totals that the plan's sites do not have; bytes aside, which count scales, headers and buffers by version."""
-    names = ("bitops", "weight_bits", "activation_bits", "activation_bytes")
-    pairs = {name: (getattr(plan.totals, name), getattr(here, name)) for name in names}
-    return [
-        name
-        for name, (said, found) in pairs.items()
-        if said is not None and found is not None and not math.isclose(said, found, rel_tol=1e-9)
-    ]
+    return plan
