@@ -68,7 +68,8 @@ def prediction_bias(table: pd.DataFrame, what: str = "KL") -> str:
     first = table.iloc[0]
     if ratios.empty or pd.isna(first["prediction_ratio"]):
         return ""
-    predicted = first["predicted_kl"] if pd.isna(first["predicted_kl_pairs"]) else first["predicted_kl_pairs"]
+    pairs = first.get("predicted_kl_pairs", np.nan)
+    predicted = first["predicted_kl"] if pd.isna(pairs) else pairs
     others = ""
     if len(ratios) > 1:
         low, middle, high = ratios.min(), ratios.median(), ratios.max()
