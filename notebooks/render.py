@@ -56,7 +56,10 @@ def page_of(notebook: NotebookNode) -> str:
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if "outputs" in cell:  # without progress bars and warnings of the kernel
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [
+                output for output in cell.outputs
+                if output.get("name") != "stderr" and not any("widget" in kind for kind in output.get("data", {}))
+            ]  # fmt: skip
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = _small(output.data["image/png"])
