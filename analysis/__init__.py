@@ -46,12 +46,12 @@ _HOME = {
     "plot_distribution": "analysis.plots",
     "plot_sensitivity_heatmap": "analysis.plots",
     "plot_bits": "analysis.plots",
-    "plot_costs": "analysis.figures.sensitivity",
-    "plot_rank_bands": "analysis.figures.sensitivity",
-    "plot_groups": "analysis.figures.sensitivity",
-    "plot_pareto": "analysis.figures.pareto",
-    "plot_history": "analysis.figures.training",
-    "plot_oscillation": "analysis.figures.training",
+    "plot_costs": "analysis.figures.sensitivity_plots",
+    "plot_rank_bands": "analysis.figures.sensitivity_plots",
+    "plot_groups": "analysis.figures.sensitivity_plots",
+    "plot_pareto": "analysis.figures.pareto_plots",
+    "plot_history": "analysis.figures.training_plots",
+    "plot_oscillation": "analysis.figures.training_plots",
 }
 """Where each public name is defined; it is imported when it is first used."""
 

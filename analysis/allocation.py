@@ -9,12 +9,12 @@ from torch import nn
 
 from analysis.cost import cost_table
 from analysis.inputs.weights import weights_sha256
-from analysis.planning import pareto
+from analysis.planning import frontier
 from analysis.planning.budget_kinds import BUDGET_KINDS
+from analysis.planning.candidates import offered, tied
 from analysis.planning.objectives import measured_scores, products_of
-from analysis.planning.offer import offered, tied
-from analysis.planning.plan import planned
-from analysis.planning.request import PlanRequest
+from analysis.planning.plan_assembly import planned
+from analysis.planning.plan_request import PlanRequest
 from analysis.results import ParetoFront, Sensitivity
 from analysis.sensitivity import preferred_rows
 from quant.bit_plan import BitPlan, PlanModel
@@ -128,10 +128,10 @@ def pareto_front(
     rows, cost = _rows(table), cost_table(net.infos, net.trace.unplanned)
     options = offered(measured_scores(rows, objective, robust=robust), rows, cost, request, _warn)
     shared = tied(request.tie, options, cost)
-    front = pareto.pareto_front(
+    front = frontier.pareto_front(
         options, cost, stored=net.stored, kinds=kinds, ties=shared, points=points, time_limit=time_limit
     )
-    uniform = pareto.uniform_points(options, cost, stored=net.stored, kinds=kinds, ties=shared)
+    uniform = frontier.uniform_points(options, cost, stored=net.stored, kinds=kinds, ties=shared)
     return ParetoFront(name=net.name, table=front, uniform=uniform, objective=objective)
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import click
 
-from analysis.commands.ablation import ablate
-from analysis.commands.export import export
+from analysis.commands.ablation_command import ablate
+from analysis.commands.export_command import export
 from analysis.commands.first_word import first_word
-from analysis.commands.options import quiet_option
-from analysis.commands.plan import plan, plan_diff
-from analysis.commands.sensitivity import sensitivity
-from analysis.commands.soft_labels import soft_labels
-from analysis.commands.stats import stats
-from analysis.commands.train import evaluate, train
+from analysis.commands.plan_command import plan, plan_diff
+from analysis.commands.sensitivity_command import sensitivity
+from analysis.commands.shared_options import quiet_option
+from analysis.commands.soft_label_command import soft_labels
+from analysis.commands.stats_command import stats
+from analysis.commands.train_command import evaluate, train
 from analysis.memory import reuse_freed_memory
 from analysis.terminal.interrupts import catch_interrupts
 from analysis.terminal.library_warnings import own_warnings_alone
@@ -76,7 +76,7 @@ def report(runs: Sequence[Path], out: Path, quiet: bool) -> None:
     from analysis.runs import reportable_run, run_names
 
     first_word(lambda: [run_names(runs), *map(reportable_run, runs)])
-    from analysis.steps.report import run_report  # after the check: it imports torch
+    from analysis.steps.report_step import run_report  # after the check: it imports torch
 
     run_report(runs, out, quiet=quiet)
 
@@ -109,7 +109,7 @@ def compare(runs: Sequence[Path], out: Path, modules: tuple[str, ...], quiet: bo
     if len(runs) < 2:
         raise InputError("one run was given. Name at least two run folders to compare.")
     first_word(lambda: [run_names(runs), *map(run_with_stats, runs)])
-    from analysis.steps.compare import run_compare  # after the check: it imports torch
+    from analysis.steps.compare_step import run_compare  # after the check: it imports torch
 
     run_compare(runs, out, modules=modules, quiet=quiet)
 

@@ -17,8 +17,8 @@ from analysis.memory import reuse_freed_memory
 from analysis.results import Sensitivity, Stats
 from analysis.runs import Run
 from analysis.sensitivity import SweepConfig, images_table, row_key, sensitivity_table, sweep_keys
-from analysis.sweeps.rows import informative_first, measured_rows, unmeasured_row, within
 from analysis.sweeps.sweep import CACHE_MIB
+from analysis.sweeps.sweep_rows import informative_first, measured_rows, unmeasured_row, within
 from analysis.task import Task, fitting_task
 from analysis.tensor_stats import collect_stats
 from quant.batches import OnDevice, checked_data, first_batch, to_device
@@ -72,7 +72,7 @@ def measure_stats(
         if run is not None:
             from analysis.session.live import live_session
             from analysis.session.processes import Processes
-            from analysis.steps.stats import measure_stats_in, read_stats
+            from analysis.steps.stats_step import measure_stats_in, read_stats
 
             calling = task or replace(tasks.classification(), forward=net.forward, samples=net.samples)
             session = live_session(net, calling, run, data, overwrite=overwrite, progress=progress)
@@ -154,7 +154,7 @@ def measure_sensitivity(
         else:
             from analysis.session.live import live_session
             from analysis.session.processes import Processes
-            from analysis.steps.sensitivity import kept_rows, measure_sensitivity_in
+            from analysis.steps.sensitivity_step import kept_rows, measure_sensitivity_in
 
             session = live_session(net, task, run, batches, overwrite=overwrite, progress=progress, whole=True)
             there = kept_rows(session, keys)
@@ -219,7 +219,7 @@ def estimate_sensitivity(
             rows, products = estimate()
         else:
             from analysis.session.live import live_session
-            from analysis.steps.estimate import estimate_sensitivity_in
+            from analysis.steps.estimate_step import estimate_sensitivity_in
 
             session = live_session(net, task, run, batches, overwrite=overwrite, progress=progress, whole=True)
             config = SweepConfig(bit_widths=widths, estimator=estimator, granularity=granularity, batchnorm="stored")

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis.planning import accounting
+from analysis.planning.bit_options import check_scores
 from analysis.planning.budgets import binding_limits, fixed_bytes, tied_units
 from analysis.planning.conflicts import conflict
 from analysis.planning.interactions import Products, improved, interactions, total
-from analysis.planning.options import check_scores
 from analysis.solver.choice_program import NoPlanError, Program
 from analysis.solver.integer_program import solve
 from quant.bit_plan import PlanBudget, PlannedSite, PlanTotals, check_known_sites

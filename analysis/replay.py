@@ -1,6 +1,6 @@
 """Prefix reuse: a network that was changed at one module runs from there on; what comes before is not computed again.
 
-The clean run's tensors are held at the last cut (`analysis.sweeps.cuts`) before the change, and the network is
+The clean run's tensors are held at the last cut (`analysis.sweeps.entry_points`) before the change, and the network is
 entered there. That entering it gives the same bits is found out by running the clean network from each cut to the
 next: where it arrives with the bits of the clean run, and the next cut holds all that the rest depends on, the end is
 the same too.
@@ -15,7 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.sweeps.cuts import Cut, Execution, Forward, Held, entered, execution, held_at, input_of, mapped, watched
+from analysis.sweeps.entry_points import (
+    AtEntry,
+    EntryPoint,
+    Execution,
+    Forward,
+    entered,
+    execution,
+    held_at,
+    input_of,
+    mapped,
+    watched,
+)
 from quant import batches
 
 
@@ -34,7 +45,7 @@ class Replay:
         self,
         model: nn.Module,
         data: Sequence[Any],
-        cuts: Sequence[Cut],
+        cuts: Sequence[EntryPoint],
         *,
         cache_bytes: int,
         forward: Forward = batches.forward,
@@ -42,8 +53,8 @@ class Replay:
         self.model, self.batches, self.cache_bytes, self.forward = model, list(data), cache_bytes, forward
         self.cuts = list(cuts)
         self.refused: list[str] = []
-        self.cut: Cut | None = None
-        self._kept: dict[int, tuple[Held, list[int]]] = {}  # id of a batch -> what the cut needs, and its versions
+        self.cut: EntryPoint | None = None
+        self._kept: dict[int, tuple[AtEntry, list[int]]] = {}  # id of a batch -> what the cut needs, and its versions
         self._executions: dict[Any, Execution] = {}  # by the shape of a batch
         self._checked = False
         self._written: set[str] = set()  # cuts where the network writes into what it is given
@@ -82,7 +93,7 @@ class Replay:
             return self.forward(self.model, images)
         return output
 
-    def _keep(self, cut: Cut) -> None:
+    def _keep(self, cut: EntryPoint) -> None:
         """Hold what `cut` needs, computed from what is held at the present one."""
         kept, room = {}, self.cache_bytes
         for images in self.batches:
@@ -93,7 +104,7 @@ class Replay:
             kept[id(images)] = (held, _versions(held))
         self.cut, self._kept = cut, kept
 
-    def _next(self, cut: Cut, images: Any, present: Cut | None, held: Held | None) -> Held:
+    def _next(self, cut: EntryPoint, images: Any, present: EntryPoint | None, held: AtEntry | None) -> AtEntry:
         """What `cut` needs of `images`, from what is held at the cut `present` if that comes before it."""
         if present is None or held is None or cut.entry <= present.entry:
             return held_at(self.model, cut, images, forward=self.forward)
@@ -102,7 +113,7 @@ class Replay:
             present, images, held, lambda: held_at(self.model, cut, images, base=base, forward=self.forward)
         )
 
-    def _run_from(self, cut: Cut, images: Any, held: Held, forward: Callable[[], Any]) -> Any:
+    def _run_from(self, cut: EntryPoint, images: Any, held: AtEntry, forward: Callable[[], Any]) -> Any:
         """What `forward` returns, entered at `cut` with a copy of `held`; notes whether the network writes into it."""
         copy = held.clone()
         with entered(self.model, cut, self._execution(images), copy):
@@ -111,7 +122,7 @@ class Replay:
             self._written.add(cut.module)
         return result
 
-    def _fits(self, cut: Cut) -> bool:
+    def _fits(self, cut: EntryPoint) -> bool:
         return self._image_bytes[cut.module] * sum(map(batches.samples, self.batches)) <= self.cache_bytes
 
     def _execution(self, images: Any) -> Execution:
@@ -160,8 +171,8 @@ class Replay:
 
         One trial follows the other at each cut, so that what a module remembers is always of another trial.
         """
-        present: Cut | None = None
-        held: list[Held | None] = [None] * len(trials)
+        present: EntryPoint | None = None
+        held: list[AtEntry | None] = [None] * len(trials)
         for cut in self.cuts:
             held = [self._next(cut, images, present, h) for images, h in zip(trials, held, strict=True)]
             present = cut
@@ -175,10 +186,10 @@ class Replay:
 
     def _ends_well(
         self,
-        cut: Cut,
+        cut: EntryPoint,
         trials: Sequence[Any],
         clean: Sequence[Mapping[str, str]],
-        held: Sequence[Held | None] | None = None,
+        held: Sequence[AtEntry | None] | None = None,
     ) -> bool:
         """Whether the network entered at `cut` gives the clean answers; `held` is what the cut needs, where known."""
         known = [held_at(self.model, cut, images, forward=self.forward) for images in trials] if held is None else held
@@ -190,7 +201,7 @@ class Replay:
         return True
 
 
-def find_cuts(model: nn.Module, images: Any, forward: Forward = batches.forward) -> list[Cut]:
+def find_cuts(model: nn.Module, images: Any, forward: Forward = batches.forward) -> list[EntryPoint]:
     """The cuts of a deterministic `model`, in order of execution, each tried on a batch: the same bits come out.
 
     Modules that hold parameters, are called once and get a tensor first come into question: as plain cuts, and those
@@ -210,11 +221,11 @@ def find_cuts(model: nn.Module, images: Any, forward: Forward = batches.forward)
     with torch.no_grad():
         with watched(model, {name: note(name) for name in names}, {}):
             goal = _Goal(None, forward(model, images))
-        cuts: list[Cut] = []
+        cuts: list[EntryPoint] = []
         missed: list[str] = []  # in order of execution; since the last plain cut, which is their goal
         for name in [name for name in reversed(names) if inputs[name] is not None]:
-            cut = Cut(module=name, entry=run.entry[name], skipped=run.skipped(name), filled=False)
-            plain = _tried(model, cut, run, Held(x=inputs[name]), images, goal, forward)
+            cut = EntryPoint(module=name, entry=run.entry[name], skipped=run.skipped(name), filled=False)
+            plain = _tried(model, cut, run, AtEntry(x=inputs[name]), images, goal, forward)
             if plain is None:
                 missed.insert(0, name)
                 continue
@@ -233,16 +244,16 @@ class _Goal:
 
 def _inner_cuts(
     model: nn.Module,
-    base: Cut,
+    base: EntryPoint,
     names: Sequence[str],
     x: Tensor,
     run: Execution,
     images: Any,
     goal: _Goal,
     forward: Forward,
-) -> list[Cut]:
+) -> list[EntryPoint]:
     """The inner cuts among `names`, all between the plain cut `base`, whose input is `x`, and the next one."""
-    cuts: list[Cut] = []
+    cuts: list[EntryPoint] = []
     last = base
     for name in names:
         skipped = run.skipped(name)
@@ -269,8 +280,8 @@ def _inner_cuts(
 
 
 def _tried(
-    model: nn.Module, cut: Cut, run: Execution, held: Held, images: Any, goal: _Goal, forward: Forward
-) -> Cut | None:
+    model: nn.Module, cut: EntryPoint, run: Execution, held: AtEntry, images: Any, goal: _Goal, forward: Forward
+) -> EntryPoint | None:
     """`cut` if entering there leads to the goal with the same bits, with placeholders of the form that it needs."""
     held = replace(held, outputs={name: held.outputs[name] for name in cut.kept})
     for filled in (cut.filled, True):
@@ -293,11 +304,11 @@ def _halved(x: Tensor) -> Tensor:
     return x / 2 if x.is_floating_point() else x
 
 
-def _versions(held: Held) -> list[int]:
+def _versions(held: AtEntry) -> list[int]:
     return [x._version for x in held.tensors()]
 
 
-def _bytes(held: Held) -> int:
+def _bytes(held: AtEntry) -> int:
     return sum(x.numel() * x.element_size() for x in held.tensors())
 
 

@@ -9,11 +9,11 @@ from typing import TypeVar
 from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, StrictUndefined
 
 from analysis.page import bits, definitions, figures
-from analysis.page import plan as report_plan
-from analysis.page import sensitivity as report_sensitivity
-from analysis.page import summary as report_summary
-from analysis.page import training as report_training
-from analysis.page import variation as report_variation
+from analysis.page import plan_section as report_plan
+from analysis.page import sensitivity_section as report_sensitivity
+from analysis.page import summary_section as report_summary
+from analysis.page import training_section as report_training
+from analysis.page import variation_section as report_variation
 from analysis.page.cells import Table
 from analysis.page.content import RunContent, read_runs
 from analysis.page.definitions import Definitions

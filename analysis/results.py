@@ -139,7 +139,7 @@ class ParetoFront(_Shown):
 
     def plot(self) -> "Figure":
         """Predicted divergence over the budget, beside uniform bits."""
-        from analysis.figures.pareto import pareto_figure
+        from analysis.figures.pareto_plots import pareto_figure
 
         return pareto_figure(self.table, self.name, uniform=self.uniform, objective=self.objective)
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from analysis.storage.files import json_scalar, remove_unfinished, write_atomic, writing
-from analysis.storage.input_changes import input_changes, plain
 from analysis.storage.locks import exclusive, taking_turns
 from analysis.storage.run_record import ModelRecord, RunRecord, StepRecord, git_commit, versions
+from analysis.storage.step_inputs import input_changes, plain
 from quant.errors import InputError, first_line
 
 if TYPE_CHECKING:  # a wrong path or model is reported without pandas, and without the rules of tables

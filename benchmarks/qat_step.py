@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from analysis.cost import cost_table
 from analysis.memory import reuse_freed_memory
-from analysis.planning.options import uniform_bits
+from analysis.planning.bit_options import uniform_bits
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.config import QATConfig
 from quant.errors import InputError

@@ -188,9 +188,9 @@ def _check_fits(model: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
     came = {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}
     wrong = [name for name in {**expected, **came} if expected.get(name) != came.get(name)]
     if wrong:
-        kind = _told(came.get(wrong[0]))
+        kind = _shown(came.get(wrong[0]))
         raise InputError(
-            f"{source} is of another network or plan: {wrong[0]} is {kind}, expected {_told(expected.get(wrong[0]))} "
+            f"{source} is of another network or plan: {wrong[0]} is {kind}, expected {_shown(expected.get(wrong[0]))} "
             f"({len(wrong)} of {len(expected)} tensors differ). Load it into the network that it was made from."
         )
     for name, x in tensors.items():
@@ -213,7 +213,7 @@ def _expected(model: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]
     return found | {f"buffer/{name}": (tuple(x.shape), x.dtype) for name, x in _buffers(model).items()}
 
 
-def _told(what: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+def _shown(what: tuple[tuple[int, ...], torch.dtype] | None) -> str:
     if what is None:
         return "absent"
     return f"{prod(what[0])} bytes" if what[1] == torch.uint8 else f"{what[1]} {what[0]}".removeprefix("torch.")

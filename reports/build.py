@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from analysis.figures.ablation import ablation_figure
+from analysis.figures.ablation_plots import ablation_figure
 from analysis.page import figures as report_figures
 from analysis.page.content import read_runs
 from analysis.page.figures import Picture

@@ -56,7 +56,7 @@ def demonstrated(tmp_path_factory, request) -> Path:
 
 def _demonstrate(folder: Path) -> None:
     from analysis.steps import demo  # late: the tests that need no demo then start sooner
-    from analysis.steps.plan import run_plan
+    from analysis.steps.plan_step import run_plan
 
     calls = []
 

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from scipy import stats
 
-from analysis.figures.ablation import ablation_figure
+from analysis.figures.ablation_plots import ablation_figure
 from analysis.figures.panels import save_figure
-from analysis.steps import ablation as ablation_step
-from analysis.training.ablation import mean_and_interval, summarized, verdicts
+from analysis.steps import ablation_step as ablation_step
 from analysis.training.ablation_config import Ablation, Arm, Subject, read_ablation
+from analysis.training.ablation_results import mean_and_interval, summarized, verdicts
 from quant.errors import InputError
 from tests.digits_vit import KWARGS, qvw
 

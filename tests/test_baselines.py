@@ -7,7 +7,7 @@ import pytest
 
 from analysis.planner import plan_bits
 from analysis.planning import accounting
-from analysis.planning.baselines import greedy, largest_uniform, lowered, random_choice, uniform, worst_first
+from analysis.planning.baselines import greedy, largest_uniform, random_choice, uniform, within_budget, worst_first
 from quant.bit_plan import PlanBudget
 from quant.site import Site
 from tests.plan_frames import chain, option_frame
@@ -27,7 +27,7 @@ def test_a_lowered_plan_is_within_the_budget_and_no_better_than_the_optimum(budg
     """Every site has one of its bit-widths; the integer program's objective is never beaten."""
     options, cost, parameters = chain(6)
     options = options.assign(score=options["score"].abs())
-    sites = lowered(options, cost, choose, budget=budget, stored=parameters)
+    sites = within_budget(options, cost, choose, budget=budget, stored=parameters)
     assert len(sites) == 12
     totals = accounting.totals(sites, cost, parameters)
     assert all(getattr(totals, name) <= limit for name, limit in budget.as_dict().items())
@@ -43,7 +43,7 @@ def test_greedy_takes_the_cheapest_step_and_worst_first_the_dearest():
     options = option_frame(scores)
     budget = PlanBudget(weight_bits=6.0)
     for choose, lowered_module in ((greedy, "fc0"), (worst_first, "fc1")):
-        sites = lowered(options, cost, choose, budget=budget, stored=parameters)
+        sites = within_budget(options, cost, choose, budget=budget, stored=parameters)
         bits = {s.module: s.bit_width for s in sites if s.tensor == "weight"}
         assert bits == {"fc0": 4 if lowered_module == "fc0" else 8, "fc1": 4 if lowered_module == "fc1" else 8}
         assert {s.bit_width for s in sites if s.tensor == "input"} == {8}  # no budget counts them
@@ -53,7 +53,7 @@ def test_tied_sites_step_together():
     """All weights tied: they end at one bit-width."""
     options, cost, parameters = chain(4)
     tie = [tuple(Site(f"fc{i}", "weight") for i in range(4))]
-    sites = lowered(options, cost, greedy, budget=PlanBudget(weight_bits=3.5), stored=parameters, ties=tie)
+    sites = within_budget(options, cost, greedy, budget=PlanBudget(weight_bits=3.5), stored=parameters, ties=tie)
     assert {s.bit_width for s in sites if s.tensor == "weight"} == {3}
 
 
@@ -61,7 +61,7 @@ def test_where_nothing_fits_there_is_no_plan():
     """Two bits everywhere exceed a budget of one."""
     options, cost, parameters = chain(3)
     budget = PlanBudget(weight_bits=1.0)
-    assert lowered(options, cost, greedy, budget=budget, stored=parameters) is None
+    assert within_budget(options, cost, greedy, budget=budget, stored=parameters) is None
     assert largest_uniform(options, cost, budget=budget, stored=parameters) is None
 
 
@@ -69,7 +69,7 @@ def test_random_plans_differ_by_their_seed_alone():
     """The same seed gives the same plan, five seeds not all the same."""
     options, cost, parameters = chain(8)
     budget = PlanBudget(weight_bits=3.0)
-    plans = [lowered(options, cost, random_choice(i), budget=budget, stored=parameters) for i in (0, 0, 1, 2, 3)]
+    plans = [within_budget(options, cost, random_choice(i), budget=budget, stored=parameters) for i in (0, 0, 1, 2, 3)]
     assert plans[0] == plans[1]
     assert len(set(plans)) > 1
 
@@ -109,6 +109,6 @@ def test_a_plan_covers_only_what_was_measured():
     """Sites that the options lack stay out of every plan."""
     options, cost, parameters = chain(3)
     weights = options[options["tensor"] == "weight"]
-    sites = lowered(weights, cost, greedy, budget=PlanBudget(weight_bits=3.0), stored=parameters)
+    sites = within_budget(weights, cost, greedy, budget=PlanBudget(weight_bits=3.0), stored=parameters)
     assert {s.tensor for s in sites} == {"weight"}
     assert np.isfinite(score_of(sites, options))

@@ -14,7 +14,7 @@ from safetensors.torch import save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from analysis.inputs.option_names import MODEL_OPTIONS
+from analysis.inputs.model_options import MODEL_OPTIONS
 from analysis.inputs.weights import load_weights_
 from quant.errors import InputError
 from tests.digits_vit import qvw

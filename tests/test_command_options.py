@@ -3,10 +3,10 @@
 import click
 import pytest
 
-from analysis.commands.options import BitWidths, Bytes
-from analysis.commands.plan import plan
-from analysis.commands.sensitivity import sensitivity
-from analysis.planning.request import parse_kind
+from analysis.commands.plan_command import plan
+from analysis.commands.sensitivity_command import sensitivity
+from analysis.commands.shared_options import BitWidths, Bytes
+from analysis.planning.plan_request import parse_kind
 from analysis.planning.uniform import parse_widths
 from quant.choices import ALLOWED_BIT_WIDTHS
 from quant.errors import InputError
@@ -50,7 +50,7 @@ def test_lists_that_are_written_out_are_those_of_the_modules():
     from analysis.inputs.task_option import TASKS
     from analysis.inputs.timm_names import model_names
     from analysis.planning.objectives import MEASURED
-    from analysis.planning.request import OBJECTIVES
+    from analysis.planning.plan_request import OBJECTIVES
     from analysis.proxies import PROXIES
     from analysis.task import READY_MADE
 

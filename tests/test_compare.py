@@ -18,7 +18,8 @@ from matplotlib.collections import PathCollection
 
 from analysis.cli import main
 from analysis.figures.panels import channels_figure, depth_figure, heads_figure, ridges_figure
-from analysis.figures.variation import (
+from analysis.figures.variation_panels import STEMS, variation_figures
+from analysis.figures.variation_plots import (
     FLOOR,
     KIND_STYLES,
     RIDGE,
@@ -29,7 +30,6 @@ from analysis.figures.variation import (
     plot_ridges,
     plot_variation_by_depth,
 )
-from analysis.figures.variation_panels import STEMS, variation_figures
 from analysis.report import report_html
 from analysis.running_stats import stats_of
 from analysis.statistics.variation_frames import Measured, channel_frame, depth_frame, distribution_frame, head_frame

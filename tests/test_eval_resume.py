@@ -81,7 +81,7 @@ def interrupted(monkeypatch, batches, *arguments):
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-import analysis.steps.eval  # loaded once for all that are forked
+import analysis.steps.eval_step  # loaded once for all that are forked
 from analysis.cli import main
 run, chance, lines = Path(sys.argv[1]), random.Random(int(sys.argv[2])), 0
 for _ in range(3):

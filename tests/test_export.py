@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from analysis.scoring import outputs_of
 from analysis.session.open_run import open_run
 from analysis.session.setup import Setup
-from analysis.steps.export import load_checkpoint_
+from analysis.steps.export_step import load_checkpoint_
 from quant.bit_plan import BitPlan
 from quant.errors import InputError
 from quant.packed_file import read_packed

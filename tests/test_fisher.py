@@ -359,7 +359,7 @@ def assert_came_back(model, before):
         assert parameter.requires_grad == asks
         assert parameter.grad is None
     assert not any(m._forward_hooks or m._forward_pre_hooks or m.training for m in model.modules())
-    assert not any(type(m).__name__.startswith("Opened") for m in model.modules())
+    assert not any(type(m).__name__.startswith("LoadedRun") for m in model.modules())
 
 
 def test_an_input_that_is_written_into_later_is_refused_and_the_model_comes_back():

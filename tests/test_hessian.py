@@ -232,4 +232,4 @@ def test_the_model_comes_back_bit_for_bit(name, fails):
         assert parameter.grad is None
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert not any(type(m).__name__.startswith("Opened") for m in model.modules())
+    assert not any(type(m).__name__.startswith("LoadedRun") for m in model.modules())

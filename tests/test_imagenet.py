@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from analysis.training.options import read_config
+from analysis.training.training_options import read_config
 from tests.digits_vit import qvw
 
 RECIPES = Path(__file__).parent.parent / "benchmarks" / "imagenet"

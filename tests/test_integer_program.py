@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from analysis.planner import plan_bits
-from analysis.planning.options import apply_pins
+from analysis.planning.bit_options import apply_pins
 from analysis.solver.choice_program import Budget, NoPlanError, Program
 from analysis.solver.integer_program import solve
 from analysis.solver.reductions import reduce_program

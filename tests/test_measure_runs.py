@@ -135,10 +135,10 @@ def stopping(after=-1):
 
 def test_an_interrupted_sweep_resumes(digits, tmp_path, monkeypatch):
     """Rows before the interrupt are kept, and not measured again; the table is that of an uninterrupted sweep."""
-    from analysis.steps import sensitivity
+    from analysis.steps import sensitivity_step
 
     measured = []
-    rows_of = sensitivity.measured_rows
+    rows_of = sensitivity_step.measured_rows
 
     def counted(*arguments, **options):
         for row in rows_of(*arguments, **options):
@@ -147,7 +147,7 @@ def test_an_interrupted_sweep_resumes(digits, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             yield row
 
-    monkeypatch.setattr(sensitivity, "measured_rows", counted)
+    monkeypatch.setattr(sensitivity_step, "measured_rows", counted)
     stop = True
     with pytest.raises(KeyboardInterrupt):
         analysis.measure_sensitivity(conv(), digits, bits=BITS, run=tmp_path)

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from analysis.inputs.model_options import TEACHER_OPTIONS
 from analysis.inputs.model_source import ModelSource
-from analysis.inputs.option_names import TEACHER_OPTIONS
 from analysis.inputs.timm_names import model_names
 from analysis.inputs.weights import weights_sha256
 from analysis.models import load_model

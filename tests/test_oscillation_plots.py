@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.figures.oscillation import oscillation_figure, plot_edges, plot_kind_shares, plot_oscillation_map
+from analysis.figures.oscillation_plots import oscillation_figure, plot_edges, plot_kind_shares, plot_oscillation_map
 from analysis.storage.columns import BINS_COLUMNS, OSCILLATION_COLUMNS
 from analysis.training.oscillation_frames import edge_densities, kind_shares, module_shares
 from quant.oscillation import POSITIONS

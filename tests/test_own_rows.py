@@ -6,7 +6,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.storage.own_rows import OwnRows, json_sha256
+from analysis.storage.keyed_log import OwnRows, json_sha256
 
 OWNER = {"weights": "aa", "images": 8}
 

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 
-from analysis.figures.pareto import pareto_figure, plot_pareto
+from analysis.figures.pareto_plots import pareto_figure, plot_pareto
 from analysis.planner import plan_bits
-from analysis.planning import accounting, pareto
+from analysis.planning import accounting
 from analysis.planning.budget_kinds import budget_words
-from analysis.planning.pareto import PARETO_COLUMNS, TOTALS, UNIFORM_COLUMNS, knee, pareto_front, uniform_points
+from analysis.planning.frontier import PARETO_COLUMNS, TOTALS, UNIFORM_COLUMNS, knee, pareto_front, uniform_points
 from quant.bit_plan import PlanBudget, PlannedSite
 from quant.errors import InputError
 from quant.site import Site
@@ -119,7 +119,7 @@ def test_a_loose_solver_is_repaired(monkeypatch):
         return replace(solution, objective=solution.objective + worse, gap=1.0, status="time_limit")
 
     exact = pareto_front(options, cost, stored=parameters, kinds=["weight_bits"], points=15)
-    monkeypatch.setattr(pareto, "plan_bits", loose)
+    monkeypatch.setattr("analysis.planning.frontier.plan_bits", loose)
     front = pareto_front(options, cost, stored=parameters, kinds=["weight_bits"], points=15)
     kept = exact[exact["budget"].isin(front["budget"])]
     assert 0 < len(front) < len(exact)  # the rows that would have risen are gone

@@ -10,7 +10,7 @@ import pytest
 
 from analysis.planning.interactions import SHARE
 from analysis.runs import Run
-from analysis.steps import verify as verify_step
+from analysis.steps import verify_step as verify_step
 from quant.bit_plan import BitPlan
 from tests.digits_vit import DATA, MODEL, qvw
 

@@ -19,7 +19,7 @@ from analysis.planning import accounting
 from analysis.planning.plan_csv import PLAN_CSV_COLUMNS, plan_frame
 from analysis.statistics.names import shorten
 from analysis.steps.plan_diff import DIFF_COLUMNS, plan_diff, run_plan_diff, totals_diff
-from analysis.steps.plan_words import unspent_budgets
+from analysis.steps.plan_messages import unspent_budgets
 from analysis.storage.plan_file import read_plan_file
 from quant.bit_plan import BitPlan, PlanBudget, PlanModel, PlanSolver
 from quant.errors import InputError

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.planning.options import apply_pins, isotonic, layout_pins, shared_ties, tied_sites, uniform_bits
+from analysis.planning.bit_options import apply_pins, isotonic, layout_pins, shared_ties, tied_sites, uniform_bits
 from quant.errors import InputError
 from quant.site import Site
 from tests.plan_frames import NETWORKS, chain, cost_frame, option_frame

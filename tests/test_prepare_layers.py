@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from analysis.cost import cost_table
-from analysis.planning.options import uniform_bits
+from analysis.planning.bit_options import uniform_bits
 from quant.calibrate import default_scheme, make_quantizer, observe_activations
 from quant.errors import InputError
 from quant.functional import to_groups

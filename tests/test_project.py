@@ -141,10 +141,10 @@ def test_every_file_of_analysis_belongs_to_a_folder():
         ("quant/sites.py", "from timm.layers import Mlp"),
         ("analysis/runs.py", "from analysis import cli"),
         ("analysis/runs.py", "import analysis.cli"),
-        ("analysis/page/content.py", "from analysis.steps.verify import VERIFICATION_COLUMNS"),
+        ("analysis/page/content.py", "from analysis.steps.verify_step import VERIFICATION_COLUMNS"),
         ("analysis/page/content.py", "from analysis import measure"),
         ("analysis/solver/highs.py", "import analysis.planning.budgets"),
-        ("analysis/cost.py", "from analysis.steps import plan"),
+        ("analysis/cost.py", "from analysis.steps import plan_step"),
     ],
 )
 def test_an_import_against_the_layers_is_found(path, source):
@@ -157,7 +157,8 @@ def test_allowed_imports_pass():
     assert layer_breaks(Path("quant/optimizer.py"), "import math\nimport torch.nn.functional as F\nimport timm") == []
     assert layer_breaks(Path("analysis/models.py"), "import timm\nfrom quant.site import Site") == []
     assert layer_breaks(Path("analysis/__main__.py"), "from analysis.cli import main") == []
-    assert layer_breaks(Path("analysis/steps/plan.py"), "from analysis.planning import pareto\nimport timm.x") != []
+    source = "from analysis.planning import frontier\nimport timm"
+    assert layer_breaks(Path("analysis/steps/plan_step.py"), source) != []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -248,3 +249,9 @@ def test_changelog_has_what_is_to_come_first():
     """The first heading of CHANGELOG.md below its title is Unreleased, or the version of pyproject.toml."""
     headings = re.findall(r"^## (.+)$", read("CHANGELOG.md"), re.MULTILINE)
     assert headings[0] == "Unreleased" or headings[0].startswith(project_table()["version"])
+
+
+def test_no_two_modules_share_a_name():
+    """A name says where to look: it is given once."""
+    names = [path.stem for path in SOURCES if path.stem not in ("__init__", "__main__")]
+    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)

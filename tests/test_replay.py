@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.replay import Replay, find_cuts
-from analysis.sweeps.cuts import entered, execution, input_of
+from analysis.sweeps.entry_points import entered, execution, input_of
 
 ROOM = 1 << 30
 

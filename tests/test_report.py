@@ -12,16 +12,16 @@ import pytest
 from matplotlib import pyplot as plt
 
 from analysis.cli import main
-from analysis.figures.training import plot_history, plot_oscillation, plot_terms, terms_figure, training_figure
+from analysis.figures.training_plots import plot_history, plot_oscillation, plot_terms, terms_figure, training_figure
 from analysis.page.bits import bits_by_kind, certificate
 from analysis.page.cells import DASH
 from analysis.page.content import history_frame, oscillating_shares, oscillation_frame, read_run, read_runs, terms
 from analysis.page.provenance import provenance
-from analysis.page.sensitivity import all_sites, most_sensitive, proxy_ranks
-from analysis.page.summary import deciding, evaluated
-from analysis.page.training import gradient_norms, of_other_plans, trained
+from analysis.page.sensitivity_section import all_sites, most_sensitive, proxy_ranks
+from analysis.page.summary_section import deciding, evaluated
+from analysis.page.training_section import gradient_norms, of_other_plans, trained
 from analysis.report import report_html
-from analysis.steps.report import run_report
+from analysis.steps.report_step import run_report
 from quant.errors import InputError
 
 RESNET = json.dumps(
@@ -344,7 +344,7 @@ def test_a_finished_training_that_was_not_evaluated_is_named(run):
 
 
 def damage(run: Path, file: str) -> None:
-    """Cut a file short."""
+    """EntryPoint a file short."""
     (run / file).write_bytes((run / file).read_bytes()[:100])
 
 

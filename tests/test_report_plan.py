@@ -11,7 +11,7 @@ import pytest
 
 from analysis.page.cells import DASH
 from analysis.page.content import belongs, read_run
-from analysis.page.plan import (
+from analysis.page.plan_section import (
     MOST_ROWS,
     front_sentences,
     front_tables,
@@ -20,10 +20,10 @@ from analysis.page.plan import (
     verification_sentences,
     verification_table,
 )
-from analysis.page.summary import deciding, evaluated, evaluations, readings
-from analysis.planning.pareto import knee
+from analysis.page.summary_section import deciding, evaluated, evaluations, readings
+from analysis.planning.frontier import knee
 from analysis.report import report_html, sections
-from analysis.steps import plan as plan_step
+from analysis.steps import plan_step as plan_step
 from quant.errors import InputError
 from tests.digits_vit import DATA, MODEL, qvw
 

@@ -16,9 +16,9 @@ import pytest
 
 from analysis.runs import Run
 from analysis.storage.files import RowLog, write_atomic, write_bytes
-from analysis.storage.input_changes import input_changes
 from analysis.storage.locks import exclusive
 from analysis.storage.run_record import ModelRecord, typed_command
+from analysis.storage.step_inputs import input_changes
 from quant.errors import InputError
 
 MODEL = ModelRecord(typed="resnet18", name="resnet18", weights_sha256="aa", parameters=11, kwargs={"num_classes": 10})

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 
-from analysis.figures.proxies import plot_proxy, proxies_figure
+from analysis.figures.proxy_plots import plot_proxy, proxies_figure
 from analysis.proxies import PROXIES, PROXY_COLUMNS, STATS_PROXIES
 from analysis.sweeps.proxy_correlation import SITE_KEY
 from tests.digits_vit import DATA, MODEL, qvw

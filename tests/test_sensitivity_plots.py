@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from analysis.figures.sensitivity import plot_blocks, plot_costs, plot_groups, plot_rank_bands
 from analysis.figures.sensitivity_panels import STEMS, block_frame, sensitivity_figures
+from analysis.figures.sensitivity_plots import plot_blocks, plot_costs, plot_groups, plot_rank_bands
 
 PARTS = (
     ("attn.qkv", "attn.qkv", "weight.query"),

@@ -285,7 +285,7 @@ def test_making_them_is_killed_and_goes_on_to_the_same_bytes(made, tmp_path):
 
 def test_interrupted_it_says_so(tmp_path, monkeypatch, capfd):
     """Ctrl-C: exit code 130, what was done is kept; other crops are refused until --overwrite."""
-    import analysis.steps.soft_labels as step
+    import analysis.steps.soft_label_step as step
 
     class Stopping(step.SoftLabelWriter):
         def append(self, *parts):

@@ -26,8 +26,8 @@ from analysis.cli import main
 from analysis.data import ChosenImages
 from analysis.running_stats import RunningStats
 from analysis.runs import Run
-from analysis.statistics.kept_stats import NotTakenUpError, Passed, load_stats, save_stats
-from analysis.steps import stats_in_work
+from analysis.statistics.stats_file import Passed, UnusableStatsError, load_stats, save_stats
+from analysis.steps import unfinished_stats as stats_in_work
 from quant.site import Site
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,7 @@ from pathlib import Path
 
 import analysis.tensor_stats
 from analysis.cli import main
-from analysis.steps import stats_in_work
+from analysis.steps import unfinished_stats as stats_in_work
 
 stats_in_work.SECONDS, stats_in_work.SHARE = 0, 1e9  # a save after each batch
 kept, moments, command = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
@@ -178,10 +178,10 @@ def test_an_interrupt_of_the_first_batch_keeps_nothing(subject, tmp_path, capfd)
 
 def test_an_interrupt_after_the_last_batch_loses_none(subject, tmp_path, monkeypatch, capfd):
     """While the tables are written all batches are kept, and the next start measures none."""
-    from analysis.steps import stats
+    from analysis.steps import stats_step
 
     with monkeypatch.context() as patch:
-        patch.setattr(stats, "variation", lambda _: signal.raise_signal(signal.SIGINT))
+        patch.setattr(stats_step, "variation", lambda _: signal.raise_signal(signal.SIGINT))
         assert qvw(*subject.command(tmp_path / "run")) == 130
     assert "Kept: 78 of 78 images." in capfd.readouterr().err
     assert qvw(*subject.command(tmp_path / "run")) == 0
@@ -364,7 +364,7 @@ def file(tmp_path):
 def test_damage_is_told(damage, file):
     """Of every sort, and no code of the file is run."""
     DAMAGES[damage](file)
-    with pytest.raises(NotTakenUpError, match="is damaged"):
+    with pytest.raises(UnusableStatsError, match="is damaged"):
         load_stats(file, {"images": 4}, fresh())
 
 
@@ -408,7 +408,7 @@ def test_a_forged_file_is_told(forgery, file):
     """With a checksum that fits: whatever cannot be statistics of these sites is not taken for them."""
     change, message = FORGERIES[forgery]
     forge(file, change)
-    with pytest.raises(NotTakenUpError, match=message):
+    with pytest.raises(UnusableStatsError, match=message):
         load_stats(file, {"images": 4}, fresh())
 
 
@@ -424,7 +424,7 @@ def test_a_forged_file_is_told(forgery, file):
 def test_a_forged_header_is_told(header, file):
     """The same of the metadata."""
     forge(file, nothing, header)
-    with pytest.raises(NotTakenUpError, match="is damaged"):
+    with pytest.raises(UnusableStatsError, match="is damaged"):
         load_stats(file, {"images": 4}, fresh())
 
 
@@ -439,7 +439,7 @@ def test_the_forger_of_these_tests_can_write_a_good_file(file):
 
 def test_another_identity_is_told(file):
     """By what differs."""
-    with pytest.raises(NotTakenUpError, match=r"was begun with other inputs \(images: 4 -> 5\)"):
+    with pytest.raises(UnusableStatsError, match=r"was begun with other inputs \(images: 4 -> 5\)"):
         load_stats(file, {"images": 5}, fresh())
 
 

@@ -17,10 +17,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from analysis.cost import COST_COLUMNS, SAME, cost_table
+from analysis.planning.candidates import offered
+from analysis.planning.frontier import PARETO_COLUMNS, UNIFORM_COLUMNS, pareto_front, uniform_points
 from analysis.planning.objectives import measured_scores
-from analysis.planning.offer import offered
-from analysis.planning.pareto import PARETO_COLUMNS, UNIFORM_COLUMNS, pareto_front, uniform_points
-from analysis.planning.request import PlanRequest
+from analysis.planning.plan_request import PlanRequest
 from analysis.proxies import PROXIES, PROXY_COLUMNS, PROXY_IMAGE_COLUMNS, proxy_table
 from analysis.runs import Run
 from analysis.sensitivity import (
@@ -33,8 +33,8 @@ from analysis.sensitivity import (
     sensitivity_table,
     sweep_keys,
 )
-from analysis.steps import plan as plan_step
-from analysis.steps.plan import run_plan
+from analysis.steps import plan_step as plan_step
+from analysis.steps.plan_step import run_plan
 from analysis.storage.columns import (
     BINS_COLUMNS,
     HISTORY_COLUMNS,

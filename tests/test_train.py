@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from analysis.training.rows import TrainingRows
+from analysis.training.training_rows import TrainingRows
 from quant.batchnorm import reestimate_batchnorm_
 from quant.checkpoints import last_step, save_checkpoint
 from quant.config import QATConfig

@@ -380,7 +380,7 @@ def test_a_diverging_training_stops_and_says_what_is_kept(tmp_path, capfd):
     ],
 )  # fmt: skip
 def test_a_checkpoint_that_cannot_be_used_is_named(damage, message, run, tmp_path, capfd):
-    """Cut short, not there, with a changed plan, or of another network."""
+    """EntryPoint short, not there, with a changed plan, or of another network."""
     folder, target = run / "qat", run
     if damage == "cut":
         path = folder / "model.safetensors"

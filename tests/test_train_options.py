@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from analysis.training.ablation_config import read_ablation
-from analysis.training.options import read_config
+from analysis.training.training_options import read_config
 from quant.config import QATConfig
 from quant.errors import InputError
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from analysis.terminal.console import progress
-from analysis.training.words import extent, outcome, strengths
+from analysis.training.training_messages import extent, outcome, strengths
 from quant.config import QATConfig
 from quant.loss_terms import TERMS
 

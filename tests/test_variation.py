@@ -12,7 +12,7 @@ from scipy import stats as scipy_stats
 from analysis.running_stats import stats_of
 from analysis.statistics.comparison import MEASURES, Compared, compare
 from analysis.statistics.variation_frames import Measured, depth_frame
-from analysis.steps.plan import bits_frame
+from analysis.steps.plan_step import bits_frame
 from analysis.variation import layer_sites, usable, variation
 from quant.errors import InputError
 

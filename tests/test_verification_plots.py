@@ -6,8 +6,8 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.container import ErrorbarContainer
 
-from analysis.figures.verification import INTERVAL, plot_accuracy, plot_prediction, verification_figure
-from analysis.planning.verdicts import plan_names
+from analysis.figures.verification_plots import INTERVAL, plot_accuracy, plot_prediction, verification_figure
+from analysis.planning.significance import plan_names
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import plots
-from analysis.figures import variation as variation_plots
+from analysis.figures import variation_plots as variation_plots
 from analysis.statistics.names import shorten
 from analysis.storage.files import write_bytes
 from quant.site import ATTENTION_TENSORS

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis import plots
 from analysis.figures.panels import sensitivity_figure
-from analysis.figures.sensitivity import BLOCK_COLUMNS, plot_blocks, plot_costs, plot_groups, plot_rank_bands
+from analysis.figures.sensitivity_plots import BLOCK_COLUMNS, plot_blocks, plot_costs, plot_groups, plot_rank_bands
 from analysis.sensitivity import group_rows, preferred_rows
 from quant.choices import Protocol
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from analysis.inputs.model_options import OptionNames
 from analysis.inputs.model_source import is_safetensors
-from analysis.inputs.option_names import OptionNames
 from quant.errors import InputError, first_line
 
 _DEPTH = 2  # of parts in parts

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.inputs.option_names import MODEL_OPTIONS, OptionNames
+from analysis.inputs.model_options import MODEL_OPTIONS, OptionNames
 from analysis.inputs.timm_names import is_unknown, near_names
 from quant.errors import InputError, first_line
 

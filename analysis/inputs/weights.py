@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from analysis.inputs.checkpoint import read_checkpoint
+from analysis.inputs.model_options import OptionNames
 from analysis.inputs.model_source import check_weights_file
-from analysis.inputs.option_names import OptionNames
 from quant.errors import InputError, first_line
 
 

@@ -12,7 +12,7 @@ from pyarrow import ArrowException
 
 from analysis.cost import COST_COLUMNS
 from analysis.planning.edited import recounted_beside
-from analysis.planning.pareto import ON_REQUEST, PARETO_COLUMNS, UNIFORM_COLUMNS
+from analysis.planning.frontier import ON_REQUEST, PARETO_COLUMNS, UNIFORM_COLUMNS
 from analysis.proxies import PROXY_COLUMNS
 from analysis.runs import Run, nothing_to_report, reportable_run, run_names
 from analysis.sensitivity import SENSITIVITY_COLUMNS, preferred_rows

@@ -10,17 +10,17 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis.figures.oscillation import oscillation_figure
+from analysis.figures.oscillation_plots import oscillation_figure
 from analysis.figures.panels import bits_figure, distribution_figure
-from analysis.figures.pareto import pareto_figure
-from analysis.figures.proxies import proxies_figure
+from analysis.figures.pareto_plots import pareto_figure
+from analysis.figures.proxy_plots import proxies_figure
 from analysis.figures.sensitivity_panels import sensitivity_figures
-from analysis.figures.training import terms_figure, training_figure
+from analysis.figures.training_plots import terms_figure, training_figure
 from analysis.figures.variation_panels import variation_figures
-from analysis.figures.verification import verification_figure
+from analysis.figures.verification_plots import verification_figure
 from analysis.page.cells import finite
 from analysis.page.content import RunContent, Training, belongs, history_frame, oscillation_frame, terms
-from analysis.page.plan import objective
+from analysis.page.plan_section import objective
 from analysis.planning.budget_kinds import budget_words
 from analysis.statistics.variation_frames import Measured
 from analysis.sweeps.proxy_correlation import measured_beside

@@ -35,7 +35,7 @@ def random_choice(seed: int) -> Choose:
     return lambda rates: int(generator.integers(len(rates)))
 
 
-def lowered(
+def within_budget(
     options: pd.DataFrame,
     cost: pd.DataFrame,
     choose: Choose,

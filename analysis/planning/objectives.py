@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis.planning.request import unknown_objective
+from analysis.planning.plan_request import unknown_objective
 from analysis.planning.user_tables import SCORE_COLUMNS, check_csv
 from analysis.proxies import PROXIES, PROXY_COLUMNS, PROXY_IMAGE_COLUMNS
 from analysis.runs import Run

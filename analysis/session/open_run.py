@@ -11,8 +11,8 @@ from analysis.inputs.task_option import resolve_task
 from analysis.inputs.weights import weights_sha256
 from analysis.models import load_model
 from analysis.runs import Run
-from analysis.session.asked import asked, moved
-from analysis.session.opened import Opened, image_of_noise
+from analysis.session.loaded_run import LoadedRun, image_of_noise
+from analysis.session.requested import asked, moved
 from analysis.session.setup import Setup
 from analysis.storage.run_record import ModelRecord
 from analysis.task import Task
@@ -22,7 +22,7 @@ from quant.errors import ForwardError, InputError, first_line
 from quant.network import Network
 
 
-def open_run(setup: Setup, *, needs_data: bool) -> Opened:
+def open_run(setup: Setup, *, needs_data: bool) -> LoadedRun:
     """The model of `setup`, or of its run folder, loaded and traced on an image of the right size; writes nothing.
 
     Raises InputError where neither names a model, and if `needs_data`, where neither names images or the model returns
@@ -53,7 +53,7 @@ def open_run(setup: Setup, *, needs_data: bool) -> Opened:
     _place(model, setup.device)
     task = classification() if setup.task is None else resolve_task(setup.task)
     network = _traced(model, setup, record.name, input_config, task if needs_data else None)
-    return Opened(setup=setup, run=run, record=record, input_config=input_config, network=network, task=task)
+    return LoadedRun(setup=setup, run=run, record=record, input_config=input_config, network=network, task=task)
 
 
 def _input_config(model: nn.Module, setup: Setup) -> InputConfig:

@@ -20,23 +20,23 @@ from analysis.data import ImageData, batches, load_data, resolve_input
 from analysis.inputs import digits_models
 from analysis.inputs.model_source import ModelSource
 from analysis.models import load_model
-from analysis.planning.request import PlanRequest
+from analysis.planning.plan_request import PlanRequest
 from analysis.runs import Run
 from analysis.scoring import outputs_of, scores
 from analysis.sensitivity import SweepConfig
 from analysis.session.open_run import open_run
 from analysis.session.setup import Setup
-from analysis.steps.compare import run_compare
-from analysis.steps.eval import run_eval
+from analysis.steps.compare_step import run_compare
 from analysis.steps.eval_request import EvalRequest
-from analysis.steps.plan import run_plan
-from analysis.steps.sensitivity import run_sensitivity
-from analysis.steps.stats import run_stats
-from analysis.steps.train import run_train
+from analysis.steps.eval_step import run_eval
+from analysis.steps.plan_step import run_plan
+from analysis.steps.sensitivity_step import run_sensitivity
+from analysis.steps.stats_step import run_stats
+from analysis.steps.train_step import run_train
 from analysis.storage.files import write_atomic
 from analysis.tasks import classification
 from analysis.terminal.console import resumable
-from analysis.training.request import TrainRequest
+from analysis.training.training_request import TrainRequest
 from quant.config import QATConfig
 from quant.errors import InputError
 

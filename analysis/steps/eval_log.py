@@ -11,8 +11,8 @@ from torch import Tensor
 from analysis.data import ImageData, none_readable, shared_batches
 from analysis.runs import Run
 from analysis.scoring import Scores, checked_output, divergences, scores
-from analysis.session.opened import Opened, warn_of_skipped
-from analysis.storage.own_rows import OwnRows, json_sha256
+from analysis.session.loaded_run import LoadedRun, warn_of_skipped
+from analysis.storage.keyed_log import OwnRows, json_sha256
 from analysis.terminal.console import progress, resumable, warn
 
 
@@ -26,7 +26,7 @@ def log_names(run: Run) -> list[str]:
     return sorted(path.name for path in run.path.glob("eval-*.partial.jsonl"))
 
 
-def floating_outputs(opened: Opened, data: ImageData) -> list[Any]:
+def floating_outputs(opened: LoadedRun, data: ImageData) -> list[Any]:
     """The model's outputs for each batch of images, None for one of which no image can be read."""
     setup, outputs, seen = opened.setup, list[Any](), 0
     with (
@@ -44,7 +44,7 @@ def floating_outputs(opened: Opened, data: ImageData) -> list[Any]:
 
 
 def evaluated(
-    opened: Opened,
+    opened: LoadedRun,
     data: ImageData,
     asked: Mapping[str, Any],
     calibration: Sequence[Tensor],

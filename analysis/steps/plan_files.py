@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.inputs.task_option import check_task
-from analysis.planning.request import PlanRequest
+from analysis.planning.plan_request import PlanRequest
 from analysis.planning.user_tables import LATENCY_COLUMNS, SCORE_COLUMNS, check_csv
 from analysis.runs import Run
-from analysis.session.asked import check_device
+from analysis.session.requested import check_device
 from quant.bit_plan import BitPlan
 from quant.errors import InputError
 

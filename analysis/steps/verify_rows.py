@@ -10,9 +10,9 @@ from torch import Tensor
 
 from analysis.cost import cost_table
 from analysis.planning import accounting
-from analysis.planning.verdicts import only_compared
+from analysis.planning.significance import only_compared
 from analysis.scoring import Scores, jackknife_error, label_doubts
-from analysis.session.opened import Opened
+from analysis.session.loaded_run import LoadedRun
 from analysis.storage.columns import VERIFY_COLUMNS
 from analysis.task import mean_and_error
 from analysis.terminal.console import as_text, say, warn
@@ -22,7 +22,7 @@ from quant.bit_plan import PlannedSite
 
 def verify_row(
     kind: str,
-    opened: Opened,
+    opened: LoadedRun,
     sites: Sequence[PlannedSite],
     per_image: Scores,
     *,
@@ -70,7 +70,7 @@ def verify_row(
     }
 
 
-def verify_rows(opened: Opened) -> list[dict[str, Any]]:
+def verify_rows(opened: LoadedRun) -> list[dict[str, Any]]:
     """The rows that verify.parquet holds; none where there is none."""
     if not (opened.run.path / "verify.parquet").exists():
         return []
@@ -80,7 +80,7 @@ def verify_rows(opened: Opened) -> list[dict[str, Any]]:
 _COSTS = ("weight_bits", "activation_bits", "size_bytes", "bitops")
 
 
-def keep_row(opened: Opened, row: Mapping[str, Any], detail: str = "") -> str:
+def keep_row(opened: LoadedRun, row: Mapping[str, Any], detail: str = "") -> str:
     """Add a row to verify.parquet, in place of one of the same plan, cost and treatment; says what it is then.
 
     No two rows have one name: of a second one of other costs or another treatment, such as three random plans, the name
@@ -133,7 +133,7 @@ def _free(name: str, taken: Collection[str]) -> str:
     return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
-def drop_rows(opened: Opened, kind: str) -> None:
+def drop_rows(opened: LoadedRun, kind: str) -> None:
     """Remove the rows of what is about to be made again from verify.parquet."""
     with opened.run.taking_turns():
         rows = verify_rows(opened)
@@ -142,7 +142,7 @@ def drop_rows(opened: Opened, kind: str) -> None:
             opened.run.write_table("verify", pd.DataFrame(kept, columns=list(VERIFY_COLUMNS)))
 
 
-def show_rows(opened: Opened, what: str) -> None:
+def show_rows(opened: LoadedRun, what: str) -> None:
     """Print verify.parquet in the units of a reader: MiB, GBitOps, percent; `what` says which row is new.
 
     Without the plans that a verification only compares with: it has shown them.

@@ -107,7 +107,7 @@ def checked(frame: pd.DataFrame, table: Table, required: Collection[str], *, sou
         if name in frame:
             wrong = _misfits(frame[name], column)
             if wrong.any():
-                raise InputError(f"{source}, {_told(frame, name, wrong)}, expected {column.expected}. {remedy}")
+                raise InputError(f"{source}, {_shown(frame, name, wrong)}, expected {column.expected}. {remedy}")
             cast[name] = _cast(frame[name], column)
     frame = frame.assign(**cast)
     if table.key and set(table.key) <= set(frame):
@@ -123,7 +123,7 @@ def checked(frame: pd.DataFrame, table: Table, required: Collection[str], *, sou
         if set(rule.needs) <= set(frame):
             broken = rule.broken(frame).to_numpy(dtype=bool)
             if broken.any():
-                raise InputError(f"{source}, {_told(frame, rule.column, broken)}, expected {rule.expected}. {remedy}")
+                raise InputError(f"{source}, {_shown(frame, rule.column, broken)}, expected {rule.expected}. {remedy}")
     return frame
 
 
@@ -199,7 +199,7 @@ def _cast(values: pd.Series, column: Column) -> pd.Series:
     return pd.Series(texts, index=values.index, dtype=object if missing.any() else pd.Series([""]).dtype)
 
 
-def _told(frame: pd.DataFrame, name: str, wrong: NDArray[np.bool_]) -> str:
+def _shown(frame: pd.DataFrame, name: str, wrong: NDArray[np.bool_]) -> str:
     """The first wrong value, where it stands, and how many more there are."""
     row, more = int(wrong.argmax()), int(wrong.sum()) - 1
     value = frame[name].iloc[row]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from analysis.replay import Replay, find_cuts
 from analysis.scoring import Reference, check_divergence, compare, outputs_of, reference_of
 from analysis.sensitivity import quantized_sites
-from analysis.sweeps.cuts import Cut, Forward
+from analysis.sweeps.entry_points import EntryPoint, Forward
 from analysis.sweeps.noise import CleanOutputs, MeasuredQuantizer, Noise, output_noise
 from analysis.task import Task
 from quant.batches import samples, take
@@ -148,7 +148,7 @@ class _Forms:
         self.net, self.model, self.data, self.tell = net, net.model, data, tell
         self.task, self.run = task, partial(task.forward, net.model)
         self.room = cache_bytes // (2 * max(1, forms))  # half for the inputs of cuts, half for outputs of the module
-        self._cuts: list[Cut] | None = None
+        self._cuts: list[EntryPoint] | None = None
         self._replays: dict[tuple[bool, str], Replay] = {}
         self._references: dict[tuple[bool, bool], Reference] = {}
         self._statistics: dict[bool, list[dict[str, Tensor]]] = {}

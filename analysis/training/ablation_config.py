@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 
 from analysis.planning.uniform import parse_uniform
 from analysis.storage.yaml_text import YamlText, read_text, read_yaml
-from analysis.training.options import checked_config
+from analysis.training.training_options import checked_config
 from quant.choices import Layout
 from quant.config import QATConfig
 from quant.errors import InputError, first_line

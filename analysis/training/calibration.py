@@ -11,10 +11,10 @@ import torch
 
 from analysis.cost import cost_table
 from analysis.planning import accounting
+from analysis.planning.bit_options import uniform_bits
 from analysis.planning.edited import recounted
-from analysis.planning.options import uniform_bits
 from analysis.planning.uniform import parse_uniform
-from analysis.session.opened import Opened
+from analysis.session.loaded_run import LoadedRun
 from analysis.storage.plan_file import read_used_plan
 from analysis.terminal.console import warn
 from quant.batches import samples
@@ -76,7 +76,7 @@ def running_quantized(net: Network, made: Calibrated, batchnorm: str, forward: F
         yield
 
 
-def calibration_batches(opened: Opened, images: int) -> list[Any]:
+def calibration_batches(opened: LoadedRun, images: int) -> list[Any]:
     """The first training images of a run, at most so many, as batches on the device."""
     return list(opened.stream(opened.images("train", None, at_most=images), "calibration"))
 
@@ -88,7 +88,7 @@ def warn_of_fewer(made: Calibrated, asked: int, option: str) -> None:
         warn(f"{used} training images set the scales, all that can be read; {option} is {asked}.")
 
 
-def uncalibrated(opened: Opened, plan: BitPlan) -> dict[Site, Quantizer]:
+def uncalibrated(opened: LoadedRun, plan: BitPlan) -> dict[Site, Quantizer]:
     """Quantizers of a plan whose scales (all 1) are still to be loaded."""
     quantizers = {}
     for planned in plan.sites:
@@ -100,7 +100,7 @@ def uncalibrated(opened: Opened, plan: BitPlan) -> dict[Site, Quantizer]:
     return quantizers
 
 
-def read_plan(path: Path, opened: Opened, *, other_weights: bool = False) -> BitPlan:
+def read_plan(path: Path, opened: LoadedRun, *, other_weights: bool = False) -> BitPlan:
     """The plan in a file, checked against the model: its sites must exist and have the planned axes.
 
     A plan is made to be edited: totals that are stale or left out are counted here, which a warning tells, and the

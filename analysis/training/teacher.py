@@ -13,9 +13,9 @@ from analysis.inputs.data_string import per_channel
 from analysis.inputs.listing import InputConfig
 from analysis.inputs.weights import weights_sha256
 from analysis.models import load_model
-from analysis.session.opened import Opened
+from analysis.session.loaded_run import LoadedRun
 from analysis.terminal.console import say, warn
-from analysis.training.request import TrainRequest
+from analysis.training.training_request import TrainRequest
 from quant.errors import InputError, first_line
 
 _TOLD = ("mean", "std", "input_size")
@@ -49,7 +49,7 @@ class PreparedTeacher(nn.Module):
         return self.teacher(images)
 
 
-def load_teacher(opened: Opened, request: TrainRequest) -> tuple[nn.Module | None, dict[str, Any]]:
+def load_teacher(opened: LoadedRun, request: TrainRequest) -> tuple[nn.Module | None, dict[str, Any]]:
     """The network whose logits are distilled, and what of it fixes the result; checked on one image.
 
     Without a teacher of its own the float student is asked. A teacher gets images as its own configuration (timm's
@@ -77,7 +77,7 @@ def load_teacher(opened: Opened, request: TrainRequest) -> tuple[nn.Module | Non
     return teacher, fixed
 
 
-def _preparation(teacher: nn.Module, opened: Opened, request: TrainRequest) -> InputConfig:
+def _preparation(teacher: nn.Module, opened: LoadedRun, request: TrainRequest) -> InputConfig:
     """How the teacher's images are prepared: as asked for, else as it says itself, else as the student's."""
     student, data = opened.input_config, opened.setup.data
     told = getattr(teacher, "pretrained_cfg", None)
@@ -104,7 +104,7 @@ def _preparation(teacher: nn.Module, opened: Opened, request: TrainRequest) -> I
     return replace(student, input_size=size, mean=mean, std=std)
 
 
-def _check_answer(teacher: nn.Module, name: str, opened: Opened, own: InputConfig) -> None:
+def _check_answer(teacher: nn.Module, name: str, opened: LoadedRun, own: InputConfig) -> None:
     """Raise InputError unless the teacher answers an image with as many finite logits as the student."""
     image = opened.probe_image()
     with torch.no_grad():

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 
-from analysis.session.opened import Opened
+from analysis.session.loaded_run import LoadedRun
 from analysis.storage.files import write_atomic, write_bytes
 from analysis.storage.trained_files import trained_weights
 from analysis.training.calibration import read_plan, uncalibrated
@@ -18,7 +18,7 @@ from quant.quantizer import LSQQuantizer
 _PLAN = "plan_sha256"  # key of the file's metadata
 
 
-def save_trained(folder: Path, opened: Opened, plan: BitPlan | None) -> None:
+def save_trained(folder: Path, opened: LoadedRun, plan: BitPlan | None) -> None:
     """Write the model, prepared for `plan`, and the plan; a floating-point model (plan None) has no plan.json."""
     if plan is not None:
         write_bytes(folder / "plan.json", plan.to_json().encode())
@@ -26,7 +26,7 @@ def save_trained(folder: Path, opened: Opened, plan: BitPlan | None) -> None:
     write_atomic(folder / "model.safetensors", lambda path: save_model(opened.model, str(path), metadata=metadata))
 
 
-def load_trained_(opened: Opened, folder: Path) -> Sequence[PlannedSite]:
+def load_trained_(opened: LoadedRun, folder: Path) -> Sequence[PlannedSite]:
     """Turn the opened model into the trained one of `folder`; the sites that are quantized, none if it is float.
 
     Raises InputError where the folder is none of `qvw train`, damaged, or of another network.
