@@ -14,27 +14,14 @@ from analysis.sweeps.sweep import sample_activations, site_quantizer
 from analysis.task import Task
 from quant.batches import samples as samples_of
 from quant.batches import take
-from quant.choices import Estimator, Granularity
+from quant.choices import PROXIES, Estimator, Granularity
 from quant.network import Network
 from quant.quantizer import Quantizer
 from quant.site import Site, SiteInfo
 
 PROXY_COLUMNS = ("module", "tensor", "bit_width", "proxy", "score", "granularity", "estimator", "note")
 PROXY_IMAGE_COLUMNS = ("module", "tensor", "bit_width", "granularity", "estimator", "products")
-GRADIENT_PROXIES = ("fisher", "fit", "output_gradient", "hessian_trace")
-TENSOR_PROXIES = ("noise",)
-STATS_PROXIES = ("stats_range", "stats_kurtosis", "stats_outliers")
-PROXIES = (*GRADIENT_PROXIES, *TENSOR_PROXIES, *STATS_PROXIES)
-DEFINITIONS = {
-    "fisher": "the KL to second order: 1/2 of the mean square of (gradient . error)",
-    "fit": "FIT: 1/2 trace of Fisher's matrix x mean squared error",
-    "output_gradient": "sum of squares of (gradient x error) at the module's output",
-    "hessian_trace": "HAWQ-V2: 1/2 mean Hessian trace x squared error",
-    "noise": "squared error over signal of the tensor, 1/SQNR",
-    "stats_range": "noise of a grid from min to max, from abs_max_over_std",
-    "stats_kurtosis": "excess kurtosis",
-    "stats_outliers": "share of values beyond 6 standard deviations",
-}
+STATS_PROXIES = tuple(name for name in PROXIES if name.startswith("stats_"))
 _NO_GRADIENT = "no finite gradient image by image: called more than once, not dependent on the image, or overflow"
 IMAGES_AT_ONCE = 16  # with gradients a pass keeps every activation
 
@@ -73,7 +60,7 @@ def proxy_table(
     for site, bits in ((site, bits) for site in by_site for bits in bit_widths):
         score = scores.get((site, bits))
         if score is None:
-            rows += [(*site, bits, proxy, math.nan) for proxy in (*GRADIENT_PROXIES, *TENSOR_PROXIES)]
+            rows += [(*site, bits, proxy, math.nan) for proxy in PROXIES if proxy not in STATS_PROXIES]
             continue
         known = score._asdict()
         if site in traces:

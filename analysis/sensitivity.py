@@ -12,7 +12,7 @@ from analysis.sweeps.groups import EVERYTHING, groups_of
 from analysis.sweeps.rank_bands import rank_bands
 from quant.batchnorm import batchnorms
 from quant.calibrate import granularity_of
-from quant.choices import Estimator, Granularity, Grouping, Protocol
+from quant.choices import ESTIMATORS, Estimator, Granularity, Grouping, Protocol
 from quant.site import Site, SiteInfo
 
 SENSITIVITY_COLUMNS = (
@@ -183,7 +183,7 @@ def group_rows(table: pd.DataFrame, protocol: Protocol) -> tuple[pd.DataFrame, p
 
 _PREFERENCE = {
     "batchnorm": {"re_estimated": 0, "stored": 1, "none": 1},
-    "estimator": {"mse": 0, "percentile": 1, "minmax": 2},
+    "estimator": {name: place for place, name in enumerate(ESTIMATORS)},
     "granularity": {"default": 0, "per_head": 0, "per_channel": 1, "per_tensor": 2},
 }
 

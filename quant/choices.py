@@ -3,7 +3,7 @@
 from typing import Literal, get_args
 
 Granularity = Literal["per_tensor", "per_channel", "per_head"]
-Estimator = Literal["mse", "minmax", "percentile"]
+Estimator = Literal["mse", "percentile", "minmax"]  # where a site has rows of several, the first is used
 Layout = Literal["paper", "strict"]
 GradientScale = Literal["lsq", "module"]
 Protocol = Literal["single", "leave_one_out"]
@@ -16,4 +16,15 @@ PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 GROUPINGS: tuple[str, ...] = get_args(Grouping)
 TENSORS: tuple[str, ...] = get_args(Tensors)
 COMPRESSIONS: tuple[str, ...] = get_args(Compression)
+PROXIES = {
+    "fisher": "the KL to second order: 1/2 of the mean square of (gradient . error)",
+    "fit": "FIT: 1/2 trace of Fisher's matrix x mean squared error",
+    "output_gradient": "sum of squares of (gradient x error) at the module's output",
+    "hessian_trace": "HAWQ-V2: 1/2 mean Hessian trace x squared error",
+    "noise": "squared error over signal of the tensor, 1/SQNR",
+    "stats_range": "noise of a grid from min to max, from abs_max_over_std",
+    "stats_kurtosis": "excess kurtosis",
+    "stats_outliers": "share of values beyond 6 standard deviations",
+}
+"""Scores that predict a sensitivity, and what each is."""
 ALLOWED_BIT_WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 16)

@@ -51,8 +51,8 @@ def test_lists_that_are_written_out_are_those_of_the_modules():
     from analysis.inputs.timm_names import model_names
     from analysis.planning.objectives import MEASURED
     from analysis.planning.plan_request import OBJECTIVES
-    from analysis.proxies import PROXIES
     from analysis.task import READY_MADE
+    from quant.choices import PROXIES
 
     assert (*MEASURED, *PROXIES) == OBJECTIVES
     assert TASKS == READY_MADE

@@ -12,9 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from analysis.proxies import (
-    DEFINITIONS,
     IMAGES_AT_ONCE,
-    PROXIES,
     PROXY_COLUMNS,
     PROXY_IMAGE_COLUMNS,
     STATS_PROXIES,
@@ -29,6 +27,7 @@ from analysis.sweeps.sweep import sample_activations, sweep
 from analysis.tasks import classification
 from quant.batches import forward
 from quant.calibrate import default_scheme, make_quantizer
+from quant.choices import PROXIES
 from quant.site import Site, SiteInfo
 from quant.sites import find_sites
 from tests.networks import net_of
@@ -143,11 +142,6 @@ def test_the_statistics_join_the_table_for_its_own_sites_alone():
     assert {Site(m, t) for m, t in zip(scored["module"], scored["tensor"], strict=True)} == {s.site for s in sites[:3]}
     kurtosis = scored[scored["proxy"] == "stats_kurtosis"]["score"]
     assert kurtosis.isna().sum() == len(BITS)
-
-
-def test_every_proxy_is_defined():
-    """The explanations are of exactly the proxies that there are."""
-    assert list(DEFINITIONS) == list(PROXIES)
 
 
 @given(bits=st.integers(4, 8), m=st.floats(1, 4), seed=st.integers(0, 100))

@@ -12,8 +12,8 @@ from matplotlib.ticker import NullLocator
 from numpy.typing import NDArray
 
 from analysis.plots import LABELS, PAGE, TENSOR_CLASSES, new_axes, plain, styled, tick_label
-from analysis.proxies import PROXIES
 from analysis.sweeps.proxy_correlation import SITE_KEY
+from quant.choices import PROXIES
 
 NAMES = {
     "fisher": "Fisher along the error (nats)",

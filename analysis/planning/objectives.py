@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from analysis.planning.plan_request import unknown_objective
 from analysis.planning.user_tables import SCORE_COLUMNS, check_csv
-from analysis.proxies import PROXIES, PROXY_COLUMNS, PROXY_IMAGE_COLUMNS
+from analysis.proxies import PROXY_COLUMNS, PROXY_IMAGE_COLUMNS
 from analysis.runs import Run
 from analysis.terminal.console import warn
 from quant.bit_plan import PlannedSite, check_known_sites
+from quant.choices import PROXIES
 from quant.errors import InputError, first_line
 from quant.site import Site
 

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from analysis.planning.uniform import parse_uniform, parse_widths
 from quant.bit_plan import PlanBudget
-from quant.choices import ALLOWED_BIT_WIDTHS, Layout
+from quant.choices import ALLOWED_BIT_WIDTHS, PROXIES, Layout
 from quant.errors import InputError
 
 if TYPE_CHECKING:  # a request is checked without pandas
@@ -19,10 +19,9 @@ if TYPE_CHECKING:  # a request is checked without pandas
     from analysis.planning.accounting import Stored
 
 OBJECTIVES = (
-    "divergence", "kl", "score", "metric", "loss", "top1", "logit_nmse",
-    "fisher", "fit", "output_gradient", "hessian_trace", "noise", "stats_range", "stats_kurtosis", "stats_outliers",
+    "divergence", "kl", "score", "metric", "loss", "top1", "logit_nmse", *PROXIES,
 )  # fmt: skip
-"""What a plan can minimise: measured changes, then proxies. Written out, because those who define them import torch."""
+"""What a plan can minimise: measured changes, then proxies."""
 
 
 @dataclass(frozen=True, kw_only=True)

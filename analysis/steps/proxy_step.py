@@ -9,11 +9,12 @@ import pandas as pd
 
 from analysis.figures.panels import figure_files, save_figure
 from analysis.figures.proxy_plots import proxies_figure
-from analysis.proxies import DEFINITIONS, NOISY_TRACE, PROXIES, STATS_PROXIES, proxy_table
+from analysis.proxies import NOISY_TRACE, STATS_PROXIES, proxy_table
 from analysis.sensitivity import SweepConfig
 from analysis.session.session import Session
 from analysis.sweeps.proxy_correlation import SITE_KEY, measured_beside, proxy_correlations
 from analysis.terminal.console import as_text
+from quant.choices import PROXIES
 from quant.errors import InputError, first_line
 from quant.site import SiteInfo
 
@@ -110,7 +111,7 @@ def _summary(table: pd.DataFrame, correlation: pd.DataFrame, measured: pd.DataFr
         lines.append(f"Perhaps as good, with so few sites: {', '.join(perhaps)}.")
     if not sure and not perhaps:
         lines.append(f"No proxy reaches {GOOD} here: use the sweep.")
-    lines += [f"  {proxy}: {DEFINITIONS[proxy]}" for proxy in PROXIES if (shown["proxy"] == proxy).any()]
+    lines += [f"  {proxy}: {meaning}" for proxy, meaning in PROXIES.items() if (shown["proxy"] == proxy).any()]
     predicted = table[table["proxy"] == "fisher"].merge(measured[[*SITE_KEY, "divergence"]], on=SITE_KEY)
     ratios = (
         (predicted["score"] / predicted["divergence"])[predicted["divergence"] > 0]

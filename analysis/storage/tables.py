@@ -15,16 +15,12 @@ from analysis.storage.columns import HISTORY_COLUMNS
 from analysis.storage.cost_rules import COST_RULES
 from analysis.storage.table_checks import COUNTABLE, Column, Rule, Table
 from quant.bit_plan import PlanBudget
-from quant.choices import ALLOWED_BIT_WIDTHS, ESTIMATORS, GRANULARITIES, GROUPINGS, PROTOCOLS
+from quant.choices import ALLOWED_BIT_WIDTHS, ESTIMATORS, GRANULARITIES, GROUPINGS, PROTOCOLS, PROXIES
 from quant.loss_terms import TERMS
 from quant.site import ATTENTION_TENSORS, PRODUCT, WEIGHT_TENSORS
 from quant.sites import KINDS
 
 QUANTIZABLE = (*WEIGHT_TENSORS, "input", *ATTENTION_TENSORS)
-# Written out: importing them from analysis.proxies would load all that measures. A test keeps them in step.
-PROXY_NAMES = (
-    "fisher", "fit", "output_gradient", "hessian_trace", "noise", "stats_range", "stats_kurtosis", "stats_outliers",
-)  # fmt: skip
 _CLASSES = "weight|input|query|key|value|attention"
 
 _TEXT = Column(sort="text")
@@ -195,7 +191,7 @@ TABLES: Mapping[str, Table] = {
         rules=(*_SWEEP_RULES, _unequal_lengths("image_divergence"), _unequal_lengths("image_delta_loss")),
     ),
     "proxies": Table(
-        columns={**_PROXY_ROW, "proxy": Column(sort="text", allowed=PROXY_NAMES), "score": _NUMBER, "note": _TEXT},
+        columns={**_PROXY_ROW, "proxy": Column(sort="text", allowed=tuple(PROXIES)), "score": _NUMBER, "note": _TEXT},
         key=(*_PROXY_ROW, "proxy"),
     ),
     "proxy_images": Table(
@@ -207,7 +203,7 @@ TABLES: Mapping[str, Table] = {
     "proxy_correlation": Table(
         columns={
             "tensors": Column(sort="text", allowed=("all", "weight", "input", "attention")), "bit_width": _BITS,
-            "proxy": Column(sort="text", allowed=PROXY_NAMES), "sites": _COUNT, "spearman": _CORRELATION,
+            "proxy": Column(sort="text", allowed=tuple(PROXIES)), "sites": _COUNT, "spearman": _CORRELATION,
             "spearman_low": _CORRELATION, "spearman_high": _CORRELATION, "kendall": _CORRELATION, "ceiling": _SHARE,
         },
         key=("tensors", "bit_width", "proxy"),

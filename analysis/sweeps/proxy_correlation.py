@@ -5,8 +5,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, rankdata
 
-from analysis.proxies import PROXIES
 from analysis.sensitivity import IMAGE_COLUMNS, stored_rows
+from quant.choices import PROXIES
 from quant.site import ATTENTION_TENSORS, WEIGHT_TENSORS
 
 CORRELATION_COLUMNS = (
