@@ -8,11 +8,8 @@ from typing import Any
 from torch import Generator, Tensor, nn
 
 from quant import batches
+from quant.choices import TASKS
 from quant.errors import InputError
-
-READY_MADE = (
-    "classification", "multilabel", "segmentation", "regression", "embedding", "detection", "language_modeling"
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +73,7 @@ def fitting_task(
     if why_not:
         raise InputError(
             f"no task was given, and image classification does not fit: {why_not}. Choose one of analysis.tasks: "
-            f"{', '.join(f'{name}()' for name in READY_MADE)}, or write a Task, and pass it as `task=`."
+            f"{', '.join(f'{name}()' for name in TASKS)}, or write a Task, and pass it as `task=`."
         )
     chosen = tasks.classification()
     assert chosen.check is not None

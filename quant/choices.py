@@ -16,6 +16,8 @@ PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 GROUPINGS: tuple[str, ...] = get_args(Grouping)
 TENSORS: tuple[str, ...] = get_args(Tensors)
 COMPRESSIONS: tuple[str, ...] = get_args(Compression)
+TASKS = ("classification", "multilabel", "segmentation", "regression", "embedding", "detection", "language_modeling")
+"""The ready-made tasks, functions of `analysis.tasks`."""
 PROXIES = {
     "fisher": "the KL to second order: 1/2 of the mean square of (gradient . error)",
     "fit": "FIT: 1/2 trace of Fisher's matrix x mean squared error",

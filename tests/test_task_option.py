@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.inputs.task_option import TASKS, check_task, resolve_task
+from analysis.inputs.task_option import check_task, resolve_task
 from analysis.session.setup import Setup, completed
 from analysis.task import Task
 from analysis.tasks import language_modeling, multilabel
+from quant.choices import TASKS
 from quant.errors import InputError
 from tests.digits_vit import DATA, MODEL, qvw
 

@@ -4,15 +4,11 @@ import difflib
 from typing import TYPE_CHECKING
 
 from analysis.inputs.model_source import check_factory, factory_of
+from quant.choices import TASKS
 from quant.errors import InputError, first_line
 
 if TYPE_CHECKING:  # it brings torch, which the check of a name does not need
     from analysis.task import Task
-
-TASKS = (
-    "classification", "multilabel", "segmentation", "regression", "embedding", "detection", "language_modeling",
-)  # fmt: skip
-"""The ready-made tasks of `analysis.tasks`; written out, because importing them takes seconds. A test compares both."""
 
 
 def check_task(text: str) -> None:
