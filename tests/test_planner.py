@@ -172,10 +172,10 @@ def test_sites_without_a_budget_take_their_least_score():
             r"within 1\.5 mean weight bits: the cheapest has 2, the most expensive 8, with these pins",
         ),
         ({"activation_bits": 1}, r"within 1 mean activation bits: the cheapest has 2, the most expensive 8"),
-        ({"size_bytes": 1024}, r"within 0\.0009765625 MiB: the cheapest has [\d.]+, the most expensive [\d.]+, "),
+        ({"size_bytes": 1024}, r"within 1,024 bytes: the cheapest has [\d,]+, the most expensive [\d,]+, "),
         (
             {"activation_bytes": 1},
-            r"within [\d.e-]+ MiB of activations: the cheapest has [\d.]+, the most expensive [\d.]+, ",
+            r"within 1 bytes of activations: the cheapest has [\d,]+, the most expensive [\d,]+, ",
         ),
         ({"bitops": 10**6}, r"within 0\.001 GBitOps: the cheapest has .*Raise the budget, offer a smaller bit-width"),
     ],
@@ -223,7 +223,7 @@ def test_budgets_that_exclude_each_other_are_named():
     options["offset"] = [True, False, False, False]
     cost = cost_frame(NETWORKS[0], dict.fromkeys(("a:weight", "a:input", "b:weight", "b:input"), 8), [1, 1])
     budget = PlanBudget(weight_bits=2.5, activation_bits=4, size_bytes=54)
-    with pytest.raises(InputError, match=r"within [\d.e-]+ MiB and 2\.5 mean weight bits at once.* can have 3 of the"):
+    with pytest.raises(InputError, match=r"within [\d,]+ bytes and 2\.5 mean weight bits at once.* can have 3 of the"):
         plan_bits(options, cost, budget=budget, stored=16)
     plan_bits(options, cost, budget=PlanBudget(weight_bits=3, activation_bits=4, size_bytes=54), stored=16)
 

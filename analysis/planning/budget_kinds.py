@@ -17,6 +17,7 @@ class BudgetKind:
     counts: Literal["weights", "activations", "all"]  # the tensors whose bits it counts
 
 
+MIB = 2**20
 BUDGET_KINDS = {
     "weight_bits": BudgetKind(
         label="mean weight bits", words="mean weight bits", next_unit="a weight bit on average", unit=1,
@@ -40,13 +41,20 @@ BUDGET_KINDS = {
 
 
 def amount(kind: str, value: float, digits: int = 4) -> str:
-    """A cost in words, such as `3.07 mean weight bits`; `value` is in the unit of the file.
+    """A cost in words, such as `3.07 mean weight bits`; `value` is in the unit of the file. Below 1 MiB in bytes.
 
-    >>> amount("size_bytes", 3 * 2**20)
-    '3 MiB'
+    >>> amount("size_bytes", 3 * 2**20), amount("size_bytes", 50_000)
+    ('3 MiB', '50,000 bytes')
     """
     shown = BUDGET_KINDS[kind]
+    if in_bytes(kind, value):
+        return f"{value:,.0f} {shown.words.replace('MiB', 'bytes')}"
     return f"{value / shown.unit:.{digits}g} {shown.words}"
+
+
+def in_bytes(kind: str, value: float) -> bool:
+    """Whether a figure of this kind is too small for MiB."""
+    return BUDGET_KINDS[kind].unit == MIB and value < MIB
 
 
 def budget_words(budget: PlanBudget) -> str:

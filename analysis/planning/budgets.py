@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from analysis.planning import accounting
-from analysis.planning.budget_kinds import BUDGET_KINDS, amount
+from analysis.planning.budget_kinds import BUDGET_KINDS, amount, in_bytes
 from analysis.solver.choice_program import Budget
 from quant.bit_plan import PlanBudget, PlannedSite, check_known_sites
 from quant.errors import InputError
@@ -46,6 +46,8 @@ class PlanLimit:
 
     def figure(self, spent: int) -> str:
         """The plan's figure, rounded up, for what `costs` counts: asking for it is asking for enough."""
+        if in_bytes(self.name, self.limit):
+            return f"{math.ceil(Fraction(self.constant + spent, self.per)):,}"
         figure = Fraction(self.constant + spent, self.per * int(BUDGET_KINDS[self.name].unit))
         return f"{math.ceil(figure * 10**6) / 10**6:.10g}"
 
